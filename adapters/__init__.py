@@ -1,0 +1,14 @@
+"""Masks as a PEFT method. Importing this package makes PEFT know it."""
+
+if __name__ == "adapters":  # a top-level `adapters` is another project (AdapterHub)
+    message = "Import this package as pemn_surgery.adapters; the folder is not on the path by itself."
+    raise ImportError(message)
+
+from pemn_surgery.adapters.api import pemnify, plan
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.model import PemnModel
+from pemn_surgery.adapters.registry import register
+
+register(PemnConfig, PemnModel)
+
+__all__ = ["PemnConfig", "PemnModel", "pemnify", "plan"]

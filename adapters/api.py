@@ -1,0 +1,79 @@
+"""The two verbs: `pemnify` rewrites a model, `plan` says what it would do."""
+
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.model import check_fresh, check_model, plan_for, set_default_head
+from pemn_surgery.errors import ConfigError
+from pemn_surgery.planning import Plan
+
+
+def pemnify(
+    model: nn.Module,
+    config: PemnConfig | None = None,
+    *,
+    adapter_name: str = "default",
+    **options: Any,
+) -> PeftModel:
+    """Rewrite a model so that every Linear and Conv weight is frozen numbers x a learned mask.
+
+    The model is changed in place and returned inside a PEFT model: train it, ``save_pretrained`` it
+    (masks as bits and the task's other tensors), ``load_adapter`` more tasks, ``merge_and_unload``.
+
+    Args:
+        model: Any timm, transformers or other torch model.
+        config: The configuration; None takes ``options``.
+        adapter_name: Name of the first task.
+        **options: Fields of `PemnConfig`, for example ``bank="rp", ratio=1e-2, seed=0``.
+
+    Returns:
+        The PEFT model; its trainable parameters are the scores and what else the task trains.
+
+    Raises:
+        ConfigError: If an option cannot have its value.
+        UnsupportedModelError: If ``model`` is not a plain module (for example a DDP wrapper).
+        AlreadyPemnifiedError: If it carries adapters already.
+        NothingToMaskError: If no weight would be masked.
+    """
+    chosen = _config(config, options)
+    check_model(model)
+    check_fresh(model)
+    return get_peft_model(model, chosen, adapter_name=adapter_name)
+
+
+def plan(model: nn.Module, config: PemnConfig | None = None, **options: Any) -> Plan:
+    """Say what `pemnify` would do to every weight, and why; nothing is touched.
+
+    Args:
+        model: Any torch model, also one on the meta device.
+        config: The configuration; None takes ``options``.
+        **options: Fields of `PemnConfig`.
+
+    Returns:
+        The plan: prints as a table, ``as_dict()`` for JSON.
+
+    Raises:
+        ConfigError: If an option cannot have its value.
+        UnsupportedModelError: If ``model`` is not a plain module.
+    """
+    chosen = _config(config, options)
+    check_model(model)
+    set_default_head(chosen, model)
+    return plan_for(model, chosen)
+
+
+def _config(config: PemnConfig | None, options: dict[str, Any]) -> PemnConfig:
+    if config is not None:
+        if options:
+            message = f"Got a configuration and options beside it ({', '.join(options)}): give one."
+            raise ConfigError(message)
+        return config
+    unknown = sorted(set(options) - set(PemnConfig.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(sorted(PemnConfig.__dataclass_fields__))
+        message = f"Unknown option {', '.join(unknown)}. PemnConfig has: {known}."
+        raise ConfigError(message)
+    return PemnConfig(**options)

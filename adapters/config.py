@@ -1,0 +1,285 @@
+"""`PemnConfig`: what an adapter is, as PEFT configures it."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from peft.config import PeftConfig
+
+from pemn_surgery.adapters.file import AdapterFile, read_adapter_file
+from pemn_surgery.adapters.registry import PEMN
+from pemn_surgery.bank import BankName, BankSpec, InitName
+from pemn_surgery.errors import ConfigError
+from pemn_surgery.planning import RestName
+from pemn_surgery.selector import Selector, SelectorName
+
+PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
+ScaleName = Literal["sqrt_density"]
+
+# The papers' settings; METHODS in docs/methods.md has their sections.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "pemn": {"bank": "mp", "selector": "topk", "density": 0.5, "rest": "train"},
+    "edge_popup": {
+        "bank": "own",
+        "bank_init": "signed_constant",
+        "selector": "topk",
+        "density": 0.5,
+        "rest": "stats",
+    },
+    "piggyback": {
+        "bank": "own",
+        "selector": "threshold",
+        "threshold": 5e-3,
+        "score_init": 1e-2,
+        "rest": "freeze",
+    },
+    "self_masking": {
+        "bank": "own",
+        "selector": "threshold",
+        "threshold": 0.0,
+        "score_init": 1.0,
+        "scale": "sqrt_density",
+        "rest": "stats",
+    },
+}
+
+
+@dataclass
+class PemnConfig(PeftConfig):
+    """Configuration of an adapter that is binary masks on frozen weights.
+
+    Attributes:
+        bank: Where the frozen numbers come from. "mp": one vector of the largest layer's length
+            (PEMN, max-layer padding). "rp": a shorter vector, tiled (PEMN, random vector padding).
+            "one_layer": one prototype a weight shape (PEMN, one-layer). "own": every weight keeps
+            its own numbers (Piggyback, Self-Masking Networks).
+        ratio: For "rp": length of the vector as a share of the largest layer's, 0 < ratio <= 1.
+            Default .01.
+        length: For "rp": length of the vector itself; replaces ``ratio``.
+        permute: For "rp": permute the tiled vector once.
+        bank_init: How the numbers are made: "kaiming_normal", "kaiming_uniform" or
+            "signed_constant" from ``seed``, or "model": the model's own (pretrained) values.
+            Default "model" for "own", "kaiming_normal" otherwise.
+        scale_fan: Divide the variance of drawn numbers by ``density`` (edge-popup).
+        seed: Seed of the bank and of the initial scores.
+        selector: "topk" keeps the ``density`` largest magnitudes of every weight's scores,
+            "threshold" the scores above ``threshold``.
+        density: Share of ones for "topk", 0 < density <= 1.
+        threshold: For "threshold".
+        score_init: A number, or "kaiming_uniform". Default "kaiming_uniform" for "topk" and
+            ``threshold`` + .01 for "threshold".
+        scale: None, or "sqrt_density": multiply by 1 / sqrt(density of the mask).
+        rest: What happens to tensors that are not masked. "train": all are trained and saved with
+            the task. "norms": normalisation layers are. "stats": nothing but running statistics
+            moves, and they are saved. "freeze": nothing moves; norms stay in eval mode. Default
+            "train" for drawn numbers, "stats" on the model's own. With drawn numbers everything
+            but frozen embeddings is saved either way, so that seed and file make the model.
+        target_modules: Modules to mask, as in PEFT. Default: every maskable weight.
+        exclude_modules: Modules to leave alone, as in PEFT.
+        layers_to_transform: Layer indices to mask, as in PEFT.
+        layers_pattern: Name of the layer list, as in PEFT.
+        target_parameters: Further parameters to mask by name, as in PEFT.
+        modules_to_save: Modules to train and save as a whole, as in PEFT. On a timm model with
+            ``bank_init="model"`` the default is its classifier; an empty list masks that too.
+        trainable_token_indices: Not supported; present because TRL reads it.
+        fingerprint: Identifies the base that the masks belong to. Filled in by the library.
+    """
+
+    bank: BankName = "mp"
+    ratio: float | None = None
+    length: int | None = None
+    permute: bool = False
+    bank_init: InitName | None = None
+    scale_fan: bool = False
+    seed: int = 0
+    selector: SelectorName = "topk"
+    density: float = 0.5
+    threshold: float = 0.0
+    score_init: float | str | None = None
+    scale: ScaleName | None = None
+    rest: RestName | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: None = None
+    fingerprint: dict[str, str] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = cast("Any", PEMN)
+        # Runtime only, never saved: whether saving keeps float scores (Trainer checkpoints).
+        self.keep_scores = False
+        # Runtime only: the file that this configuration was read with.
+        self.file: AdapterFile | None = None
+        self._check_choices()
+        self._fill_in_defaults()
+        self._check_bank()
+        self._check_selection()
+        self._check_targets()
+
+    @classmethod
+    def preset(cls, name: PresetName, **changes: Any) -> "PemnConfig":
+        """Return a paper's settings.
+
+        Args:
+            name: "pemn" (Bai et al. 2022), "edge_popup" (Ramanujan et al. 2020), "piggyback"
+                (Mallya et al. 2018) or "self_masking" (Warmerdam et al. 2024).
+            **changes: Fields that differ from the paper.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ConfigError: If there is no such preset, or a change is not allowed.
+        """
+        if name not in _PRESETS:
+            message = f"There is no preset {name!r}; choose one of {', '.join(_PRESETS)}."
+            raise ConfigError(message)
+        return cls(**{**_PRESETS[name], **changes})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "PemnConfig":
+        """Read a configuration, and check the masks beside it before anything is changed.
+
+        Args:
+            pretrained_model_name_or_path: Folder of the adapter, or its name on the hub.
+            subfolder: Folder within it.
+            **kwargs: As PEFT's.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            AdapterFileError: If a local adapter file is truncated or altered.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        path = folder / "adapter_model.safetensors"
+        if path.is_file():
+            config.file = read_adapter_file(path)
+        return config
+
+    @property
+    def bank_spec(self) -> BankSpec:
+        """Everything that decides the frozen numbers, but the model."""
+        return BankSpec(
+            bank=self.bank,
+            init=cast("InitName", self.bank_init),
+            seed=self.seed,
+            ratio=self.ratio,
+            length=self.length,
+            permute=self.permute,
+            scale_fan=self.scale_fan,
+            density=self.density if self.scale_fan else 0.5,
+        )
+
+    @property
+    def selection(self) -> Selector:
+        """How masks are chosen from scores."""
+        return Selector(self.selector, self.density, self.threshold)
+
+    def _check_choices(self) -> None:
+        _one_of("bank", self.bank, get_args(BankName))
+        _one_of("bank_init", self.bank_init, (None, *get_args(InitName)))
+        _one_of("selector", self.selector, get_args(SelectorName))
+        _one_of("scale", self.scale, (None, *get_args(ScaleName)))
+        _one_of("rest", self.rest, (None, *get_args(RestName)))
+        if isinstance(self.score_init, str):
+            _one_of("score_init", self.score_init, ("kaiming_uniform", "a number"))
+
+    def _fill_in_defaults(self) -> None:
+        if self.bank_init is None:
+            self.bank_init = "model" if self.bank == "own" else "kaiming_normal"
+        if self.bank == "rp" and self.ratio is None and self.length is None:
+            self.ratio = 1e-2
+        if self.score_init is None:
+            above = self.threshold + 0.01
+            self.score_init = "kaiming_uniform" if self.selector == "topk" else above
+        if self.rest is None:
+            self.rest = "stats" if self.bank_init == "model" else "train"
+
+    def _check_bank(self) -> None:
+        if self.bank != "rp":
+            for name in ("ratio", "length", "permute"):
+                value = getattr(self, name)
+                if value:
+                    _refuse(name, value, f'nothing: it belongs to bank="rp", not "{self.bank}"')
+        elif self.ratio is not None and self.length is not None:
+            _refuse("length", self.length, f"no ratio beside it (ratio={self.ratio}): give one")
+        _in_range("ratio", self.ratio)
+        if self.length is not None and (not _is_int(self.length) or self.length < 1):
+            _refuse("length", self.length, "a whole number of at least 1")
+        if not _is_int(self.seed):
+            _refuse("seed", self.seed, "a whole number")
+        if self.scale_fan and self.bank_init == "model":
+            _refuse("scale_fan", True, 'drawn numbers: bank_init="model" takes the model\'s own')
+
+    def _check_selection(self) -> None:
+        _in_range("density", self.density)
+        if not _is_number(self.threshold):
+            _refuse("threshold", self.threshold, "a finite number")
+        if not isinstance(self.score_init, str) and not _is_number(self.score_init):
+            _refuse("score_init", self.score_init, '"kaiming_uniform" or a finite number')
+        if self.selector == "topk" and not isinstance(self.score_init, str):
+            _refuse("score_init", self.score_init, '"kaiming_uniform": equal scores have no order')
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            given = self.layers_to_transform
+            _refuse("layers_to_transform", given, "target_modules as a list, not as a pattern")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            given = self.layers_pattern
+            _refuse("layers_pattern", given, "target_modules as a list, not as a pattern")
+        if self.layers_pattern and self.layers_to_transform is None:
+            message = (
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified; "
+                f"layers_pattern={self.layers_pattern!r} was given alone."
+            )
+            raise ConfigError(message)
+        if self.trainable_token_indices is not None:
+            given = self.trainable_token_indices
+            _refuse("trainable_token_indices", given, "None: use modules_to_save for embeddings")
+        for name in ("target_modules", "exclude_modules"):
+            _check_pattern(name, getattr(self, name))
+
+
+def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        _refuse(name, value, f"one of {listed}")
+
+
+def _in_range(name: str, value: float | None) -> None:
+    if value is not None and not (_is_number(value) and 0 < value <= 1):
+        _refuse(name, value, "a number with 0 < value <= 1 (a share, not a percentage)")
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and value == value and abs(value) != float("inf")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_pattern(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            _refuse(name, value, f"a regular expression ({error})")
+
+
+def _refuse(name: str, value: Any, needed: str) -> None:
+    message = f"PemnConfig got {name}={value!r}; it needs {needed}."
+    raise ConfigError(message)

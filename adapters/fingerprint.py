@@ -1,0 +1,112 @@
+"""Identifies the base that masks belong to, so that they never load onto another one.
+
+The base is the frozen numbers under the masks. Where a seed makes them, the fingerprint hashes the
+recipe (bank, seed, prototypes) and the targets; otherwise it hashes the values. A checkpoint trained
+in float32 is often served in bfloat16 or float16, so the values are hashed once per type that they
+can be rounded to, and two fingerprints agree if they agree wherever both are known.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pemn_surgery.bank import BankSpec, Layout, Shape
+from pemn_surgery.errors import FingerprintError
+
+Fingerprint = dict[str, str]
+
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHORT_BYTES = 4
+
+
+def make_fingerprint(
+    spec: BankSpec,
+    layout: Layout | None,
+    targets: Sequence[tuple[str, Shape]],
+    values: Sequence[Tensor],
+) -> Fingerprint:
+    """Return the fingerprint of a base.
+
+    Args:
+        spec: What decides the frozen numbers.
+        layout: The bank's prototypes, None for ``bank="own"``.
+        targets: Name and shape of every masked weight.
+        values: The frozen numbers themselves; read only where no seed makes them.
+
+    Returns:
+        16 hexadecimal digits by dtype; empty if values are on the meta device.
+    """
+    recipe = {
+        "layout": layout.as_dict() if layout else {"spec": spec.__dict__},
+        "targets": [[name, list(shape)] for name, shape in sorted(targets)],
+    }
+    start = json.dumps(recipe, sort_keys=True).encode()
+    if spec.generated:
+        return dict.fromkeys(_TYPES, _digest(start, ()))
+    if any(value.is_meta for value in values):
+        return {}
+    names = [name for name in _TYPES if all(_rounds_to(value, _TYPES[name]) for value in values)]
+    return {name: _digest(start, (value.to(_TYPES[name]) for value in values)) for name in names}
+
+
+def check_fingerprint(expected: Mapping[str, str], actual: Mapping[str, str], base: str) -> None:
+    """Refuse masks of another base.
+
+    Args:
+        expected: Fingerprint of the base that the masks were trained on.
+        actual: Fingerprint of the given base.
+        base: What the given base is, for the error.
+
+    Raises:
+        FingerprintError: If the two differ where both are known.
+    """
+    common = sorted(set(expected) & set(actual))
+    different = [name for name in common if expected[name] != actual[name]]
+    if different:
+        name = different[0]
+        message = (
+            f"The masks were trained on a base with fingerprint {expected[name]} (in {name}), but "
+            f"{base} has {actual[name]}: its frozen weights differ. Load the checkpoint (or the "
+            "seed) that the adapter was trained on. Nothing was changed."
+        )
+        raise FingerprintError(message)
+    if expected and actual and not common:
+        warnings.warn(
+            f"The base could not be checked: the masks know it in {', '.join(expected)}, it is "
+            f"loaded in {', '.join(actual)}.",
+            stacklevel=2,
+        )
+
+
+def short_form(fingerprint: Mapping[str, str]) -> bytes:
+    """Return the 12 bytes that a stored mask carries: four per dtype, zero where unknown."""
+    parts = (fingerprint.get(name, "0" * 16) for name in _TYPES)
+    return b"".join(bytes.fromhex(part)[:_SHORT_BYTES] for part in parts)
+
+
+def from_short_form(stored: bytes) -> Fingerprint:
+    """Return what a stored mask says of its base, in the digits of `shorten`."""
+    parts = [stored[place : place + _SHORT_BYTES] for place in range(0, len(stored), _SHORT_BYTES)]
+    return {name: part.hex() for name, part in zip(_TYPES, parts, strict=True) if any(part)}
+
+
+def shorten(fingerprint: Mapping[str, str]) -> Fingerprint:
+    """Return the fingerprint cut to the digits that a stored mask carries."""
+    return {name: digest[: 2 * _SHORT_BYTES] for name, digest in fingerprint.items()}
+
+
+def _rounds_to(value: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether values of this tensor, rounded to ``dtype``, are what a cast model holds."""
+    return value.dtype in (dtype, torch.float32, torch.float64)
+
+
+def _digest(start: bytes, values: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256(start)
+    for value in values:
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()[:16]

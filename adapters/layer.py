@@ -1,0 +1,277 @@
+"""The PEFT tuner layers: the children that surgery hangs on the model's own modules.
+
+PEFT takes everything on a tuner layer for adapter: trained, saved, left out of the base's state
+dict. Here that is simply true, because a tuner layer holds masks (or a task's tensors) and nothing of
+the base.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from torch import Tensor, nn
+
+from pemn_surgery import bits, rng, surgery
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.bank import Bank, BankSpec
+from pemn_surgery.masked import AdapterMask, MaskedWeight
+from pemn_surgery.planning import Owned, Target
+from pemn_surgery.selector import check_finite
+from pemn_surgery.task import TaskTensors, TensorSet
+
+
+class PemnTunerLayer(BaseTunerLayer):
+    """What both kinds of children have in common."""
+
+    def __init__(self) -> None:
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+
+    def active_adapter_names(self) -> Sequence[str]:
+        """Return the adapters that apply: none while disabled or merged."""
+        return [] if self._disable_adapters or self.merged_adapters else self.active_adapters
+
+    @property
+    def weight(self) -> Tensor:
+        """A child has no weight of its own (PEFT's default would look for a wrapped layer).
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError
+
+    @property
+    def bias(self) -> Tensor:
+        """A child has no bias of its own.
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable; disabling unmerges first, as PEFT's layers do in their forward."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def unmerge(self) -> None:
+        """Go back to unmerged adapters. The base was never changed, so this is exact."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        self.merged_adapters.clear()
+
+
+class PemnLayer(PemnTunerLayer, MaskedWeight):
+    """Masks of one parameter, by adapter.
+
+    Attributes:
+        spec: What decided the frozen numbers under the masks.
+    """
+
+    adapter_layer_names = ("pemn_masks",)
+    other_param_names = ()
+
+    def __init__(
+        self, owner: nn.Module, target: Target, spec: BankSpec, bank: Bank | None
+    ) -> None:
+        MaskedWeight.__init__(
+            self, owner, target.name, target.parameter, target.shape, target.fan_in, bank
+        )
+        PemnTunerLayer.__init__(self)
+        self.spec = spec
+
+    @property
+    def in_features(self) -> int:
+        """Inputs that one output sums over."""
+        return self.fan_in
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs."""
+        return max(int(torch.Size(self.shape).numel()) // self.fan_in, 1)
+
+    def add_mask(self, adapter_name: str, config: PemnConfig) -> None:
+        """Give an adapter its mask of this weight.
+
+        Args:
+            adapter_name: The adapter.
+            config: Its configuration. With ``inference_mode`` the mask is bits: the place for them
+                where a file is about to be read, else the initial mask.
+        """
+        loading = config.inference_mode and config.file is not None
+        scores = None if loading else initial_scores(config, self.target, self.shape, self.fan_in)
+        stored = None
+        if config.inference_mode:
+            weights = int(torch.Size(self.shape).numel())
+            start = scores if scores is not None else torch.empty(0)
+            stored = bits.empty(weights) if loading else bits.pack(config.selection.mask(start))
+            scores = None
+        mask = AdapterMask(
+            self.target,
+            self.shape,
+            config.selection,
+            scaled=config.scale == "sqrt_density",
+            scores=scores,
+            stored=stored,
+        )
+        self.pemn_masks[adapter_name] = mask
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def mask_of(self, adapter_name: str) -> AdapterMask:
+        """Return an adapter's mask of this weight."""
+        return cast("AdapterMask", self.pemn_masks[adapter_name])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fix the effective weight of these adapters (default: the active ones).
+
+        Args:
+            safe_merge: Refuse scores or weights that are not finite.
+            adapter_names: Adapters to merge.
+
+        Raises:
+            NonFiniteScoresError: With ``safe_merge``, if scores are not finite.
+            ValueError: With ``safe_merge``, if merged weights are not finite.
+        """
+        wanted = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in wanted if name in self.pemn_masks]
+        if not names:
+            return
+        if safe_merge:
+            for name in names:
+                scores = self.mask_of(name).scores
+                if scores is not None:
+                    check_finite(scores, f"{self.target} (adapter {name})")
+        weight = self.merge_names(names)
+        if safe_merge and not torch.isfinite(weight).all():
+            message = f"NaNs detected in the merged weights of {self.target}: adapters {names}."
+            raise ValueError(message)
+        self.merged_weight = weight
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Drop the fixed effective weight."""
+        super().unmerge()
+        self.merged_weight = None
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> None:
+        """Leave a plain layer behind: PEFT calls this on every tuner layer.
+
+        Args:
+            merge: Whether the layer keeps the masked weight.
+            safe_merge: As in `merge`.
+            adapter_names: As in `merge`.
+        """
+        with onload_layer(self.owner):
+            if merge:
+                self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            surgery.restore_parameter(self, self.merged_weight if merge else None)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Masks are not additive, so they have no LoRA form."""
+        return False
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        base = self.bank.values if self.bank is not None else self.own_weight()
+        place = device if device is not None else (base.device if base is not None else None)
+        mask = self.pemn_masks[adapter_name] if adapter_name in self.pemn_masks else None
+        if place is None or mask is None or place.type == "meta":
+            return
+        if self.mask_of(adapter_name).store.device.type != "meta":
+            mask.to(place)
+
+
+class PemnTaskLayer(PemnTunerLayer, TaskTensors):
+    """A task's copies of one module's unmasked tensors, by adapter."""
+
+    adapter_layer_names = ("pemn_tensors",)
+    other_param_names = ()
+
+    def __init__(self, owner: nn.Module, target: str) -> None:
+        TaskTensors.__init__(self, owner, target)
+        PemnTunerLayer.__init__(self)
+
+    def active_adapter_names(self) -> Sequence[str]:
+        """Return the adapters whose tensors are in force; merged ones stay in force."""
+        return [] if self._disable_adapters else (self.merged_adapters or self.active_adapters)
+
+    def add_tensors(self, adapter_name: str, owned: Sequence[Owned], *, keeps_eval: bool) -> None:
+        """Give an adapter its copies, starting from the module's own values.
+
+        Args:
+            adapter_name: The adapter.
+            owned: The tensors of this module.
+            keeps_eval: Whether the module stays in eval mode while this adapter trains.
+        """
+        trained: dict[str, Tensor] = {}
+        carried: dict[str, Tensor] = {}
+        for item in owned:
+            base = self.base(item.tensor)
+            if base is not None:
+                (trained if item.trained else carried)[item.tensor] = base
+        self.pemn_tensors[adapter_name] = TensorSet(trained, carried, keeps_eval=keeps_eval)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Keep these adapters' tensors in force; nothing is computed.
+
+        Args:
+            safe_merge: Has no meaning here.
+            adapter_names: Adapters to merge; default the active ones.
+        """
+        wanted = check_adapters_to_merge(self, adapter_names)
+        self.merged_adapters.extend(name for name in wanted if name in self.pemn_tensors)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> None:
+        """Leave a plain module behind.
+
+        Args:
+            merge: Whether it keeps the task's values.
+            safe_merge: Has no meaning here.
+            adapter_names: As in `merge`.
+        """
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        surgery.restore_tensors(self, keep_active=merge)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        if adapter_name not in self.pemn_tensors:
+            return
+        entry = self.pemn_tensors[adapter_name]
+        for name in [*entry._parameters, *entry._buffers]:
+            base, held = self.base(name), entry._parameters.get(name, entry._buffers.get(name))
+            if base is not None and held is not None and "meta" not in (
+                base.device.type,
+                held.device.type,
+            ):
+                entry.to(device if device is not None else base.device)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.pemn_tensors.keys())
+
+
+def initial_scores(config: PemnConfig, target: str, shape: tuple[int, ...], fan_in: int) -> Tensor:
+    """Return the scores that training starts from, float32, the same on every machine.
+
+    Args:
+        config: Says how: a constant, or U(-b, b) with b = 1 / sqrt(fan_in), which is torch's
+            ``kaiming_uniform_(a=sqrt(5))`` (PEMN's released code; edge-popup).
+        target: Name of the weight; each has a stream of its own.
+        shape: Shape of the weight.
+        fan_in: Inputs that one output sums over.
+    """
+    if not isinstance(config.score_init, str):
+        return torch.full(shape, cast("float", config.score_init), dtype=torch.float32)
+    count = int(torch.Size(shape).numel())
+    values: Any = rng.uniform(config.seed, f"scores/{target}", count, fan_in**-0.5)
+    return torch.from_numpy(values).view(shape)

@@ -1,0 +1,39 @@
+"""Rewrite a torch model's weights as shared frozen numbers times learned binary masks.
+
+    from pemn_surgery import pemnify, plan, PemnConfig, PemnCallback
+
+Names are imported when they are first used, so that ``import pemn_surgery`` does not import
+transformers, timm or PEFT.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pemn_surgery import errors
+
+if TYPE_CHECKING:
+    from pemn_surgery.adapters import PemnConfig, pemnify, plan
+    from pemn_surgery.trainer import PemnCallback, for_trainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "pemnify": "pemn_surgery.adapters",
+    "plan": "pemn_surgery.adapters",
+    "PemnConfig": "pemn_surgery.adapters",
+    "PemnCallback": "pemn_surgery.trainer",
+    "for_trainer": "pemn_surgery.trainer",
+}
+
+__all__ = ["PemnCallback", "PemnConfig", "__version__", "errors", "for_trainer", "pemnify", "plan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

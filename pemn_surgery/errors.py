@@ -1,0 +1,57 @@
+"""Every named error of the package.
+
+Each message says what was given, what is needed and what to do. An error is raised before
+anything changes: a refused call leaves the model as it was.
+"""
+
+
+class PemnError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(PemnError, ValueError):
+    """An option has a value that it cannot have."""
+
+
+class UnsupportedModelError(PemnError, ValueError):
+    """The given object is not a model that can be rewritten, for example a DDP wrapper."""
+
+
+class AlreadyPemnifiedError(PemnError, ValueError):
+    """The model already carries masks."""
+
+
+class NothingToMaskError(PemnError, ValueError):
+    """No weight of the model would be masked."""
+
+
+class BankMismatchError(PemnError, ValueError):
+    """An adapter draws from another bank than the one that the model already has."""
+
+
+class FingerprintError(PemnError, ValueError):
+    """An adapter was trained on another base (bank or own weights) than the given one."""
+
+
+class ArchitectureError(PemnError, ValueError):
+    """The masks of an adapter do not fit the weights of the model."""
+
+
+class AdapterFileError(PemnError, ValueError):
+    """An adapter file is missing, truncated or altered."""
+
+
+class MaskFormatError(AdapterFileError):
+    """A stored mask is damaged, of another version, or not a mask at all."""
+
+
+class MaskNotLoadedError(PemnError, RuntimeError):
+    """A mask is used whose bits have never been loaded."""
+
+
+class NonFiniteScoresError(PemnError, ValueError):
+    """Scores contain NaN or infinity, so that no mask can be chosen from them."""
+
+
+class RecipeError(PemnError, ValueError):
+    """A recipe is incomplete or cannot be run as written."""

@@ -1,0 +1,125 @@
+"""The task's other tensors: norms, their running statistics, biases, a position embedding.
+
+Beside its masks an adapter owns some unmasked tensors of the model. Each module that has such
+tensors carries one child, `TaskTensors`, with one `TensorSet` per adapter; the module's own tensors
+stay as they are and serve while adapters are disabled.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class TensorSet(nn.Module):
+    """One adapter's copies of one module's tensors, under the same names.
+
+    Trained tensors are parameters; tensors that only move (statistics) or only have to be saved
+    are buffers, so that nothing ever asks them for a gradient.
+
+    Attributes:
+        keeps_eval: Whether the module stays in eval mode while this adapter trains.
+    """
+
+    def __init__(
+        self, trained: dict[str, Tensor], carried: dict[str, Tensor], *, keeps_eval: bool
+    ) -> None:
+        super().__init__()
+        self.keeps_eval = keeps_eval
+        for name, tensor in trained.items():
+            self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
+        for name, tensor in carried.items():
+            self.register_buffer(name, tensor.detach().clone())
+
+    def forward(self, name: str) -> Tensor | None:
+        """Return the tensor of this name, or None where this adapter has none.
+
+        Reading is a call, so that hooks which bring offloaded tensors in (accelerate) run.
+
+        Args:
+            name: Name of the tensor on the module.
+        """
+        parameter = self._parameters.get(name)
+        return parameter if parameter is not None else self._buffers.get(name)
+
+    def holds(self, name: str) -> bool:
+        """Tell whether this adapter has a tensor of this name."""
+        return name in self._parameters or name in self._buffers
+
+
+class TaskTensors(nn.Module):
+    """Chooses between a module's own tensors and those of the active adapter.
+
+    Attributes:
+        target: Path of the module within the model.
+        shared_with: Further modules (and tensor names) that hold the same, tied tensor.
+        pemn_tensors: The tensor sets by adapter name.
+    """
+
+    def __init__(self, owner: nn.Module, target: str) -> None:
+        super().__init__()
+        # In a list, so that the owner is not registered as a child of its own child.
+        self._owner = [owner]
+        self.shared_with: list[tuple[nn.Module, str]] = []
+        self.target = target
+        self.pemn_tensors = nn.ModuleDict()
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module whose tensors these replace."""
+        return self._owner[0]
+
+    def active_adapter_names(self) -> Sequence[str]:
+        """Return the active adapters; without PEFT every adapter is."""
+        return list(self.pemn_tensors.keys())
+
+    def base(self, name: str) -> Tensor | None:
+        """Return the module's own tensor.
+
+        Raises:
+            AttributeError: If the module has none of this name at the moment.
+        """
+        for table in (self.owner._parameters, self.owner._buffers, self.owner.__dict__):
+            if name in table:
+                return table[name]
+        message = f"{type(self.owner).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(message)
+
+    def read(self, name: str) -> Tensor | None:
+        """Return the tensor in force: the first active adapter's that has one, else the own one.
+
+        A trained copy may be wider than the base (float32 beside bfloat16); it is read in the
+        base's dtype.
+        """
+        base = self.base(name)
+        if base is None or (base.is_meta and self._is_offloaded()):
+            return base
+        owned = self.active_tensor(name)
+        return base if owned is None else owned.to(base.dtype)
+
+    def active_tensor(self, name: str) -> Tensor | None:
+        """Return the first active adapter's tensor of this name, or None."""
+        for adapter in self.active_adapter_names():
+            if adapter in self.pemn_tensors and self.pemn_tensors[adapter].holds(name):
+                return self.pemn_tensors[adapter](name)
+        return None
+
+    def write(self, name: str, value: Tensor | None) -> bool:
+        """Replace the active adapter's buffer of this name; return False where there is none."""
+        for adapter in self.active_adapter_names():
+            if adapter in self.pemn_tensors and name in self.pemn_tensors[adapter]._buffers:
+                self.pemn_tensors[adapter]._buffers[name] = value
+                return True
+        return False
+
+    def _is_offloaded(self) -> bool:
+        """Whether accelerate has taken the module's tensors out: it reads the place, not values."""
+        return "_hf_hook" in self.owner.__dict__
+
+    def keeps_eval(self) -> bool:
+        """Tell whether an active adapter wants the module to stay in eval mode."""
+        active = self.active_adapter_names()
+        return any(self.pemn_tensors[name].keeps_eval for name in active if name in self.pemn_tensors)
+
+    def extra_repr(self) -> str:
+        """Show the owner."""
+        return self.target
