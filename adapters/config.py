@@ -168,10 +168,11 @@ class PemnConfig(PeftConfig):
     @property
     def bank_spec(self) -> BankSpec:
         """Everything that decides the frozen numbers, but the model."""
+        is_seeded = self.bank_init != "model" or self.permute
         return BankSpec(
             bank=self.bank,
             init=cast("InitName", self.bank_init),
-            seed=self.seed,
+            seed=self.seed if is_seeded else 0,
             ratio=self.ratio,
             length=self.length,
             permute=self.permute,

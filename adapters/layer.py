@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pemn_surgery import bits, rng, surgery
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
+from pemn_surgery.errors import NonFiniteScoresError
 from pemn_surgery.masked import AdapterMask, MaskedWeight
 from pemn_surgery.planning import Owned, Target
 from pemn_surgery.selector import check_finite
@@ -94,6 +95,11 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         """Number of outputs."""
         return max(int(torch.Size(self.shape).numel()) // self.fan_in, 1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the effective weight."""
+        return self.fill().dtype
+
     def add_mask(self, adapter_name: str, config: PemnConfig) -> None:
         """Give an adapter its mask of this weight.
 
@@ -133,22 +139,18 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             adapter_names: Adapters to merge.
 
         Raises:
-            NonFiniteScoresError: With ``safe_merge``, if scores are not finite.
-            ValueError: With ``safe_merge``, if merged weights are not finite.
+            NonFiniteScoresError: With ``safe_merge``, if scores or weights are not finite.
         """
         wanted = check_adapters_to_merge(self, adapter_names)
         names = [name for name in wanted if name in self.pemn_masks]
         if not names:
             return
         if safe_merge:
-            for name in names:
-                scores = self.mask_of(name).scores
-                if scores is not None:
-                    check_finite(scores, f"{self.target} (adapter {name})")
+            self._check_scores(names)
         weight = self.merge_names(names)
         if safe_merge and not torch.isfinite(weight).all():
             message = f"NaNs detected in the merged weights of {self.target}: adapters {names}."
-            raise ValueError(message)
+            raise NonFiniteScoresError(message)
         self.merged_weight = weight
         self.merged_adapters.extend(names)
 
@@ -171,6 +173,21 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             if merge:
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             surgery.restore_parameter(self, self.merged_weight if merge else None)
+
+    def _check_scores(self, names: Sequence[str]) -> None:
+        """A NaN score vanishes in a comparison, so the merged weight alone would not show it."""
+        for name in names:
+            scores = self.mask_of(name).scores
+            if scores is None:
+                continue
+            try:
+                check_finite(scores, self.target)
+            except NonFiniteScoresError as error:
+                message = (
+                    "NaNs detected in the merged weights. "
+                    f"The adapter {name} seems to be broken: {error}"
+                )
+                raise NonFiniteScoresError(message) from error
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Masks are not additive, so they have no LoRA form."""

@@ -98,6 +98,14 @@ class PemnModel(BaseTuner):
         names = [target.name for target in self._pending.plan.targets]
         return [name for name in names if any(name.endswith(item) for item in wanted)]
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep what trains in float32, or in its layer's dtype if autocast was turned off."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for module in self.model.modules():
+                if isinstance(module, PemnLayer) and adapter_name in module.pemn_masks:
+                    module.mask_of(adapter_name).to(module.dtype)
+
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module | None, child: nn.Module
     ) -> None:
@@ -417,7 +425,8 @@ def _matcher(config: PemnConfig, model: nn.Module) -> PemnConfig:
     """Return a configuration whose ``target_modules`` PEFT's own matching understands."""
     matcher = copy.copy(config)
     if matcher.target_modules is None and not matcher.target_parameters:
-        matcher.target_modules = {path for path, _ in base_modules(model) if path}
+        # Last parts of the names: PEFT applies layers_to_transform to names matched by their end.
+        matcher.target_modules = {path.rpartition(".")[2] for path, _ in base_modules(model) if path}
     elif isinstance(matcher.target_modules, str):
         _maybe_include_all_linear_layers(matcher, model)
     return matcher
@@ -426,7 +435,7 @@ def _matcher(config: PemnConfig, model: nn.Module) -> PemnConfig:
 def _match(config: PemnConfig, path: str) -> Any:
     if config.target_modules is None and not config.target_parameters:
         config = copy.copy(config)
-        config.target_modules = {path}
+        config.target_modules = {path.rpartition(".")[2]}
     return check_target_module_exists(config, path)
 
 

@@ -27,7 +27,7 @@ from pemn_surgery.errors import RecipeError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 VERSIONS = ("pemn-surgery", "torch", "torchvision", "peft", "datasets")
 COLUMNS = ("arm", "best (epoch)", "last", "published", "best - published", "bytes", "s/epoch")
@@ -239,6 +239,7 @@ def run(recipe: Recipe, options: Options, console: Console | None = None) -> dic
     published = recipe.case(options.case).published
     arms = recipe.module("run").train(recipe, options, console or Console())
     ran, cpu = min(len(arm.history) for arm in arms), _processor()
+    cut = f"; a trial on {options.limit} images of each split" if options.limit else ""
     return {
         "schema": 1,
         "recipe": recipe.name,
@@ -249,7 +250,7 @@ def run(recipe: Recipe, options: Options, console: Console | None = None) -> dic
         "date": time.strftime("%Y-%m-%d"),
         "seed": options.seed,
         "epochs": {"run": ran, "paper": recipe.paper_epochs},
-        "note": f"epochs: {ran} of the paper's {recipe.paper_epochs}",
+        "note": f"epochs: {ran} of the paper's {recipe.paper_epochs}{cut}",
         "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {"python": platform.python_version()} | {n: _version(n) for n in VERSIONS},
         "arms": {arm.name: arm.summary(published.get(arm.name)) for arm in arms},

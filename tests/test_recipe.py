@@ -333,6 +333,14 @@ def test_a_run_is_never_overwritten_or_mixed(change, message, options):
         recipes.run(tiny(), dataclasses.replace(options, **change), quiet())
 
 
+def test_a_trial_says_that_it_is_one(options):
+    given = dataclasses.replace(options, limit=10, epochs=1)
+    result = recipes.run(tiny(), given, quiet())
+    assert result["note"] == "epochs: 1 of the paper's 100; a trial on 10 images of each split"
+    assert given.label == "tiny-e1-s3-limit10"
+    assert result["arms"]["dense"]["settings"]["train"] == 10
+
+
 def test_global_generator_is_left_as_it_was(options):
     before = torch.get_rng_state()
     recipes.run(tiny(), options, quiet())
@@ -401,9 +409,9 @@ def test_table_shows_best_last_and_difference():
     arm = {"best": row, "last": row | {"test_accuracy": 79.5}, "history": [row]}
     arm |= {"published": {"accuracy": 88.89}, "bytes": {"total": 1234}}
     given = {"recipe": "r", "case": "c", "note": "epochs: 3 of the paper's 100", "arms": {"m": arm}}
-    console = quiet()
-    console.print(recipes.compare(given))
-    text = console.file.getvalue()
+    out = io.StringIO()
+    Console(file=out, width=200).print(recipes.compare(given))
+    text = out.getvalue()
     for cell in ("80.00 (3)", "79.50", "88.89", "-8.89", "1,234", "2.0", "3 of the paper's 100"):
         assert cell in text
 

@@ -103,7 +103,7 @@ def _convmixer() -> v2.Transform:
     out. Erasing writes the mean colour, which is the zero of the normalised image.
     """
     steps = [v2.RandomHorizontalFlip(), v2.RandAugment(2, 12), v2.ColorJitter(0.2, 0.2, 0.2)]
-    return v2.Compose([*steps, v2.RandomErasing(0.2, value=PIXEL_MEAN)])
+    return v2.Compose([*steps, v2.RandomErasing(0.2, value=PIXEL_MEAN)])  # pyright: ignore[reportArgumentType] - its docs allow a sequence
 
 
 def _each(images: Tensor) -> Tensor:

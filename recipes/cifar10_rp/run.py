@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -115,7 +116,7 @@ class Run:
         splits = self.pipeline.load(source, self.options.work, data["image"], data["label"])
         return [(x[:cut], y[:cut]) for x, y in (splits["train"], splits["test"])]
 
-    def _settings(self, arm: str) -> dict[str, object]:
+    def _settings(self, arm: str) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
         options, kept = asdict(self.options), ("case", "epochs", "seed", "precision")
         sizes = {"train": len(self.train[1]), "test": len(self.test[1])}
