@@ -227,13 +227,12 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
             owned: The tensors of this module.
             keeps_eval: Whether the module stays in eval mode while this adapter trains.
         """
-        trained: dict[str, Tensor] = {}
-        carried: dict[str, Tensor] = {}
+        copies = TensorSet(keeps_eval=keeps_eval)
         for item in owned:
             base = self.base(item.tensor)
             if base is not None:
-                (trained if item.trained else carried)[item.tensor] = base
-        self.pemn_tensors[adapter_name] = TensorSet(trained, carried, keeps_eval=keeps_eval)
+                copies.add(item.tensor, base, trained=item.trained, saved=item.saved)
+        self.pemn_tensors[adapter_name] = copies
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Keep these adapters' tensors in force; nothing is computed.

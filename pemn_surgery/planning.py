@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from pemn_surgery import bank as banks
-from pemn_surgery import bits
+from pemn_surgery import bits, report
 from pemn_surgery.bank import BankSpec, Layout, Shape
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.task import TaskTensors
+
+# Below this share of masked weights a plan says so loudly.
+_LOW_COVERAGE = 0.9
 
 RestName = Literal["train", "norms", "stats", "freeze"]
 
@@ -88,6 +91,7 @@ class Owned:
         floats: Number of elements.
         nbytes: Size of one copy in bytes.
         trained: Whether it is trained; otherwise it moves (statistics) or is only saved.
+        saved: Whether it is in the task's file: not a batch counter that nothing reads.
         tied_to: Name of the owned tensor that it is the same tensor as, or "".
     """
 
@@ -96,6 +100,7 @@ class Owned:
     floats: int
     nbytes: int
     trained: bool
+    saved: bool = True
     tied_to: str = ""
 
     @property
@@ -149,7 +154,7 @@ class Plan:
     @property
     def other_bytes(self) -> int:
         """Bytes of one task's other tensors."""
-        return sum(item.nbytes for item in self.owned if not item.tied_to)
+        return sum(item.nbytes for item in self.owned if item.saved and not item.tied_to)
 
     @property
     def bank_floats(self) -> int:
@@ -180,11 +185,46 @@ class Plan:
         }
         return {**asdict(self), "totals": totals}
 
-    def __str__(self) -> str:
-        """Return the plan as a table."""
-        from pemn_surgery.report import plan_text
+    def groups(self) -> list[dict[str, Any]]:
+        """Return one row for each group of like tensors: repeated blocks become one row."""
+        rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        items = [*((item, "mask", "") for item in self.targets)]
+        for item, action, reason in [*items, *((item, "leave", item.reason) for item in self.left)]:
+            key = (group_pattern(item.name), item.kind, item.shape, action, group_pattern(reason))
+            row = rows.setdefault(key, _row(key))
+            row["count"] += 1
+            row["weights"] += item.weights
+        return list(rows.values())
 
-        return plan_text(self)
+    def table(self) -> Table:
+        """Return the plan as a table for people."""
+        table = report.table(
+            f"{self.masked_weights:,} of {self.maskable_weights:,} maskable weights masked "
+            f"({self.coverage:.1%}), bank {self.spec.bank}",
+            ("tensor", "class", "shape", "count", "weights", "action", "reason"),
+            ([str(value) for value in row.values()] for row in self.groups()),
+        )
+        table.caption = (
+            f"bank {self.bank_floats:,} numbers; a task {self.mask_bytes:,} bytes of masks + "
+            f"{self.other_bytes:,} of other tensors; "
+            f"{self.ratio(4):.1f} x smaller than float32, {self.ratio(2):.1f} x than 16 bits"
+        )
+        return table
+
+    def __str__(self) -> str:
+        """Return the plan as a table in plain text, with a warning where much stays unmasked."""
+        text = report.as_text(self.table())
+        if self.coverage < _LOW_COVERAGE:
+            unmasked = self.maskable_weights - self.masked_weights
+            text += f"WARNING: {unmasked:,} maskable weights stay unmasked; see the reasons above.\n"
+        return text
+
+
+def _row(key: tuple[Any, ...]) -> dict[str, Any]:
+    names = ("tensor", "class", "shape", "count", "weights", "action", "reason")
+    pattern, kind, shape, action, reason = key
+    shown = "x".join(map(str, shape))
+    return dict(zip(names, (pattern, kind, shown, 0, 0, action, reason), strict=True))
 
 
 @dataclass(frozen=True)
@@ -390,14 +430,16 @@ def _owned(model: nn.Module, request: Request, masked: set[str]) -> Iterator[Own
         if request.is_saved_whole(path):
             continue
         for name, tensor in _unmasked_tensors(path, module, masked):
-            trained = isinstance(tensor, nn.Parameter) and _is_trained(module, request)
+            can_train = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            trained = can_train and _is_trained(module, request)
             if not (trained or _is_carried(module, name, tensor, request)):
                 continue
             full = f"{path}.{name}" if path else name
             first = seen.setdefault(id(tensor), full)
             size = tensor.numel() * tensor.element_size()
             tied_to = "" if first == full else first
-            yield Owned(path, name, tensor.numel(), size, trained, tied_to)
+            saved = not _is_idle_counter(module, name)
+            yield Owned(path, name, tensor.numel(), size, trained, saved, tied_to)
 
 
 def _unmasked_tensors(
@@ -427,6 +469,11 @@ def _is_carried(module: nn.Module, name: str, tensor: Tensor, request: Request) 
     return not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
 
 
+def _is_idle_counter(module: nn.Module, name: str) -> bool:
+    """Tell whether a tensor is BatchNorm's batch counter, which is read only without a momentum."""
+    return name == "num_batches_tracked" and getattr(module, "momentum", None) is not None
+
+
 def _frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:
     if request.rest == "freeze":
         for path, module in base_modules(model):
@@ -446,9 +493,3 @@ def _count_parameters(model: nn.Module, slots: Sequence[_Slot]) -> int:
 def group_pattern(name: str) -> str:
     """Return a name with every number replaced by ``*``: what repeated blocks have in common."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first tensor, the CPU for a model without any."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")

@@ -20,15 +20,24 @@ class TensorSet(nn.Module):
         keeps_eval: Whether the module stays in eval mode while this adapter trains.
     """
 
-    def __init__(
-        self, trained: dict[str, Tensor], carried: dict[str, Tensor], *, keeps_eval: bool
-    ) -> None:
+    def __init__(self, *, keeps_eval: bool) -> None:
         super().__init__()
         self.keeps_eval = keeps_eval
-        for name, tensor in trained.items():
-            self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
-        for name, tensor in carried.items():
-            self.register_buffer(name, tensor.detach().clone())
+
+    def add(self, name: str, base: Tensor, *, trained: bool, saved: bool) -> None:
+        """Take a copy of one of the module's tensors.
+
+        Args:
+            name: Its name on the module.
+            base: Its value.
+            trained: Whether it becomes a parameter.
+            saved: Whether it is part of the state dict.
+        """
+        value = base.detach().clone()
+        if trained:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value, persistent=saved)
 
     def forward(self, name: str) -> Tensor | None:
         """Return the tensor of this name, or None where this adapter has none.

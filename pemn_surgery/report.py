@@ -1,0 +1,82 @@
+"""Tables and plots."""
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_TEXT_WIDTH = 140
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table for people; columns of numbers are aligned to the right.
+
+    Args:
+        title: What it shows.
+        columns: Headings.
+        rows: Cells, one for each heading.
+    """
+    cells = [list(row) for row in rows]
+    result = Table(title=title, title_justify="left", caption_justify="left")
+    for place, heading in enumerate(columns):
+        numeric = bool(cells) and all(_is_number(row[place]) for row in cells)
+        result.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        result.add_row(*row)
+    return result
+
+
+def as_text(renderable: Table) -> str:
+    """Return a table as plain text.
+
+    Args:
+        renderable: The table.
+    """
+    buffer = io.StringIO()
+    Console(file=buffer, width=_TEXT_WIDTH, color_system=None, force_terminal=False).print(renderable)
+    return buffer.getvalue()
+
+
+def scatter(
+    path: Path, points: Mapping[str, Sequence[tuple[float, float]]], labels: tuple[str, str], title: str
+) -> None:
+    """Save a scatter plot with a logarithmic x axis.
+
+    Args:
+        path: Where; the ending decides the format.
+        points: (x, y) pairs by series.
+        labels: Names of the x and y axes.
+        title: What it shows.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    figure, axes = _figure()
+    for (name, series), marker in zip(points.items(), "osD^vP*X" * len(points), strict=False):
+        axes.plot(*zip(*series, strict=True), marker, label=name, markersize=9, alpha=0.85)
+    axes.set_xscale("log")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_title(title, loc="left")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def _figure() -> tuple[Any, Any]:
+    """Return a figure that needs no screen, and its axes."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        message = 'Plots need matplotlib: pip install "pemn-surgery[train]".'
+        raise ImportError(message) from error
+    figure = Figure(figsize=(7.0, 4.2))
+    return figure, figure.add_subplot()
+
+
+def _is_number(text: str) -> bool:
+    return bool(text) and text.replace(",", "").replace(".", "").replace("%", "").strip(" x+-").isdigit()

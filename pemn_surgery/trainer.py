@@ -1,0 +1,152 @@
+"""Training with transformers' ``Trainer``: a callback, and timm models that it can drive."""
+
+import copyreg
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pemn_surgery import bits
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.layer import PemnLayer
+
+
+class PemnCallback(TrainerCallback):
+    """Logs masks while they train, keeps checkpoints resumable and the final save small.
+
+    While a ``Trainer`` with this callback trains, its checkpoints hold float scores, so a resumed
+    run equals an uninterrupted one bit for bit; when training ends, saving writes masks as bits
+    again. Each log carries ``pemn_density``, the share of ones, and ``pemn_flips``, the number of
+    mask bits that changed since the log before.
+
+    Example:
+        >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[PemnCallback()]).train()
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[str, Tensor] = {}
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep scores from the start: a resume reads the checkpoint before training begins."""
+        _keep_scores(kwargs["model"], keep=True)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the first masks."""
+        _keep_scores(kwargs["model"], keep=True)
+        self._before = _packed_masks(kwargs["model"])
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add density and flips to the logs of a training step."""
+        logs: dict[str, Any] | None = kwargs.get("logs")
+        if logs is None or "loss" not in logs:
+            return
+        now = _packed_masks(kwargs["model"])
+        figures = {"pemn_density": _density(kwargs["model"]), "pemn_flips": _flips(self._before, now)}
+        self._before = now
+        logs.update(figures)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(figures)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From now on saving writes masks only."""
+        _keep_scores(kwargs["model"], keep=False)
+
+
+def for_trainer(model: nn.Module) -> nn.Module:
+    """Let ``Trainer`` drive a timm (or any other) image classifier; call it before `pemnify`.
+
+    The model's class is changed in place, so every state-dict key stays the bare model's. Its
+    forward then takes ``pixel_values`` and ``labels`` and returns ``{"loss": ..., "logits": ...}``
+    (cross entropy); without labels the loss is left out.
+
+    Args:
+        model: A module whose forward takes a batch of images and returns logits.
+
+    Returns:
+        The same module.
+    """
+    if not isinstance(type(model), _TrainableClass):
+        model.__class__ = _trainable_class(type(model))
+    return model
+
+
+class _TrainableClass(type):
+    """Marks the classes that `for_trainer` makes, and lets pickle find them again."""
+
+    original: type[nn.Module]
+
+
+@functools.cache
+def _trainable_class(original: type[nn.Module]) -> type[nn.Module]:
+    def forward(
+        self: nn.Module, pixel_values: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        logits = original.forward(self, pixel_values)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    namespace = {
+        "forward": forward,
+        "main_input_name": "pixel_values",
+        "original": original,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    return _TrainableClass(original.__name__, (original,), namespace)
+
+
+copyreg.pickle(_TrainableClass, lambda made: (_trainable_class, (made.original,)))
+
+
+def _configs(model: nn.Module) -> Iterator[PemnConfig]:
+    inner = model
+    while not hasattr(inner, "peft_config") and isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module  # DDP and the like
+    configs: dict[str, Any] = getattr(inner, "peft_config", {})
+    yield from (config for config in configs.values() if isinstance(config, PemnConfig))
+
+
+def _keep_scores(model: nn.Module, *, keep: bool) -> None:
+    for config in _configs(model):
+        config.keep_scores = keep
+
+
+def _active_masks(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for module in model.modules():
+        if isinstance(module, PemnLayer):
+            for name in module.names_in_use():
+                with torch.no_grad():
+                    yield f"{module.target}/{name}", module.mask_of(name).mask()
+
+
+def _packed_masks(model: nn.Module) -> dict[str, Tensor]:
+    return {name: bits.pack(mask) for name, mask in _active_masks(model)}
+
+
+def _density(model: nn.Module) -> float:
+    counts = [(int(mask.sum()), mask.numel()) for _, mask in _active_masks(model)]
+    return sum(ones for ones, _ in counts) / max(sum(weights for _, weights in counts), 1)
+
+
+def _flips(before: dict[str, Tensor], now: dict[str, Tensor]) -> int:
+    return sum(_differing_bits(before[name], now[name]) for name in now if name in before)
+
+
+def _differing_bits(first: Tensor, second: Tensor) -> int:
+    weights = 8 * (first.numel() - bits.HEADER_BYTES)
+    shape = (weights,)
+    return int((bits.unpack(first, shape) != bits.unpack(second, shape)).sum())
