@@ -1,7 +1,9 @@
 """Masks as a PEFT method. Importing this package makes PEFT know it."""
 
 if __name__ == "adapters":  # a top-level `adapters` is another project (AdapterHub)
-    message = "Import this package as pemn_surgery.adapters; the folder is not on the path by itself."
+    message = (
+        "Import this package as pemn_surgery.adapters; the folder is not on the path by itself."
+    )
     raise ImportError(message)
 
 from pemn_surgery.adapters.api import pemnify, plan

@@ -5,10 +5,11 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.model import check_fresh, check_model, plan_for, set_default_head
+from pemn_surgery.adapters.matching import plan_for, set_default_head
 from pemn_surgery.errors import ConfigError
-from pemn_surgery.planning import Plan
+from pemn_surgery.targets import Plan
 
 
 def pemnify(

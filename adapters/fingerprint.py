@@ -1,9 +1,9 @@
 """Identifies the base that masks belong to, so that they never load onto another one.
 
-The base is the frozen numbers under the masks. Where a seed makes them, the fingerprint hashes the
-recipe (bank, seed, prototypes) and the targets; otherwise it hashes the values. A checkpoint trained
-in float32 is often served in bfloat16 or float16, so the values are hashed once per type that they
-can be rounded to, and two fingerprints agree if they agree wherever both are known.
+The base is the frozen numbers under the masks. Where a seed makes them, the fingerprint hashes how
+(bank, seed, prototypes) and the targets; otherwise it hashes the values. A checkpoint that was
+trained in float32 is often served in bfloat16 or float16, so the values are hashed once per type
+that they can be rounded to, and two fingerprints agree if they agree wherever both are known.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """The PEFT tuner layers: the children that surgery hangs on the model's own modules.
 
 PEFT takes everything on a tuner layer for adapter: trained, saved, left out of the base's state
-dict. Here that is simply true, because a tuner layer holds masks (or a task's tensors) and nothing of
-the base.
+dict. Here that is simply true, because a tuner layer holds masks (or a task's tensors) and nothing
+of the base.
 """
 
 import warnings
@@ -18,8 +18,8 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
 from pemn_surgery.errors import NonFiniteScoresError
 from pemn_surgery.masked import AdapterMask, MaskedWeight
-from pemn_surgery.planning import Owned, Target
 from pemn_surgery.selector import check_finite
+from pemn_surgery.targets import Owned, Target
 from pemn_surgery.task import TaskTensors, TensorSet
 
 
@@ -76,9 +76,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     adapter_layer_names = ("pemn_masks",)
     other_param_names = ()
 
-    def __init__(
-        self, owner: nn.Module, target: Target, spec: BankSpec, bank: Bank | None
-    ) -> None:
+    def __init__(self, owner: nn.Module, target: Target, spec: BankSpec, bank: Bank | None) -> None:
         MaskedWeight.__init__(
             self, owner, target.name, target.parameter, target.shape, target.fan_in, bank
         )
@@ -198,10 +196,10 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     ) -> None:
         base = self.bank.values if self.bank is not None else self.own_weight()
         place = device if device is not None else (base.device if base is not None else None)
-        mask = self.pemn_masks[adapter_name] if adapter_name in self.pemn_masks else None
-        if place is None or mask is None or place.type == "meta":
+        if place is None or place.type == "meta" or adapter_name not in self.pemn_masks:
             return
-        if self.mask_of(adapter_name).store.device.type != "meta":
+        mask = self.mask_of(adapter_name)
+        if mask.store.device.type != "meta":
             mask.to(place)
 
 
@@ -266,9 +264,14 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
         entry = self.pemn_tensors[adapter_name]
         for name in [*entry._parameters, *entry._buffers]:
             base, held = self.base(name), entry._parameters.get(name, entry._buffers.get(name))
-            if base is not None and held is not None and "meta" not in (
-                base.device.type,
-                held.device.type,
+            if (
+                base is not None
+                and held is not None
+                and "meta"
+                not in (
+                    base.device.type,
+                    held.device.type,
+                )
             ):
                 entry.to(device if device is not None else base.device)
 

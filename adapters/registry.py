@@ -34,7 +34,9 @@ def register(config_class: type, model_class: type) -> None:
     if PEMN in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
         return
     try:
-        register_peft_method(name="pemn", config_cls=config_class, model_cls=model_class, prefix=PREFIX)
+        register_peft_method(
+            name="pemn", config_cls=config_class, model_cls=model_class, prefix=PREFIX
+        )
     except ValueError:  # not a member of PeftType: no door for outsiders yet
         key = cast("Any", PEMN)
         peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[key] = config_class

@@ -184,7 +184,9 @@ def build(
     Returns:
         The bank.
     """
-    values = [_values(layout.spec, shape, prototype, weight_of) for shape, prototype in layout.by_shape]
+    values = [
+        _values(layout.spec, shape, prototype, weight_of) for shape, prototype in layout.by_shape
+    ]
     return Bank(layout, torch.cat(values).to(device=device, dtype=dtype))
 
 

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from pemn_surgery import bits
 from pemn_surgery.bank import Bank
@@ -52,6 +51,7 @@ class AdapterMask(nn.Module):
         self.shape = shape
         self.selector = selector
         self.scaled = scaled
+        self._verified: tuple[int, int] | None = None  # which bits were checked: id, version
         self.register_parameter("scores", None if scores is None else nn.Parameter(scores))
         self.register_buffer("bits", stored)
 
@@ -65,16 +65,13 @@ class AdapterMask(nn.Module):
 
         Raises:
             MaskNotLoadedError: If the adapter was prepared for loading and never loaded.
+            MaskFormatError: If the stored mask is damaged.
         """
         if self.scores is not None:
             return self.selector.mask(self.scores)
         stored = cast("Tensor", self.bits)
-        if not torch.compiler.is_compiling() and not bits.is_loaded(stored):
-            message = (
-                f"The mask of {self.target!r} was never loaded: the adapter file that was read "
-                "has no such mask. Load the adapter again with PeftModel.from_pretrained."
-            )
-            raise MaskNotLoadedError(message)
+        if not torch.compiler.is_compiling():
+            self._verify(stored)
         return bits.unpack(stored, self.shape)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -92,6 +89,20 @@ class AdapterMask(nn.Module):
             weight, self.scores, self.mask(), self.selector.uses_magnitude, self.scaled
         )
         return cast("Tensor", applied)
+
+    def _verify(self, stored: Tensor) -> None:
+        """Check bits once, whoever has loaded them: transformers passes PEFT's hooks by."""
+        version = 0 if stored.is_inference() else stored._version
+        if self._verified is not None and self._verified == (id(stored), version):
+            return
+        if not bits.is_loaded(stored):
+            message = (
+                f"The mask of {self.target!r} was never loaded: the adapter file that was read "
+                "has no such mask. Load the adapter again with PeftModel.from_pretrained."
+            )
+            raise MaskNotLoadedError(message)
+        bits.verify(stored, self.target)
+        self._verified = (id(stored), version)
 
     def extra_repr(self) -> str:
         """Show the selector and what is held."""
@@ -184,8 +195,8 @@ class MaskedWeight(nn.Module):
             return self()
         if self._is_offloaded():
             own = self.own_weight()
-            taken_out = own is not None and own.is_meta  # accelerate reads the place, not values
-            return own if taken_out else self()
+            # Accelerate has taken the weight out and reads its place, not its values.
+            return own if own is not None and own.is_meta else self()
         sources = self._sources()
         if sources is None:
             return self()
@@ -279,7 +290,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad_weight, (_score_grad(ctx, grad) if need_scores else None), None, None, None
 
 
-def _score_grad(ctx: FunctionCtx | Any, grad: Tensor) -> Tensor:
+def _score_grad(ctx: Any, grad: Tensor) -> Tensor:
     """Return dL/dS. With c = mean(M)^-1/2 not detached, dc/dM = -c^3 / (2n)."""
     through = (grad * ctx.weight).to(ctx.scores.dtype)
     if ctx.scaled:
@@ -292,7 +303,9 @@ def _score_grad(ctx: FunctionCtx | Any, grad: Tensor) -> Tensor:
 class _Sources:
     """What one effective weight was made from. It holds the tensors, so that no id is reused."""
 
-    def __init__(self, names: tuple[str, ...], mode: tuple[bool, bool], tensors: list[Tensor]) -> None:
+    def __init__(
+        self, names: tuple[str, ...], mode: tuple[bool, bool], tensors: list[Tensor]
+    ) -> None:
         self.tensors = tensors
         versions = [(id(t), t._version, t.data_ptr(), t.dtype, t.requires_grad) for t in tensors]
         self.state = (names, mode, versions)

@@ -6,12 +6,8 @@ recipes share is here: reading the file, arms that can be stopped and resumed, a
 everything that is needed to judge it.
 """
 
-import importlib.metadata
 import importlib.util
-import os
-import platform
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from pemn_surgery import report
 from pemn_surgery.errors import RecipeError
 
 if sys.version_info >= (3, 11):
@@ -29,7 +26,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-VERSIONS = ("pemn-surgery", "torch", "torchvision", "peft", "datasets")
 COLUMNS = ("arm", "best (epoch)", "last", "published", "best - published", "bytes", "s/epoch")
 PROGRESS = ("epoch", "step", "loss", "seconds", "history")
 
@@ -238,7 +234,7 @@ def run(recipe: Recipe, options: Options, console: Console | None = None) -> dic
     """
     published = recipe.case(options.case).published
     arms = recipe.module("run").train(recipe, options, console or Console())
-    ran, cpu = min(len(arm.history) for arm in arms), _processor()
+    ran = min(len(arm.history) for arm in arms)
     cut = f"; a trial on {options.limit} images of each split" if options.limit else ""
     return {
         "schema": 1,
@@ -247,28 +243,12 @@ def run(recipe: Recipe, options: Options, console: Console | None = None) -> dic
         "paper": recipe.paper,
         "case": options.case,
         "command": options.command(recipe.name),
-        "date": time.strftime("%Y-%m-%d"),
         "seed": options.seed,
         "epochs": {"run": ran, "paper": recipe.paper_epochs},
         "note": f"epochs: {ran} of the paper's {recipe.paper_epochs}{cut}",
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in VERSIONS},
+        **report.environment(),
         "arms": {arm.name: arm.summary(published.get(arm.name)) for arm in arms},
     }
-
-
-def _processor() -> str:
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def compare(result: dict[str, Any]) -> Table:

@@ -1,14 +1,34 @@
 """Tables and plots."""
 
+import importlib.metadata
 import io
+import os
+import platform
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 _TEXT_WIDTH = 140
+
+
+def environment() -> dict[str, Any]:
+    """Return what measured figures depend on: date, machine, versions; for result files."""
+    packages = ("pemn-surgery", "torch", "torchvision", "timm", "transformers", "peft", "datasets")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {
+            "cpu": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"python": platform.python_version()}
+        | {package: _version(package) for package in packages},
+    }
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -36,12 +56,17 @@ def as_text(renderable: Table) -> str:
         renderable: The table.
     """
     buffer = io.StringIO()
-    Console(file=buffer, width=_TEXT_WIDTH, color_system=None, force_terminal=False).print(renderable)
+    Console(file=buffer, width=_TEXT_WIDTH, color_system=None, force_terminal=False).print(
+        renderable
+    )
     return buffer.getvalue()
 
 
 def scatter(
-    path: Path, points: Mapping[str, Sequence[tuple[float, float]]], labels: tuple[str, str], title: str
+    path: Path,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    labels: tuple[str, str],
+    title: str,
 ) -> None:
     """Save a scatter plot with a logarithmic x axis.
 
@@ -79,4 +104,21 @@ def _figure() -> tuple[Any, Any]:
 
 
 def _is_number(text: str) -> bool:
-    return bool(text) and text.replace(",", "").replace(".", "").replace("%", "").strip(" x+-").isdigit()
+    return (
+        bool(text)
+        and text.replace(",", "").replace(".", "").replace("%", "").strip(" x+-").isdigit()
+    )
+
+
+def _processor() -> str:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -167,9 +167,7 @@ def _release(module: nn.Module, name: str) -> None:
     _unswap(module, (name,))
 
 
-def _swap(
-    module: nn.Module, masks: tuple[str, ...] = (), tensors: tuple[str, ...] = ()
-) -> None:
+def _swap(module: nn.Module, masks: tuple[str, ...] = (), tensors: tuple[str, ...] = ()) -> None:
     """Change the module's class; names that it already has are kept."""
     held = type(module)
     all_masks = dict.fromkeys((*getattr(held, "_pemn_masks", ()), *masks))
@@ -245,9 +243,9 @@ def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
     child_name = masked_child_name(name)
 
     def getter(self: nn.Module) -> Tensor | None:
-        child = self._modules.get(child_name)
+        child = cast("MaskedWeight | None", self._modules.get(child_name))
         if child is None:
-            child = self.__dict__[_SHARED][name]
+            child = cast("MaskedWeight", self.__dict__[_SHARED][name])
         if not torch.compiler.is_compiling() and _called_by_fsdp():
             return child.own_weight()
         return child.read()
@@ -257,9 +255,9 @@ def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
 
 def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
     def getter(self: nn.Module) -> Tensor | None:
-        child = self._modules.get(TASK_CHILD)
+        child = cast("TaskTensors | None", self._modules.get(TASK_CHILD))
         if child is None or name in self.__dict__.get(_SHARED, {}):
-            child = self.__dict__[_SHARED][name]
+            child = cast("TaskTensors", self.__dict__[_SHARED][name])
         if not torch.compiler.is_compiling() and _called_by_fsdp():
             return child.base(name)
         return child.read(name)
@@ -278,8 +276,8 @@ def _follow_task(swapped: type[nn.Module], original: type[nn.Module]) -> None:
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         child = self.__dict__.get("_modules", {}).get(TASK_CHILD)
-        owned = child is not None and name in self.__dict__.get("_buffers", {})
-        if not (owned and child.write(name, value)):
+        is_buffer = name in self.__dict__.get("_buffers", {})
+        if child is None or not is_buffer or not child.write(name, value):
             original.__setattr__(self, name, value)
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:

@@ -6,6 +6,7 @@ stay as they are and serve while adapters are disabled.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -108,8 +109,10 @@ class TaskTensors(nn.Module):
     def active_tensor(self, name: str) -> Tensor | None:
         """Return the first active adapter's tensor of this name, or None."""
         for adapter in self.active_adapter_names():
-            if adapter in self.pemn_tensors and self.pemn_tensors[adapter].holds(name):
-                return self.pemn_tensors[adapter](name)
+            if adapter in self.pemn_tensors:
+                tensors = cast("TensorSet", self.pemn_tensors[adapter])
+                if tensors.holds(name):
+                    return tensors(name)
         return None
 
     def write(self, name: str, value: Tensor | None) -> bool:
@@ -127,7 +130,9 @@ class TaskTensors(nn.Module):
     def keeps_eval(self) -> bool:
         """Tell whether an active adapter wants the module to stay in eval mode."""
         active = self.active_adapter_names()
-        return any(self.pemn_tensors[name].keeps_eval for name in active if name in self.pemn_tensors)
+        return any(
+            self.pemn_tensors[name].keeps_eval for name in active if name in self.pemn_tensors
+        )
 
     def extra_repr(self) -> str:
         """Show the owner."""

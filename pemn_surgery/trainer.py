@@ -51,7 +51,10 @@ class PemnCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         now = _packed_masks(kwargs["model"])
-        figures = {"pemn_density": _density(kwargs["model"]), "pemn_flips": _flips(self._before, now)}
+        figures = {
+            "pemn_density": _density(kwargs["model"]),
+            "pemn_flips": _flips(self._before, now),
+        }
         self._before = now
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -109,13 +112,17 @@ def _trainable_class(original: type[nn.Module]) -> type[nn.Module]:
     return _TrainableClass(original.__name__, (original,), namespace)
 
 
-copyreg.pickle(_TrainableClass, lambda made: (_trainable_class, (made.original,)))
+def _reduce_class(made: _TrainableClass) -> Any:
+    return _trainable_class, (made.original,)
+
+
+copyreg.pickle(_TrainableClass, _reduce_class)
 
 
 def _configs(model: nn.Module) -> Iterator[PemnConfig]:
-    inner = model
-    while not hasattr(inner, "peft_config") and isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.module  # DDP and the like
+    inner: Any = model
+    while not hasattr(inner, "peft_config") and isinstance(inner, nn.Module):
+        inner = getattr(inner, "module", None)  # DDP and the like
     configs: dict[str, Any] = getattr(inner, "peft_config", {})
     yield from (config for config in configs.values() if isinstance(config, PemnConfig))
 

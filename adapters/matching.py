@@ -1,0 +1,108 @@
+"""Which weights a configuration means, in PEFT's own matching."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import (
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from torch import nn
+
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.planning import Request, base_modules, make_plan
+from pemn_surgery.targets import Plan
+
+
+def set_default_head(config: PemnConfig, model: nn.Module) -> None:
+    """Train and save a timm classifier whole where masks lie on the model's own weights.
+
+    A new classifier is random; masked and frozen it could not be rebuilt from the saved adapter.
+
+    Args:
+        config: Changed in place if ``modules_to_save`` is None.
+        model: The model; timm says in its ``pretrained_cfg`` what its classifier is.
+    """
+    spoken_for = config.modules_to_save is not None or config.target_modules is not None
+    if config.bank_spec.generated or spoken_for or config.target_parameters:
+        return
+    described = getattr(model, "pretrained_cfg", None)
+    heads = described.get("classifier") if isinstance(described, Mapping) else None
+    names = [heads] if isinstance(heads, str) else list(heads or ())
+    paths = [path for path, _ in base_modules(model)]
+    if names and all(_occurrences(name, paths) == 1 for name in names):
+        config.modules_to_save = names
+
+
+def plan_for(model: nn.Module, config: PemnConfig) -> Plan:
+    """Return the plan that a configuration means for a model.
+
+    Args:
+        model: Any module.
+        config: The configuration.
+    """
+    matcher = _matcher(config, model)
+
+    def reason_to_leave(path: str) -> str:
+        if not path:
+            return "is the model itself; put it into torch.nn.Sequential to mask it"
+        result = _match(matcher, path)
+        if isinstance(result, _ExcludedModule):
+            saved = _is_saved_whole(config, path)
+            return "trained and saved whole (modules_to_save)" if saved else "in exclude_modules"
+        return "" if result else "not in target_modules"
+
+    return make_plan(
+        model,
+        Request(
+            spec=config.bank_spec,
+            rest=cast("Any", config.rest),
+            reason_to_leave=reason_to_leave,
+            is_saved_whole=lambda path: _is_saved_whole(config, path),
+            parameters=tuple(config.target_parameters or ()),
+        ),
+    )
+
+
+def is_excluded(config: PemnConfig, path: str) -> bool:
+    """Tell whether PEFT's matching excludes a module (``exclude_modules``, ``modules_to_save``).
+
+    Args:
+        config: The configuration.
+        path: Path of the module.
+    """
+    return isinstance(_match(config, path), _ExcludedModule)
+
+
+def _matcher(config: PemnConfig, model: nn.Module) -> PemnConfig:
+    """Return a configuration whose ``target_modules`` PEFT's own matching understands."""
+    matcher = copy.copy(config)
+    if matcher.target_modules is None and not matcher.target_parameters:
+        # Last parts of the names: PEFT applies layers_to_transform to names matched by their end.
+        matcher.target_modules = {
+            path.rpartition(".")[2] for path, _ in base_modules(model) if path
+        }
+    elif isinstance(matcher.target_modules, str):
+        _maybe_include_all_linear_layers(matcher, model)
+    return matcher
+
+
+def _match(config: PemnConfig, path: str) -> Any:
+    if config.target_modules is None and not config.target_parameters:
+        config = copy.copy(config)
+        config.target_modules = {path.rpartition(".")[2]}
+    return check_target_module_exists(config, path)
+
+
+def _is_saved_whole(config: PemnConfig, path: str) -> bool:
+    if not config.modules_to_save:
+        return False
+    probe = copy.copy(config)
+    probe.exclude_modules, probe.target_modules = None, {path}
+    return isinstance(check_target_module_exists(probe, path), _ExcludedModule)
+
+
+def _occurrences(name: str, paths: Sequence[str]) -> int:
+    return sum(path == name or path.endswith(f".{name}") for path in paths)

@@ -1,0 +1,126 @@
+"""One planned injection: everything is checked when it is made, then carried out path by path."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pemn_surgery import bank as banks
+from pemn_surgery import surgery
+from pemn_surgery.adapters import fingerprint as fingerprints
+from pemn_surgery.adapters.checks import check_file_fits, check_fillable, check_same_bank
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
+from pemn_surgery.bank import Bank
+from pemn_surgery.planning import base_modules
+from pemn_surgery.targets import Owned, Plan, Target
+
+
+class Operation:
+    """One planned injection, carried out path by path as PEFT walks over the modules."""
+
+    def __init__(self, model: nn.Module, config: PemnConfig, plan: Plan) -> None:
+        self.config, self.plan = config, plan
+        self.done: set[str] = set()
+        self.modules = dict(base_modules(model))
+        self.by_path: dict[str, list[Target]] = defaultdict(list)
+        for target in plan.targets:
+            self.by_path[target.path].append(target)
+        self.bank = self._find_or_build_bank()
+        actual = self._fingerprint()
+        if config.fingerprint is None:
+            config.fingerprint = actual
+        else:
+            fingerprints.check_fingerprint(config.fingerprint, actual, "the given model")
+        if config.file is not None:
+            check_file_fits(config.file, plan)
+
+    def mask(self, path: str, adapter_name: str) -> None:
+        """Mask every target of one module; the first call also attaches the task's tensors."""
+        if not self.done:
+            self._attach_task(adapter_name)
+        self.done.add(path)
+        for target in self.by_path[path]:
+            module = self.modules[path]
+            layer = surgery.find_masked(module, target.parameter)
+            if layer is None:
+                layer = self._operate(target, module)
+            cast("PemnLayer", layer).add_mask(adapter_name, self.config)
+
+    def _operate(self, target: Target, module: nn.Module) -> PemnLayer:
+        spec = self.config.bank_spec
+        if self.bank is None and spec.generated:
+            self._redraw(target, module)
+        layer = PemnLayer(module, target, spec, self.bank)
+        surgery.mask_parameter(layer)
+        for name in target.tied:
+            path, _, parameter = name.rpartition(".")
+            surgery.share_mask(self.modules[path], parameter, layer)
+        return layer
+
+    def _redraw(self, target: Target, module: nn.Module) -> None:
+        """Give a layer its own numbers from the seed (``bank="own"``)."""
+        weight = cast("nn.Parameter", module._parameters[target.parameter])
+        stream = f"weight/{target.name}"
+        drawn = banks.draw(self.config.bank_spec, stream, target.fan_in, target.weights)
+        weight.data = torch.from_numpy(drawn).view(target.shape).to(weight.device, weight.dtype)
+
+    def _attach_task(self, adapter_name: str) -> None:
+        owned: dict[str, list[Owned]] = defaultdict(list)
+        for path in self.plan.frozen_norms:
+            owned[path] = []
+        shared = []
+        for item in self.plan.owned:
+            (shared if item.tied_to else owned[item.path]).append(item)
+        for path, items in owned.items():
+            layer = surgery.find_task(self.modules[path]) or self._own(path)
+            surgery.own_tensors(layer, tuple(item.tensor for item in items))
+            frozen = path in self.plan.frozen_norms
+            cast("PemnTaskLayer", layer).add_tensors(adapter_name, items, keeps_eval=frozen)
+        for item in shared:
+            first = self.modules[item.tied_to.rpartition(".")[0]]
+            surgery.share_tensor(
+                self.modules[item.path],
+                item.tensor,
+                cast("PemnTaskLayer", surgery.find_task(first)),
+            )
+
+    def _own(self, path: str) -> PemnTaskLayer:
+        return PemnTaskLayer(self.modules[path], path)
+
+    def _find_or_build_bank(self) -> Bank | None:
+        spec = self.config.bank_spec
+        held = [module for module in self._all_layers() if isinstance(module, PemnLayer)]
+        for layer in held:
+            check_same_bank(layer.spec, spec)
+        existing = next((layer.bank for layer in held if layer.bank is not None), None)
+        if spec.bank == "own":
+            return None
+        if existing is not None:
+            check_fillable(existing, self.plan)
+            return existing
+        layout = cast("banks.Layout", self.plan.layout)
+        largest = max(self.plan.targets, key=lambda target: target.weights)
+        weight = self._weight(largest.name)
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        return banks.build(layout, self._weight, weight.dtype, device)
+
+    def _fingerprint(self) -> fingerprints.Fingerprint:
+        spec = self.config.bank_spec
+        values: list[Tensor] = []
+        if not spec.generated:
+            names = sorted(target.name for target in self.plan.targets)
+            values = [self.bank.values] if self.bank else [self._weight(name) for name in names]
+        layout = self.bank.layout if self.bank else None
+        targets = [(target.name, target.shape) for target in self.plan.targets]
+        return fingerprints.make_fingerprint(spec, layout, targets, values)
+
+    def _weight(self, name: str) -> Tensor:
+        path, _, parameter = name.rpartition(".")
+        return cast("Tensor", self.modules[path]._parameters[parameter])
+
+    def _all_layers(self) -> Iterator[nn.Module]:
+        for module in self.modules.values():
+            yield from module._modules.values()  # type: ignore[misc]

@@ -1,0 +1,185 @@
+"""Masks between a model and a file: scores packed to bits, bits checked and put in place."""
+
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pemn_surgery import bits
+from pemn_surgery.adapters import fingerprint as fingerprints
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, mask_key
+from pemn_surgery.adapters.layer import PemnLayer, initial_scores
+from pemn_surgery.errors import ArchitectureError
+from pemn_surgery.masked import AdapterMask
+from pemn_surgery.selector import check_finite
+
+StateDict = dict[str, Tensor]
+
+
+def pack_for_file(
+    entries: Mapping[str, Tensor], model: nn.Module, config: PemnConfig, adapter_name: str
+) -> StateDict:
+    """Return an adapter's entries as they are saved: scores as bits, unless they are kept.
+
+    The values come from the given entries, not from the modules: FSDP and ZeRO pass gathered
+    tensors, while the modules hold shards.
+
+    Args:
+        entries: The adapter's part of the model's state dict.
+        model: The model.
+        config: The adapter's configuration.
+        adapter_name: The adapter.
+
+    Raises:
+        NonFiniteScoresError: If scores contain NaN or infinity.
+    """
+    base = fingerprints.short_form(config.fingerprint or {})
+    masks = _masks_by_key(model, adapter_name)
+    saved: StateDict = {}
+    for key, value in entries.items():
+        place, _, kind = key.rpartition(".")
+        mask = masks.get(place)
+        whole = _gathered(value)
+        if mask is not None and kind == "scores" and not config.keep_scores:
+            check_finite(whole, mask.target)
+            saved[f"{place}.bits"] = bits.pack(mask.selector.mask(whole), base)
+        else:
+            saved[key] = whole
+    return saved
+
+
+def prepare_for_model(
+    state_dict: Mapping[str, Tensor], model: nn.Module, config: PemnConfig, adapter_name: str
+) -> StateDict:
+    """Check every mask of a file, and turn bits into scores or scores into bits where needed.
+
+    Args:
+        state_dict: The file's tensors.
+        model: The model, with a place for every mask.
+        config: The adapter's configuration.
+        adapter_name: The adapter.
+
+    Returns:
+        The tensors under the same keys, but that ".bits" or ".scores" is what the model holds.
+
+    Raises:
+        MaskFormatError: If a mask is damaged.
+        ArchitectureError: If masks and weights do not fit.
+        FingerprintError: If the masks were trained on another base.
+    """
+    masks = {
+        mask_key(mask.target, kind): (mask, kind)
+        for mask in _masks_by_key(model, adapter_name).values()
+        for kind in ("bits", "scores")
+    }
+    given = {_with_prefix(key): value for key, value in state_dict.items()}
+    _check_fit(masks, given)
+    loaded: StateDict = {}
+    lossy = 0
+    for key, value in given.items():
+        if key not in masks:
+            loaded[key] = value
+            continue
+        mask, kind = masks[key]
+        _check_mask(key, kind, value, mask, config)
+        held = "scores" if mask.scores is not None else "bits"
+        lossy += held == "scores" and kind == "bits"
+        loaded[mask_key(mask.target, held)] = _converted(value, kind, held, mask, config)
+    if lossy:
+        warnings.warn(
+            f"The file holds bits, not scores, for {lossy} masks: training starts from scores made "
+            "from the bits, so earlier magnitudes are lost.",
+            stacklevel=3,
+        )
+    return loaded
+
+
+def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> Tensor:
+    """Return scores that choose exactly this mask, to train on from a file of bits.
+
+    With "topk" the ones lie above the largest initial magnitude and the zeros keep their initial
+    scores; with "threshold" every score lies one initial margin above or below it.
+
+    Args:
+        chosen: Bool mask.
+        mask: Where it belongs.
+        config: Says what initial scores are.
+    """
+    fan_in = max(chosen.numel() // max(chosen.shape[0], 1), 1) if chosen.dim() else 1
+    start = initial_scores(config, mask.target, mask.shape, fan_in).to(chosen.device)
+    if mask.selector.uses_magnitude:
+        away = torch.where(start < 0, -2.0, 2.0) * fan_in**-0.5
+        return torch.where(chosen, start + away, start)
+    threshold = mask.selector.threshold
+    margin = (start - threshold).abs().clamp(min=1e-3)
+    return torch.where(chosen, threshold + margin, threshold - margin)
+
+
+def _masks_by_key(model: nn.Module, adapter_name: str) -> dict[str, AdapterMask]:
+    """Return an adapter's masks by their place in the model's state dict."""
+    found: dict[str, AdapterMask] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PemnLayer) and adapter_name in module.pemn_masks:
+            clean = name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+            found[f"{clean}.{MASKS}.{adapter_name}"] = module.mask_of(adapter_name)
+    return found
+
+
+def _gathered(value: Tensor) -> Tensor:
+    """Return the whole of a sharded tensor (DTensor), any other tensor as it is."""
+    gather: Callable[[], Tensor] | None = getattr(value, "full_tensor", None)
+    return gather() if gather is not None else value
+
+
+def _with_prefix(key: str) -> str:
+    return key if key.startswith("base_model.") else KEY_PREFIX + key
+
+
+def _check_fit(
+    masks: Mapping[str, tuple[AdapterMask, str]], state_dict: Mapping[str, Tensor]
+) -> None:
+    stray = [key for key in state_dict if f".{MASKS}." in key and key not in masks]
+    targets = {mask.target for mask, _ in masks.values()}
+    given = {masks[key][0].target for key in state_dict if key in masks}
+    missing = sorted(targets - given)
+    if stray or missing:
+        message = (
+            f"The adapter's masks do not fit: {len(missing)} of the model's {len(targets)} masked "
+            f"weights have none in the file (first: {missing[:1]}), {len(stray)} masks have no "
+            f"place (first: {stray[:1]}). Load it onto the architecture it was trained for."
+        )
+        raise ArchitectureError(message)
+
+
+def _check_mask(key: str, kind: str, value: Tensor, mask: AdapterMask, config: PemnConfig) -> None:
+    weights = int(torch.Size(mask.shape).numel())
+    if kind == "scores":
+        count = value.numel()
+    else:
+        header = bits.verify(value, key)
+        count = header.weights
+        expected = fingerprints.from_short_form(header.base)
+        actual = fingerprints.shorten(config.fingerprint or {})
+        if expected and actual:
+            fingerprints.check_fingerprint(expected, actual, "the given model")
+    if count != weights:
+        message = (
+            f"{key} masks {count} weights, but {mask.target} has {weights} (shape {mask.shape}). "
+            "Load it onto the architecture that it was trained for."
+        )
+        raise ArchitectureError(message)
+
+
+def _converted(
+    value: Tensor, kind: str, held: str, mask: AdapterMask, config: PemnConfig
+) -> Tensor:
+    if kind == held:
+        return value
+    if held == "bits":
+        check_finite(value, mask.target)
+        return bits.pack(
+            mask.selector.mask(value), fingerprints.short_form(config.fingerprint or {})
+        )
+    return scores_from_mask(bits.unpack(value, mask.shape), mask, config)

@@ -1,0 +1,225 @@
+"""A plan as a value: what will be masked, what is left alone and why, what each task owns.
+
+It prints as a table, compares by value and turns into JSON. `planning` makes it.
+"""
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from pemn_surgery import bits, report
+from pemn_surgery.bank import BankSpec, Layout, Shape
+
+# Below this share of masked weights a plan says so loudly.
+_LOW_COVERAGE = 0.9
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight that will be masked.
+
+    Attributes:
+        path: Path of its module within the model.
+        parameter: Name of the parameter on the module.
+        kind: Class of the module.
+        shape: Shape of the weight.
+        fan_in: Inputs that one output sums over.
+        tied: Other modules (as "path.parameter") that hold the same tensor and share the mask.
+    """
+
+    path: str
+    parameter: str
+    kind: str
+    shape: Shape
+    fan_in: int
+    tied: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The weight's name in the model's state dict."""
+        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Left:
+    """One tensor of two or more dimensions that stays as it is, and why.
+
+    Attributes:
+        name: Its name in the model's state dict.
+        kind: Class of its module.
+        shape: Its shape.
+        maskable: Whether it is the weight of a layer that could be masked.
+        reason: Why it stays.
+    """
+
+    name: str
+    kind: str
+    shape: Shape
+    maskable: bool
+    reason: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Owned:
+    """One unmasked tensor that every task has its own copy of.
+
+    Attributes:
+        path: Path of its module.
+        tensor: Its name on the module.
+        floats: Number of elements.
+        nbytes: Size of one copy in bytes.
+        trained: Whether it is trained; otherwise it moves (statistics) or is only saved.
+        saved: Whether it is in the task's file: not a batch counter that nothing reads.
+        tied_to: Name of the owned tensor that it is the same tensor as, or "".
+    """
+
+    path: str
+    tensor: str
+    floats: int
+    nbytes: int
+    trained: bool
+    saved: bool = True
+    tied_to: str = ""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the model's state dict."""
+        return f"{self.path}.{self.tensor}" if self.path else self.tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `pemnify` would do.
+
+    Attributes:
+        spec: What decides the bank's numbers.
+        layout: The bank's prototypes; None where every weight keeps its own numbers.
+        targets: Weights that will be masked, in the model's order.
+        left: Tensors of two or more dimensions that stay, with reasons.
+        owned: Unmasked tensors that each task has its own copy of.
+        frozen_norms: Modules that stay in eval mode while the task trains.
+        parameters: Number of elements of all parameters of the model.
+    """
+
+    spec: BankSpec
+    layout: Layout | None
+    targets: tuple[Target, ...]
+    left: tuple[Left, ...]
+    owned: tuple[Owned, ...]
+    frozen_norms: tuple[str, ...]
+    parameters: int
+
+    @property
+    def masked_weights(self) -> int:
+        """Number of weights under masks."""
+        return sum(target.weights for target in self.targets)
+
+    @property
+    def maskable_weights(self) -> int:
+        """Number of weights of all layers that could be masked."""
+        return self.masked_weights + sum(item.weights for item in self.left if item.maskable)
+
+    @property
+    def coverage(self) -> float:
+        """Masked share of the maskable weights."""
+        return self.masked_weights / self.maskable_weights if self.maskable_weights else 0.0
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of one task's stored masks."""
+        return sum(bits.packed_bytes(target.weights) for target in self.targets)
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of one task's other tensors."""
+        return sum(item.nbytes for item in self.owned if item.saved and not item.tied_to)
+
+    @property
+    def bank_floats(self) -> int:
+        """Numbers that the bank stores (0 where every weight keeps its own)."""
+        return self.layout.floats if self.layout else 0
+
+    def ratio(self, bytes_per_float: int = 4) -> float:
+        """Return the size of the dense model over the size of one task's file.
+
+        Args:
+            bytes_per_float: 4 for a float32 model, 2 for a 16-bit one.
+        """
+        dense = self.parameters * bytes_per_float
+        return dense / max(self.mask_bytes + self.other_bytes, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan in plain values for JSON, totals included."""
+        totals = {
+            "parameters": self.parameters,
+            "masked_weights": self.masked_weights,
+            "maskable_weights": self.maskable_weights,
+            "coverage": self.coverage,
+            "bank_floats": self.bank_floats,
+            "mask_bytes": self.mask_bytes,
+            "other_bytes": self.other_bytes,
+            "ratio_fp32": self.ratio(4),
+            "ratio_fp16": self.ratio(2),
+        }
+        return {**asdict(self), "totals": totals}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return one row for each group of like tensors: repeated blocks become one row."""
+        rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        items = [*((item, "mask", "") for item in self.targets)]
+        for item, action, reason in [*items, *((item, "leave", item.reason) for item in self.left)]:
+            key = (group_pattern(item.name), item.kind, item.shape, action, group_pattern(reason))
+            row = rows.setdefault(key, _row(key))
+            row["count"] += 1
+            row["weights"] += item.weights
+        return list(rows.values())
+
+    def table(self) -> Table:
+        """Return the plan as a table for people."""
+        table = report.table(
+            f"{self.masked_weights:,} of {self.maskable_weights:,} maskable weights masked "
+            f"({self.coverage:.1%}), bank {self.spec.bank}",
+            ("tensor", "class", "shape", "count", "weights", "action", "reason"),
+            ([str(value) for value in row.values()] for row in self.groups()),
+        )
+        table.caption = (
+            f"bank {self.bank_floats:,} numbers; a task {self.mask_bytes:,} bytes of masks + "
+            f"{self.other_bytes:,} of other tensors; "
+            f"{self.ratio(4):.1f} x smaller than float32, {self.ratio(2):.1f} x than 16 bits"
+        )
+        return table
+
+    def __str__(self) -> str:
+        """Return the plan as a table in plain text, with a warning where much stays unmasked."""
+        text = report.as_text(self.table())
+        if self.coverage < _LOW_COVERAGE:
+            unmasked = self.maskable_weights - self.masked_weights
+            text += (
+                f"WARNING: {unmasked:,} maskable weights stay unmasked; see the reasons above.\n"
+            )
+        return text
+
+
+def _row(key: tuple[Any, ...]) -> dict[str, Any]:
+    names = ("tensor", "class", "shape", "count", "weights", "action", "reason")
+    pattern, kind, shape, action, reason = key
+    shown = "x".join(map(str, shape))
+    return dict(zip(names, (pattern, kind, shown, 0, 0, action, reason), strict=True))
+
+
+def group_pattern(name: str) -> str:
+    """Return a name with every number replaced by ``*``: what repeated blocks have in common."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
