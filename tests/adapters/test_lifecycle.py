@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pemn_surgery import PemnConfig, pemnify, rng
+from pemn_surgery import PemnConfig, pemnify, plan, rng
 from pemn_surgery.errors import NonFiniteScoresError
 from tests.adapters import models
 from tests.adapters.models import BANKS, GENERATED, NET_TARGETS, SHARED
@@ -140,6 +140,7 @@ def test_file_size(bank, tmp_path):
     base = models.wide()
     weights = sum(p.numel() for p in base.parameters() if p.dim() == 2)
     assert weights >= 2_000_000
+    planned = plan(base, **BANKS[bank])
     model = pemnify(base, **BANKS[bank])
     model.save_pretrained(str(tmp_path))
     file = tmp_path / models.WEIGHTS_FILE
@@ -150,7 +151,8 @@ def test_file_size(bank, tmp_path):
     other_bytes = sum(v.numel() * v.element_size() for v in others)
     assert weights / 8 <= file.stat().st_size <= weights / 8 * 1.02 + other_bytes + header
     size = file.stat().st_size - header - other_bytes
-    assert size == model.base_model._pending.plan.mask_bytes
+    assert size == planned.mask_bytes == weights // 8 + 3 * 32
+    assert other_bytes == planned.other_bytes
 
 
 RELOAD = """

@@ -1,0 +1,187 @@
+"""Masks never load onto another base, and do load onto the same one in another float type."""
+
+import pytest
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.errors import ArchitectureError, BankMismatchError, FingerprintError
+from tests.adapters import models
+from tests.adapters.models import BANKS, GENERATED
+
+OWN = {"own": {"bank": "own"}, "mp_of_model": {"bank": "mp", "bank_init": "model"},
+       "one_layer_of_model": {"bank": "one_layer", "bank_init": "model"}}  # fmt: skip
+from_the_model = pytest.mark.parametrize("options", OWN.values(), ids=OWN)
+
+
+def saved(folder, base, **options):
+    model = models.train(pemnify(base, **options))
+    model.save_pretrained(str(folder))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@from_the_model
+def test_same_base_in_another_float_type(options, dtype, tmp_path):
+    trained = saved(tmp_path, models.net(), **options)
+    model = PeftModel.from_pretrained(models.net().to(dtype), str(tmp_path))
+    models.assert_same_tensors(models.masks(model), models.masks(trained))
+    weight = model.base_model.model.conv2.weight
+    assert weight.dtype == dtype
+    models.assert_equal(
+        weight.detach() + 0.0, trained.base_model.model.conv2.weight.detach().to(dtype) + 0.0
+    )
+
+
+def test_trained_in_bfloat16_and_served_in_float32(tmp_path):
+    base = models.net().to(torch.bfloat16)
+    widened = models.clone(base).float()
+    model = pemnify(base, bank="own")
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(widened, str(tmp_path))
+    models.assert_same_tensors(models.masks(again), models.masks(model))
+
+
+def test_types_that_cannot_be_compared_warn(tmp_path):
+    pemnify(models.net().to(torch.bfloat16), bank="own").save_pretrained(str(tmp_path))
+    base = models.net().to(torch.float16)
+    with pytest.warns(UserWarning, match=r"could not be checked.*bfloat16.*loaded in float16"):
+        PeftModel.from_pretrained(base, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "conv3.weight", "head.weight"])
+def test_one_changed_weight_is_refused(name, tmp_path):
+    trained = saved(tmp_path, models.net(), bank="own")
+    base = models.net()
+    with torch.no_grad():
+        flat = base.get_parameter(name).view(-1)
+        flat[-1] = torch.nextafter(flat[-1], torch.tensor(10.0))
+    before = models.Snapshot(base)
+    with pytest.raises(FingerprintError) as error:
+        PeftModel.from_pretrained(base, str(tmp_path))
+    known = trained.peft_config["default"].fingerprint
+    models.says(error, "fingerprint", "frozen weights differ", "Load the checkpoint", "Nothing was")
+    assert any(digits in str(error.value) for digits in known.values())
+    before.assert_unchanged()
+
+
+@from_the_model
+def test_another_base_is_refused(options, tmp_path):
+    saved(tmp_path, models.net(0), **options)
+    base = models.net(1)
+    before = models.Snapshot(base)
+    with pytest.raises(FingerprintError):
+        PeftModel.from_pretrained(base, str(tmp_path))
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("bank", GENERATED)
+def test_a_seeded_bank_needs_no_base(bank, tmp_path):
+    model = saved(tmp_path, models.net(0), **BANKS[bank])
+    again = PeftModel.from_pretrained(models.net(1), str(tmp_path))
+    assert again.peft_config["default"].fingerprint == model.peft_config["default"].fingerprint
+    assert len(set(model.peft_config["default"].fingerprint.values())) == 1
+
+
+def test_fingerprints_differ_by_what_makes_the_numbers():
+    options = [
+        *BANKS.values(), {"seed": 1}, {"bank_init": "kaiming_uniform"}, {"bank_init": "model"},
+        {"scale_fan": True}, {"bank": "rp", "ratio": 0.02}, {"target_modules": ["conv1"]},
+    ]  # fmt: skip
+    found = [
+        pemnify(models.net(), **given).peft_config["default"].fingerprint["float32"]
+        for given in options
+    ]
+    assert len(found) == len(BANKS) + 6
+    assert len(set(found)) == len(found)
+    assert all(len(digits) == 16 and int(digits, 16) >= 0 for digits in found)
+
+
+def test_fingerprints_are_equal_where_only_training_differs():
+    given = [{}, {"density": 0.3}, {"selector": "threshold"}, {"rest": "freeze"}]
+    found = {
+        pemnify(models.net(), bank="own", **options).peft_config["default"].fingerprint["float32"]
+        for options in given
+    }
+    assert len(found) == 1
+
+
+def test_existing_adapter_refuses_masks_of_another_base(tmp_path):
+    saved(tmp_path, models.net(1), bank="own")
+    model = models.train(pemnify(models.net(0), bank="own"))
+    before = models.Snapshot(model)
+    with pytest.raises(FingerprintError, match="frozen weights differ"):
+        model.load_adapter(str(tmp_path), "default")
+    before.assert_unchanged()
+    with pytest.raises(FingerprintError, match="frozen weights differ"):
+        set_peft_model_state_dict(model, load_file(tmp_path / models.WEIGHTS_FILE))
+    before.assert_unchanged()
+
+
+def test_existing_adapter_refuses_masks_of_another_seed(tmp_path):
+    saved(tmp_path, models.net(), bank="rp", seed=1)
+    model = models.train(pemnify(models.net(), bank="rp", seed=0))
+    before = models.Snapshot(model)
+    with pytest.raises(FingerprintError):
+        model.load_adapter(str(tmp_path), "default")
+    before.assert_unchanged()
+
+
+def test_existing_adapter_takes_masks_of_the_same_base(tmp_path):
+    other = saved(tmp_path, models.net(), bank="own")
+    model = pemnify(models.net(), bank="own")
+    with pytest.warns(UserWarning, match="bits, not scores"):
+        model.load_adapter(str(tmp_path), "default")
+    models.assert_same_tensors(models.masks(model), models.masks(other))
+
+
+def test_second_adapter_with_another_bank_is_refused():
+    model = models.train(pemnify(models.net(), bank="rp", seed=0))
+    before = models.Snapshot(model)
+    for options, said in [
+        ({"bank": "rp", "seed": 1}, "seed=1 instead of 0"),
+        ({"bank": "rp", "ratio": 0.5}, "ratio=0.5 instead of 0.01"),
+        ({"bank": "mp"}, "bank='mp' instead of 'rp'"),
+        ({"bank": "own"}, "bank='own' instead of 'rp'"),
+    ]:
+        with pytest.raises(BankMismatchError) as error:
+            model.add_adapter("second", PemnConfig(**options))
+        models.says(error, said, "share one bank", "fresh model", "Nothing was changed")
+        before.assert_unchanged()
+        assert list(model.peft_config) == ["default"]
+
+
+def test_second_adapter_of_larger_weights_is_refused():
+    model = pemnify(models.net(), bank="mp", target_modules=["head"])
+    before = models.Snapshot(model)
+    with pytest.raises(BankMismatchError) as error:
+        model.add_adapter("second", PemnConfig(bank="mp"))
+    models.says(error, "conv1.weight", "(8, 3, 3, 3)", "216 weights", "up to 32", "first adapter")
+    before.assert_unchanged()
+
+
+def test_loading_an_adapter_of_another_bank_is_refused(tmp_path):
+    saved(tmp_path, models.net(), bank="rp", seed=1)
+    model = models.train(pemnify(models.net(), bank="rp", seed=0))
+    before = models.Snapshot(model)
+    with pytest.raises(BankMismatchError, match="seed=1 instead of 0"):
+        model.load_adapter(str(tmp_path), "second")
+    before.assert_unchanged()
+    assert list(model.peft_config) == ["default"]
+
+
+def test_another_architecture_is_refused(tmp_path):
+    saved(tmp_path, models.net(), bank="rp")
+    base = models.net(channels=12)
+    before = models.Snapshot(base)
+    with pytest.raises(ArchitectureError) as error:
+        PeftModel.from_pretrained(base, str(tmp_path))
+    models.says(error, "216 weights", "324 weights", "Build the model", "Nothing")
+    before.assert_unchanged()
+    model = models.train(pemnify(models.net(channels=12), bank="rp"))
+    before = models.Snapshot(model)
+    for name in ("default", "second"):
+        with pytest.raises(ArchitectureError):
+            model.load_adapter(str(tmp_path), name)
+        before.assert_unchanged()
