@@ -1,5 +1,6 @@
 """The two verbs: `pemnify` rewrites a model, `plan` says what it would do."""
 
+import copy
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -60,7 +61,7 @@ def plan(model: nn.Module, config: PemnConfig | None = None, **options: Any) -> 
         ConfigError: If an option cannot have its value.
         UnsupportedModelError: If ``model`` is not a plain module.
     """
-    chosen = _config(config, options)
+    chosen = copy.copy(_config(config, options))
     check_model(model)
     set_default_head(chosen, model)
     return plan_for(model, chosen)

@@ -113,8 +113,10 @@ class PemnConfig(PeftConfig):
         self.peft_type = cast("Any", PEMN)
         # Runtime only, never saved: whether saving keeps float scores (Trainer checkpoints).
         self.keep_scores = False
-        # Runtime only: the file that this configuration was read with.
+        # Runtime only: the file that this configuration was read with, and the base it names. The
+        # field is written anew at each save, so that one object may configure several models.
         self.file: AdapterFile | None = None
+        self.trained_on = self.fingerprint
         self._check_choices()
         self._fill_in_defaults()
         self._check_bank()

@@ -6,7 +6,7 @@ of the base.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -98,13 +98,16 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         """Type of the effective weight."""
         return self.fill().dtype
 
-    def add_mask(self, adapter_name: str, config: PemnConfig) -> None:
+    def add_mask(
+        self, adapter_name: str, config: PemnConfig, fingerprint: Mapping[str, str]
+    ) -> None:
         """Give an adapter its mask of this weight.
 
         Args:
             adapter_name: The adapter.
             config: Its configuration. With ``inference_mode`` the mask is bits: the place for them
                 where a file is about to be read, else the initial mask.
+            fingerprint: Identifies the base under all of the adapter's masks.
         """
         loading = config.inference_mode and config.file is not None
         scores = None if loading else initial_scores(config, self.target, self.shape, self.fan_in)
@@ -118,6 +121,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             self.target,
             self.shape,
             config.selection,
+            fingerprint,
             scaled=config.scale == "sqrt_density",
             scores=scores,
             stored=stored,

@@ -29,11 +29,9 @@ class Operation:
         for target in plan.targets:
             self.by_path[target.path].append(target)
         self.bank = self._find_or_build_bank()
-        actual = self._fingerprint()
-        if config.fingerprint is None:
-            config.fingerprint = actual
-        else:
-            fingerprints.check_fingerprint(config.fingerprint, actual, "the given model")
+        self.fingerprint = self._fingerprint()
+        if config.trained_on is not None:
+            fingerprints.check_fingerprint(config.trained_on, self.fingerprint, "the given model")
         if config.file is not None:
             check_file_fits(config.file, plan)
 
@@ -47,7 +45,7 @@ class Operation:
             layer = surgery.find_masked(module, target.parameter)
             if layer is None:
                 layer = self._operate(target, module)
-            cast("PemnLayer", layer).add_mask(adapter_name, self.config)
+            cast("PemnLayer", layer).add_mask(adapter_name, self.config, self.fingerprint)
 
     def _operate(self, target: Target, module: nn.Module) -> PemnLayer:
         spec = self.config.bank_spec

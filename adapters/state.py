@@ -35,8 +35,9 @@ def pack_for_file(
     Raises:
         NonFiniteScoresError: If scores contain NaN or infinity.
     """
-    base = fingerprints.short_form(config.fingerprint or {})
     masks = _masks_by_key(model, adapter_name)
+    config.fingerprint = next((mask.fingerprint for mask in masks.values()), None)
+    base = fingerprints.short_form(config.fingerprint or {})
     saved: StateDict = {}
     for key, value in entries.items():
         place, _, kind = key.rpartition(".")
@@ -83,7 +84,7 @@ def prepare_for_model(
             loaded[key] = value
             continue
         mask, kind = masks[key]
-        _check_mask(key, kind, value, mask, config)
+        _check_mask(key, kind, value, mask)
         held = "scores" if mask.scores is not None else "bits"
         lossy += held == "scores" and kind == "bits"
         loaded[mask_key(mask.target, held)] = _converted(value, kind, held, mask, config)
@@ -153,7 +154,7 @@ def _check_fit(
         raise ArchitectureError(message)
 
 
-def _check_mask(key: str, kind: str, value: Tensor, mask: AdapterMask, config: PemnConfig) -> None:
+def _check_mask(key: str, kind: str, value: Tensor, mask: AdapterMask) -> None:
     weights = int(torch.Size(mask.shape).numel())
     if kind == "scores":
         count = value.numel()
@@ -161,7 +162,7 @@ def _check_mask(key: str, kind: str, value: Tensor, mask: AdapterMask, config: P
         header = bits.verify(value, key)
         count = header.weights
         expected = fingerprints.from_short_form(header.base)
-        actual = fingerprints.shorten(config.fingerprint or {})
+        actual = fingerprints.shorten(mask.fingerprint)
         if expected and actual:
             fingerprints.check_fingerprint(expected, actual, "the given model")
     if count != weights:
@@ -179,7 +180,5 @@ def _converted(
         return value
     if held == "bits":
         check_finite(value, mask.target)
-        return bits.pack(
-            mask.selector.mask(value), fingerprints.short_form(config.fingerprint or {})
-        )
+        return bits.pack(mask.selector.mask(value), fingerprints.short_form(mask.fingerprint))
     return scores_from_mask(bits.unpack(value, mask.shape), mask, config)

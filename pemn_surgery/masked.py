@@ -9,7 +9,7 @@ The effective weight is made once and kept until anything that it depends on cha
 ``layer.weight.dtype`` costs nothing and a layer that runs twelve times per step is masked once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,7 @@ class AdapterMask(nn.Module):
         target: Name of the weight, for errors.
         shape: Shape of the weight.
         selector: Chooses the mask from the scores.
+        fingerprint: Identifies the base that the mask belongs to, by dtype.
         scaled: Whether the masked weight is multiplied by 1 / sqrt(density of the mask).
         scores: Float parameter of ``shape``, or None.
         bits: Uint8 buffer, a stored mask (see `bits`), or None; one of the two is set.
@@ -41,6 +42,7 @@ class AdapterMask(nn.Module):
         target: str,
         shape: tuple[int, ...],
         selector: Selector,
+        fingerprint: Mapping[str, str] | None = None,
         *,
         scaled: bool,
         scores: Tensor | None = None,
@@ -50,6 +52,7 @@ class AdapterMask(nn.Module):
         self.target = target
         self.shape = shape
         self.selector = selector
+        self.fingerprint = dict(fingerprint or {})
         self.scaled = scaled
         self._verified: tuple[int, int] | None = None  # which bits were checked: id, version
         self.register_parameter("scores", None if scores is None else nn.Parameter(scores))
@@ -241,9 +244,15 @@ class MaskedWeight(nn.Module):
             return None
         base = self.bank.values if self.bank is not None else self.own_weight()
         tensors = [tensor for tensor in (base, self.merged_weight, *stores) if tensor is not None]
-        if any(tensor.is_inference() or tensor.is_meta for tensor in tensors):
+        if any(_is_untracked(tensor) for tensor in tensors):
             return None
         return _Sources(names, (grad, torch.is_inference_mode_enabled()), tensors)
+
+
+def _is_untracked(tensor: Tensor) -> bool:
+    """Whether changes of a tensor cannot be seen: no versions, no values, or a subclass."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return not plain or tensor.is_meta or tensor.is_inference()
 
 
 def masked(weight: Tensor, mask: Tensor, *, scaled: bool) -> Tensor:

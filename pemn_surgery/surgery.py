@@ -215,7 +215,9 @@ def swapped_class(
         namespace[name] = _property(name, _masked_getter(name))
     for name in tensors:
         namespace[name] = _property(name, _tensor_getter(name))
-    swapped = type(original.__name__, (original,), namespace)
+    if issubclass(original, nn.RNNBase):
+        namespace["_flat_weights"] = _property("_flat_weights", _read_flat_weights)
+    swapped = cast("type[nn.Module]", type(original.__name__, (original,), namespace))
     if tensors or not masks:
         _follow_task(swapped, original)
     return swapped
@@ -229,7 +231,7 @@ def _rebuild(
     return swapped.__new__(swapped)
 
 
-def _property(name: str, getter: Callable[[nn.Module], Tensor | None]) -> property:
+def _property(name: str, getter: Callable[[nn.Module], Any]) -> property:
     def setter(self: nn.Module, value: Any) -> None:
         self.__dict__[name] = value  # only FSDP1 comes here, with a plain tensor
 
@@ -263,6 +265,11 @@ def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         return child.read(name)
 
     return getter
+
+
+def _read_flat_weights(self: nn.Module) -> Any:
+    """Return a recurrent layer's weights as they are in force; torch keeps a list of raw ones."""
+    return [getattr(self, name) for name in cast("Any", self)._flat_weights_names]
 
 
 def _called_by_fsdp() -> bool:

@@ -398,6 +398,18 @@ def test_freeze_keeps_norms_in_eval_mode():
     assert restored[1].train().training
 
 
+def test_freeze_holds_before_anyone_calls_train():
+    """A new module is in training mode; so is a loop that never says ``model.train()``."""
+    plain = net()
+    assert plain[1].training
+    model = pemnify(plain, bank="own", rest="freeze")
+    norm = model.base_model.model[1]
+    assert not norm.training
+    model(batch())
+    oracles.assert_same(norm.running_mean, torch.zeros(4))
+    oracles.assert_same(norm.running_var, torch.ones(4))
+
+
 @pytest.mark.parametrize(
     ("rest", "expected"),
     [

@@ -224,9 +224,15 @@ class Snapshot:
         self.grads = {name: p.requires_grad for name, p in model.named_parameters()}
         self.attributes = set(vars(model))
         self.training = {name: module.training for name, module in model.named_modules()}
-        self.logits = self.run(model).clone()
-        for name, module in model.named_modules():
-            module.training = self.training[name]
+        self.logits = self._run()
+
+    def _run(self):
+        """Logits in eval mode; the mode is put back."""
+        found = self.run(self.model).clone()
+        for name, module in self.model.named_modules():
+            if name in self.training:
+                module.training = self.training[name]
+        return found
 
     def assert_unchanged(self):
         assert [(n, type(m)) for n, m in self.model.named_modules()] == self.classes
@@ -234,7 +240,7 @@ class Snapshot:
         assert_same_tensors(self.model.state_dict(), self.tensors)
         assert {n: p.requires_grad for n, p in self.model.named_parameters()} == self.grads
         assert set(vars(self.model)) == self.attributes
-        assert_equal(self.run(self.model), self.logits, "logits")
+        assert_equal(self._run(), self.logits, "logits")
 
 
 def says(error, *parts):

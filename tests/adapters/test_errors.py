@@ -1,0 +1,244 @@
+"""Bad input: the named error, a message that says what to do, and an untouched model."""
+
+import math
+
+import pytest
+import timm
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from pemn_surgery import PemnConfig, pemnify, plan
+from pemn_surgery.errors import (
+    AlreadyPemnifiedError,
+    ConfigError,
+    MaskNotLoadedError,
+    NothingToMaskError,
+    PemnError,
+    UnsupportedModelError,
+)
+from tests.adapters import models
+
+SHARE = "0 < value <= 1"
+BAD_OPTIONS = [
+    ({"density": 0}, ("density=0;", SHARE)),
+    ({"density": 0.0}, ("density=0.0", SHARE)),
+    ({"density": 1.5}, ("density=1.5", SHARE, "not a percentage")),
+    ({"density": -0.1}, ("density=-0.1", SHARE)),
+    ({"density": math.nan}, ("density=nan", SHARE)),
+    ({"density": math.inf}, ("density=inf", SHARE)),
+    ({"density": "half"}, ("density='half'", SHARE)),
+    ({"density": True}, ("density=True", SHARE)),
+    ({"bank": "rp", "ratio": 0}, ("ratio=0;", SHARE)),
+    ({"bank": "rp", "ratio": 2}, ("ratio=2;", SHARE)),
+    ({"bank": "rp", "ratio": math.nan}, ("ratio=nan", SHARE)),
+    ({"bank": "rp", "length": 0}, ("length=0", "whole number of at least 1")),
+    ({"bank": "rp", "length": 2.5}, ("length=2.5", "whole number")),
+    ({"bank": "rp", "ratio": 0.1, "length": 5}, ("length=5", "ratio=0.1", "give one")),
+    ({"bank": "mp", "ratio": 0.1}, ("ratio=0.1", 'bank="rp"', '"mp"')),
+    ({"bank": "own", "length": 9}, ("length=9", 'bank="rp"', '"own"')),
+    ({"bank": "one_layer", "permute": True}, ("permute=True", 'bank="rp"', '"one_layer"')),
+    ({"bank": "max"}, ("bank='max'", "'mp', 'rp', 'one_layer', 'own'")),
+    ({"bank": None}, ("bank=None", "'mp'")),
+    ({"bank": ["mp"]}, ("bank=['mp']", "'mp'")),
+    ({"bank_init": "zeros"}, ("bank_init='zeros'", "'kaiming_normal'", "'model'")),
+    ({"selector": "best"}, ("selector='best'", "'topk', 'threshold'")),
+    ({"scale": "two"}, ("scale='two'", "'sqrt_density'")),
+    ({"rest": "all"}, ("rest='all'", "'train', 'norms', 'stats', 'freeze'")),
+    ({"seed": 1.5}, ("seed=1.5", "whole number")),
+    ({"seed": None}, ("seed=None", "whole number")),
+    ({"score_init": "normal"}, ("score_init='normal'", "'kaiming_uniform', 'a number'")),
+    ({"score_init": 1.0}, ("score_init=1.0", '"kaiming_uniform"', "no order")),
+    ({"selector": "threshold", "threshold": math.nan}, ("threshold=nan", "finite number")),
+    ({"selector": "threshold", "score_init": math.inf}, ("score_init=inf", "finite number")),
+    ({"bank": "own", "scale_fan": True}, ("scale_fan=True", 'bank_init="model"')),
+    ({"target_modules": "conv("}, ("target_modules='conv('", "regular expression")),
+    ({"exclude_modules": "*x"}, ("exclude_modules='*x'", "regular expression")),
+    ({"target_modules": "a", "layers_to_transform": [1]}, ("layers_to_transform=[1]", "a list")),
+    ({"layers_pattern": "layer"}, ("layers_pattern='layer'", "`layers_to_transform` must also")),
+    ({"trainable_token_indices": [1]}, ("trainable_token_indices=[1]", "modules_to_save")),
+    ({"sead": 3}, ("Unknown option sead", "PemnConfig has:", "seed")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "said"), BAD_OPTIONS, ids=[str(o) for o, _ in BAD_OPTIONS])
+def test_bad_option(options, said):
+    model = models.net()
+    before = models.Snapshot(model)
+    for verb in (pemnify, plan):
+        with pytest.raises(ConfigError) as error:
+            verb(model, **options)
+        models.says(error, *said)
+        before.assert_unchanged()
+    assert isinstance(error.value, ValueError)
+
+
+def test_edges_of_the_ranges_are_allowed():
+    model = pemnify(models.net(), bank="rp", ratio=1.0, density=1.0)
+    chosen = models.masks(model)
+    assert all(bool(mask.all()) for mask in chosen.values())
+    assert models.mask_layers(model)["conv2.weight"].bank.values.numel() == 576
+    tiny = pemnify(models.net(), density=1e-9)
+    assert {int(mask.sum()) for mask in models.masks(tiny).values()} == {1}
+
+
+def test_unknown_preset():
+    with pytest.raises(ConfigError) as error:
+        PemnConfig.preset("lora")
+    models.says(error, "'lora'", "pemn, edge_popup, piggyback, self_masking")
+
+
+@pytest.mark.parametrize("name", ["pemn", "edge_popup", "piggyback", "self_masking"])
+def test_presets(name):
+    wanted = {
+        "pemn": ("mp", "kaiming_normal", "topk", "train", None),
+        "edge_popup": ("own", "signed_constant", "topk", "stats", None),
+        "piggyback": ("own", "model", "threshold", "freeze", None),
+        "self_masking": ("own", "model", "threshold", "stats", "sqrt_density"),
+    }
+    made = PemnConfig.preset(name, seed=4)
+    assert (made.bank, made.bank_init, made.selector, made.rest, made.scale) == wanted[name]
+    assert made.seed == 4
+    with pytest.raises(ConfigError, match="density=2"):
+        PemnConfig.preset(name, density=2)
+
+
+def test_configuration_and_options_together():
+    model = models.net()
+    before = models.Snapshot(model)
+    for verb in (pemnify, plan):
+        with pytest.raises(ConfigError) as error:
+            verb(model, PemnConfig(), seed=1, density=0.3)
+        models.says(error, "seed, density", "give one")
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("config", [{"bank": "mp"}, LoraConfig(target_modules=["conv1"]), "mp"])
+def test_not_a_configuration(config):
+    model = models.net()
+    before = models.Snapshot(model)
+    for verb in (pemnify, plan):
+        with pytest.raises(ConfigError):
+            verb(model, config)
+        before.assert_unchanged()
+
+
+@pytest.mark.parametrize("thing", [None, "resnet18", [1], nn.Linear, {}])
+def test_not_a_module(thing):
+    for verb in (pemnify, plan):
+        with pytest.raises(UnsupportedModelError) as error:
+            verb(thing)
+        models.says(error, f"Got {type(thing).__name__}", "torch.nn.Module is needed", "timm")
+
+
+def test_nothing_to_mask():
+    for model, options, said in [
+        (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), {}, ("6 parameters", "none", "Linear and Conv")),
+        (nn.Sequential(nn.Embedding(5, 2)), {}, ("10 parameters", "1 x an embedding")),
+        (nn.Sequential(nn.LSTM(2, 3)), {}, ("masks for LSTM are not available",)),
+        (models.net(), {"target_modules": ["conv9"]}, ("conv9", "4 x not in target_modules")),
+        (models.net(), {"exclude_modules": ".*"}, ("4 x in exclude_modules",)),
+        (models.net(), {"target_parameters": ["nothing"]}, ("nothing", "not found")),
+        (nn.Linear(2, 3), {}, ("torch.nn.Sequential",)),
+    ]:  # fmt: skip
+        names = [(name, type(module)) for name, module in model.named_modules()]
+        tensors = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(NothingToMaskError) as error:
+            pemnify(model, **options)
+        models.says(error, *said, "print(plan(model", "Nothing was changed")
+        assert [(name, type(module)) for name, module in model.named_modules()] == names
+        models.assert_same_tensors(model.state_dict(), tensors)
+
+
+def test_data_parallel():
+    inner = models.net()
+    before = models.Snapshot(inner)
+    with pytest.raises(UnsupportedModelError) as error:
+        pemnify(nn.DataParallel(inner))
+    models.says(error, "Got a DataParallel", "pemnify on the inner model", "wrap the result")
+    before.assert_unchanged()
+
+
+def test_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
+    try:
+        inner = models.net()
+        before = models.Snapshot(inner)
+        wrapped = nn.parallel.DistributedDataParallel(inner)
+        with pytest.raises(UnsupportedModelError) as error:
+            pemnify(wrapped)
+        models.says(error, "Got a DistributedDataParallel", "inner model")
+        before.assert_unchanged()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_compiled_model():
+    inner = models.net()
+    before = models.Snapshot(inner)
+    with pytest.raises(UnsupportedModelError) as error:
+        pemnify(torch.compile(inner, backend="eager"))
+    models.says(error, "Got a OptimizedModule", "inner model")
+    before.assert_unchanged()
+
+
+def test_pemnify_twice():
+    model = models.train(pemnify(models.net(), bank="rp"))
+    before = models.Snapshot(model)
+    for again in (model, model.base_model, model.base_model.model):
+        with pytest.raises(AlreadyPemnifiedError) as error:
+            pemnify(again, bank="rp")
+        models.says(error, "masked_weight", "add_adapter", "unload()")
+        before.assert_unchanged()
+
+
+def test_pemnify_after_lora():
+    model = get_peft_model(models.net(), LoraConfig(target_modules=["conv1"]))
+    with pytest.raises(AlreadyPemnifiedError, match="conv1"):
+        pemnify(model)
+    assert "lora" in str(model).lower()
+
+
+def test_after_unload_a_model_is_fresh():
+    model = pemnify(models.net(), bank="own")
+    again = pemnify(model.unload(), bank="rp")
+    assert len(models.masks(again)) == 4
+
+
+def test_a_refused_call_can_be_repeated():
+    model = models.net()
+    with pytest.raises(NothingToMaskError):
+        pemnify(model, target_modules=["conv9"])
+    models.assert_equal(
+        models.logits(pemnify(model, bank="rp")), models.logits(pemnify(models.net(), bank="rp"))
+    )
+
+
+def test_plan_touches_nothing():
+    for options in models.BANKS.values():
+        for model in (models.net(), timm.create_model("test_resnet", num_classes=4)):
+            before = models.Snapshot(model, lambda m: models.logits(m, models.images(size=32)))
+            planned = plan(model, **options)
+            assert planned.masked_weights > 0
+            before.assert_unchanged()
+
+
+def test_mask_that_was_never_loaded(tmp_path):
+    pemnify(models.net(), bank="rp").save_pretrained(str(tmp_path))
+    config = PemnConfig.from_pretrained(str(tmp_path))
+    model = get_peft_model(models.net(), config)
+    with pytest.raises(MaskNotLoadedError) as error:
+        models.logits(model)
+    models.says(error, "conv1.weight", "never loaded", "PeftModel.from_pretrained")
+    again = PeftModel.from_pretrained(models.net(), str(tmp_path))
+    assert int(models.masks(again)["conv1.weight"].sum()) == 108
+
+
+def test_every_error_is_a_pemn_error():
+    from pemn_surgery import errors
+
+    named = [thing for thing in vars(errors).values() if isinstance(thing, type)]
+    assert len(named) >= 12
+    assert all(issubclass(thing, PemnError) and thing.__doc__ for thing in named)
