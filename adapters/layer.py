@@ -221,6 +221,12 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
         """Return the adapters whose tensors are in force; merged ones stay in force."""
         return [] if self._disable_adapters else (self.merged_adapters or self.active_adapters)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; one that freezes its norms puts the module into eval mode."""
+        super().set_adapter(adapter_names, inference_mode)
+        if self.keeps_eval():
+            self.owner.eval()
+
     def add_tensors(self, adapter_name: str, owned: Sequence[Owned], *, keeps_eval: bool) -> None:
         """Give an adapter its copies, starting from the module's own values.
 

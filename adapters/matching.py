@@ -44,10 +44,13 @@ def plan_for(model: nn.Module, config: PemnConfig) -> Plan:
         config: The configuration.
     """
     matcher = _matcher(config, model)
+    by_layer = config.target_modules is None and config.layers_to_transform is not None
 
     def reason_to_leave(path: str) -> str:
         if not path:
             return "is the model itself; put it into torch.nn.Sequential to mask it"
+        if by_layer and "." not in path:  # PEFT takes full names before it looks at layers
+            return "not in layers_to_transform"
         result = _match(matcher, path)
         if isinstance(result, _ExcludedModule):
             saved = _is_saved_whole(config, path)

@@ -10,7 +10,7 @@ offset bytes content
 5      1     coding, 0 = one bit a weight
 6      2     zero
 8      8     number of weights n
-16     4     CRC-32 of the payload
+16     4     CRC-32 of all the other bytes
 20     12    base: first four bytes of its fingerprint in float32,
              bfloat16 and float16, zero where unknown
 32     n/8   payload: weight i is bit ``i % 8`` of byte ``i // 8``
@@ -19,6 +19,7 @@ offset bytes content
 Numbers are little-endian. The last byte is filled up with zero bits.
 """
 
+import math
 import struct
 import zlib
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ UNKNOWN_BASE = bytes(12)
 
 _MAGIC = b"PEMN"
 _LAYOUT = struct.Struct("<4sBBHQI12s")
+_CHECKSUM_OFFSET = 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class StoredMask:
 
     Attributes:
         weights: Number of weights, that is of mask bits.
-        checksum: CRC-32 of the payload.
+        checksum: CRC-32 of all bytes but its own four.
         base: 12 bytes that identify the base, see the module's table.
     """
 
@@ -70,10 +72,10 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
         Uint8 tensor of shape (32 + ceil(n / 8),) on the CPU.
     """
     payload = np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little")
-    header = _LAYOUT.pack(
-        _MAGIC, VERSION, CODING_BITS, 0, mask.numel(), zlib.crc32(payload.tobytes()), base
-    )
-    return torch.from_numpy(np.concatenate([np.frombuffer(header, dtype=np.uint8), payload]))
+    content = bytearray(_LAYOUT.pack(_MAGIC, VERSION, CODING_BITS, 0, mask.numel(), 0, base))
+    content += payload.tobytes()
+    struct.pack_into("<I", content, _CHECKSUM_OFFSET, _checksum(content))
+    return torch.frombuffer(content, dtype=torch.uint8)
 
 
 def unpack(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -86,7 +88,7 @@ def unpack(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
         stored: Uint8 tensor made by `pack`.
         shape: Shape of the weight.
     """
-    weights = int(np.prod(shape, dtype=np.int64))
+    weights = math.prod(shape)
     payload = stored[HEADER_BYTES:]
     if stored.device.type == "cpu" and not torch.compiler.is_compiling():
         flat = np.unpackbits(payload.numpy(), count=weights, bitorder="little")
@@ -132,12 +134,18 @@ def verify(stored: Tensor, name: str) -> StoredMask:
     if len(content) != packed_bytes(weights):
         needed = packed_bytes(weights)
         _refuse(name, f"has {len(content)} bytes, a mask of {weights} weights needs {needed}")
-    actual = zlib.crc32(memoryview(content)[HEADER_BYTES:])
+    actual = _checksum(content)
     if actual != checksum:
         _refuse(name, f"has checksum {actual:08x}, its header says {checksum:08x}")
     if weights % 8 and content[-1] >> (weights % 8):
         _refuse(name, f"has bits set past its {weights} weights")
     return StoredMask(weights, checksum, base)
+
+
+def _checksum(content: bytes | bytearray) -> int:
+    """Return the CRC-32 of all bytes but the four that hold it."""
+    view = memoryview(content)
+    return zlib.crc32(view[_CHECKSUM_OFFSET + 4 :], zlib.crc32(view[:_CHECKSUM_OFFSET]))
 
 
 def _content(stored: Tensor, name: str) -> bytes:

@@ -209,9 +209,10 @@ class MaskedWeight(nn.Module):
         self._kept.keep(weight, sources)
         return weight
 
-    def forget(self) -> None:
-        """Drop the kept effective weight."""
+    def _apply(self, fn: Any, recurse: bool = True) -> "MaskedWeight":
+        """Forget first: ``.to()`` and ``.half()`` replace data without a trace in versions."""
         self._kept.clear()
+        return super()._apply(fn, recurse)
 
     def merge_names(self, names: Sequence[str]) -> Tensor:
         """Return fill (or what is merged already) with these adapters applied, detached."""
@@ -315,7 +316,8 @@ class _Sources:
     def __init__(
         self, names: tuple[str, ...], mode: tuple[bool, bool], tensors: list[Tensor]
     ) -> None:
-        self.tensors = tensors
+        # The aliases keep replaced data from being freed and its address from being used again.
+        self.tensors = [(tensor, tensor.detach()) for tensor in tensors]
         versions = [(id(t), t._version, t.data_ptr(), t.dtype, t.requires_grad) for t in tensors]
         self.state = (names, mode, versions)
 

@@ -59,6 +59,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         left=tuple(left),
         owned=tuple(_owned(model, request, masked)),
         frozen_norms=tuple(_frozen_norms(model, request)),
+        whole_bytes=_whole_bytes(model, request),
         parameters=_count_parameters(model, slots),
     )
 
@@ -141,11 +142,13 @@ def _describe(
     asked = any(name == item or name.endswith(f".{item}") for item in request.parameters)
     maskable = asked or (parameter == "weight" and _is_matmul(module))
     if isinstance(tensor, nn.parameter.UninitializedParameter):
-        return _Slot(path, parameter, module, (), id(tensor), "has no shape yet (lazy)", maskable)
+        return _Slot(path, parameter, module, (0,), id(tensor), "has no shape yet (lazy)", maskable)
     if tensor.dim() < 2 and not maskable:
         return None
     shape = tuple(tensor.shape)
     problem = "" if maskable else _why_not(module, parameter)
+    if path.endswith(".parametrizations.weight") and not asked:
+        maskable, problem = True, "is parametrised (weight norm or the like)"
     if maskable and not tensor.is_floating_point():
         problem = f"is stored as {tensor.dtype} (quantised)"
     elif maskable and tensor.numel() == 0:
@@ -186,7 +189,7 @@ def _sort_out(slots: Sequence[_Slot], request: Request) -> tuple[list[Target], l
             continue
         first = next(place for place, reason in enumerate(reasons) if reason)
         for place, (slot, reason) in enumerate(zip(group, reasons, strict=True)):
-            why = reason or f"tied to {group[first].name}, which {reasons[first]}"
+            why = reason or f"tied to {group[first].name}, which stays: {reasons[first]}"
             maskable = slot.maskable and place == 0  # a tied tensor counts once
             left.append(Left(slot.name, type(slot.module).__name__, slot.shape, maskable, why))
     return targets, left
@@ -268,6 +271,13 @@ def _frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:
         for path, module in base_modules(model):
             if "running_mean" in module._buffers and not request.is_saved_whole(path):
                 yield path
+
+
+def _whole_bytes(model: nn.Module, request: Request) -> int:
+    """Return the size of the modules that PEFT trains and saves as a whole."""
+    modules = [m for path, m in base_modules(model) if path and request.is_saved_whole(path)]
+    tensors = {id(t): t for m in modules for t in [*m._parameters.values(), *m._buffers.values()]}
+    return sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
 
 
 def _count_parameters(model: nn.Module, slots: Sequence[_Slot]) -> int:

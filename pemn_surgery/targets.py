@@ -111,6 +111,7 @@ class Plan:
         left: Tensors of two or more dimensions that stay, with reasons.
         owned: Unmasked tensors that each task has its own copy of.
         frozen_norms: Modules that stay in eval mode while the task trains.
+        whole_bytes: Size of the modules that are trained and saved as a whole.
         parameters: Number of elements of all parameters of the model.
     """
 
@@ -120,6 +121,7 @@ class Plan:
     left: tuple[Left, ...]
     owned: tuple[Owned, ...]
     frozen_norms: tuple[str, ...]
+    whole_bytes: int
     parameters: int
 
     @property
@@ -145,7 +147,8 @@ class Plan:
     @property
     def other_bytes(self) -> int:
         """Bytes of one task's other tensors."""
-        return sum(item.nbytes for item in self.owned if item.saved and not item.tied_to)
+        owned = sum(item.nbytes for item in self.owned if item.saved and not item.tied_to)
+        return owned + self.whole_bytes
 
     @property
     def bank_floats(self) -> int:

@@ -25,35 +25,32 @@ def assert_near(actual, expected, tolerance):
     assert error <= tolerance, f"relative error {error:.3g} > {tolerance:.3g}"
 
 
-def philox_words(key, count):
-    """Philox-4x64-10 (Salmon et al. 2011, section 3.3), counter from 1 on, as Python integers."""
-    words = []
-    block = 0
-    while len(words) < count:
-        block += 1
-        counter, round_key = [block, 0, 0, 0], list(key)
-        for _ in range(10):
-            first = 0xD2E7470EE14C6C93 * counter[0]
-            second = 0xCA5A826395121157 * counter[2]
-            counter = [
-                (second >> 64) ^ counter[1] ^ round_key[0],
-                second & MASK_64,
-                (first >> 64) ^ counter[3] ^ round_key[1],
-                first & MASK_64,
-            ]
-            round_key[0] = (round_key[0] + 0x9E3779B97F4A7C15) & MASK_64
-            round_key[1] = (round_key[1] + 0xBB67AE8584CAA73B) & MASK_64
-        words += counter
-    return words[:count]
+def philox_block(counter, key):
+    """Philox-4x64-10 (Salmon et al. 2011, section 3.3) in Python integers: four words."""
+    key = list(key)
+    for _ in range(10):
+        first = 0xD2E7470EE14C6C93 * counter[0]
+        second = 0xCA5A826395121157 * counter[2]
+        counter = [
+            (second >> 64) ^ counter[1] ^ key[0],
+            second & MASK_64,
+            (first >> 64) ^ counter[3] ^ key[1],
+            first & MASK_64,
+        ]
+        key[0] = (key[0] + 0x9E3779B97F4A7C15) & MASK_64
+        key[1] = (key[1] + 0xBB67AE8584CAA73B) & MASK_64
+    return counter
 
 
 def integers(seed, stream, count):
     """Low half, then high half of every Philox word; the key is a hash of seed and stream."""
     digest = hashlib.sha256(b"pemn:" + str(seed).encode() + b":" + stream.encode()).digest()
     key = struct.unpack("<QQ", digest[:16])
-    halves = []
-    for word in philox_words(key, (count + 1) // 2):
-        halves += [word & 0xFFFFFFFF, word >> 32]
+    halves, block = [], 0
+    while len(halves) < count:
+        block += 1  # the first block has counter 1
+        for word in philox_block([block, 0, 0, 0], key):
+            halves += [word & 0xFFFFFFFF, word >> 32]
     return halves[:count]
 
 
@@ -64,7 +61,13 @@ def stored_mask(flags, base=bytes(12)):
         if flag:
             payload[place // 8] |= 1 << (place % 8)
     head = b"PEMN" + bytes([1, 0]) + b"\0\0" + len(flags).to_bytes(8, "little")
-    return head + zlib.crc32(payload).to_bytes(4, "little") + base + bytes(payload)
+    content = head + bytes(4) + base + bytes(payload)
+    return head + checksum(content).to_bytes(4, "little") + base + bytes(payload)
+
+
+def checksum(content):
+    """CRC-32 of a stored mask without the four bytes that hold it."""
+    return zlib.crc32(content[:16] + content[20:])
 
 
 def topk(scores, density):

@@ -12,6 +12,7 @@ from torch import nn
 
 from pemn_surgery import PemnConfig, bank, pemnify, rng
 from pemn_surgery.bank import BankSpec, build, draw, lay_out, rp_length
+from pemn_surgery.errors import BankMismatchError
 from pemn_surgery.surgery import find_masked
 from tests import oracles
 
@@ -124,7 +125,9 @@ def test_the_models_own_values(shapes, name, ratio):
     made = make(spec(name, "model", **changes), shapes, weight_of=own.__getitem__)
     source = own[f"l{shapes.index(first_largest(shapes))}.weight"].reshape(-1).tolist()
     if name == "rp":
-        source = oracles.tiled(source[: min(int(len(source) * ratio) + 1, len(source))], len(source))
+        source = oracles.tiled(
+            source[: min(int(len(source) * ratio) + 1, len(source))], len(source)
+        )
     for shape in shapes:
         oracles.assert_same(made(shape), as_fill(source[: math.prod(shape)], shape))
 
@@ -138,7 +141,9 @@ def test_the_models_values_are_copied():
 
 def test_of_equally_large_layers_the_first_counts():
     """(2, 8) and (8, 2) have as many weights, but other fan-ins."""
-    assert lay_out(spec(), weights_of([(1, 3), (2, 8), (8, 2)])).by_shape[0][1].source == "l1.weight"
+    assert (
+        lay_out(spec(), weights_of([(1, 3), (2, 8), (8, 2)])).by_shape[0][1].source == "l1.weight"
+    )
     assert lay_out(spec(), weights_of([(1, 3), (8, 2), (2, 8)])).by_shape[0][1].fan_in == 2
     first = make(spec(), [(8, 2), (2, 8)]).values
     assert first.tolist() == drawn(0, "bank", (8, 2))
@@ -188,9 +193,13 @@ def test_standard_deviations(scale_fan, fan_in, density):
         assert values.dtype == np.float32
         assert abs(values.astype(np.float64).std() / std - 1) < 0.02
     assert set(values.tolist()) == {float(np.float32(std)), -float(np.float32(std))}
-    uniform = draw(spec("mp", "kaiming_uniform", scale_fan=scale_fan, density=density), "s", fan_in, 99)
+    uniform = draw(
+        spec("mp", "kaiming_uniform", scale_fan=scale_fan, density=density), "s", fan_in, 99
+    )
     assert uniform.tolist() == rng.uniform(0, "s", 99, math.sqrt(3) * std).tolist()
-    signs = draw(spec("mp", "signed_constant", scale_fan=scale_fan, density=density), "s", fan_in, 99)
+    signs = draw(
+        spec("mp", "signed_constant", scale_fan=scale_fan, density=density), "s", fan_in, 99
+    )
     assert signs.tolist() == rng.signs(0, "s", 99, std).tolist()
 
 
@@ -214,10 +223,16 @@ def test_a_bank_without_a_prototype_says_so():
 
 def test_fills_are_views_of_the_bank():
     """mp, one_layer and permuted rp cost no memory per layer."""
-    for changes in ({"name": "mp"}, {"name": "one_layer"}, {"name": "rp", "ratio": 0.1, "permute": True}):
+    for changes in (
+        {"name": "mp"},
+        {"name": "one_layer"},
+        {"name": "rp", "ratio": 0.1, "permute": True},
+    ):
         made = make(spec(**changes), [(6, 5), (2, 3)])
         for shape in [(6, 5), (2, 3)]:
-            assert made(shape).untyped_storage().data_ptr() == made.values.untyped_storage().data_ptr()
+            assert (
+                made(shape).untyped_storage().data_ptr() == made.values.untyped_storage().data_ptr()
+            )
 
 
 def test_the_buffer_is_not_saved():
@@ -354,6 +369,27 @@ def test_own_draws_each_layer_from_its_own_stream():
         expected = as_fill(drawn(5, f"weight/{name}.weight", SHAPE_OF[name]), SHAPE_OF[name])
         oracles.assert_same(made[name].detach(), expected)
     assert not torch.equal(made["first"], made["second"])
+
+
+def test_another_bank_is_refused():
+    model = pemnify(Net(), bank="rp", ratio=0.05, seed=0)
+    keys = set(model.state_dict())
+    with pytest.raises(BankMismatchError, match="seed=1 instead of 0"):
+        model.add_adapter("two", PemnConfig(bank="rp", ratio=0.05, seed=1))
+    with pytest.raises(BankMismatchError, match=r"ratio=0\.1 instead of 0\.05"):
+        model.add_adapter("three", PemnConfig(bank="rp", ratio=0.1))
+    assert set(model.state_dict()) == keys
+    assert len(banks_of(model)) == 1
+
+
+def test_a_bank_that_is_too_small_is_refused():
+    """The first adapter masks 20 weights; the second wants 144."""
+    model = pemnify(Net(), bank="mp", target_modules=["head"])
+    with pytest.raises(BankMismatchError) as caught:
+        model.add_adapter("two", PemnConfig(bank="mp"))
+    message = str(caught.value)
+    assert "stem.weight of shape (4, 3, 3, 3) (108 weights)" in message
+    assert "up to 20" in message
 
 
 @settings(max_examples=8)

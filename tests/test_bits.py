@@ -49,7 +49,7 @@ def test_round_trip(values, base):
     oracles.assert_same(bits.unpack(stored, tuple(mask.shape)), mask)
     assert header.weights == mask.numel()
     assert header.base == base
-    assert header.checksum == zlib.crc32(as_bytes(stored)[32:])
+    assert header.checksum == oracles.checksum(as_bytes(stored))
 
 
 @given(MASKS)
@@ -76,7 +76,7 @@ def test_header_layout():
     content = as_bytes(bits.pack(some_mask(), base))
     payload = content[32:]
     fields = struct.unpack("<4sBBHQI12s", content[:32])
-    assert fields == (b"PEMN", 1, 0, 0, 21, zlib.crc32(payload), base)
+    assert fields == (b"PEMN", 1, 0, 0, 21, zlib.crc32(content[:16] + content[20:]), base)
     assert payload == bytes([0b01101101, 0b11011011, 0b00010110])
 
 
@@ -115,7 +115,7 @@ def replaced(content, place, value):
 
 
 def resealed(content):
-    return replaced(content, 16, struct.pack("<I", zlib.crc32(content[32:])))
+    return replaced(content, 16, struct.pack("<I", oracles.checksum(content)))
 
 
 GOOD = oracles.stored_mask(some_mask().tolist())
@@ -133,8 +133,8 @@ DAMAGED = {
     "coding": (replaced(GOOD, 5, b"\1"), ["coding 1", "reads 0", "upgrade"]),
     "count": (replaced(GOOD, 8, b"\x19"), ["35 bytes", "25 weights", "36"]),
     "count of 2^63": (replaced(GOOD, 15, b"\x80"), ["35 bytes", str(2**63 + 21)]),
-    "checksum": (replaced(GOOD, 16, b"\0\0\0\0"), ["00000000", f"{zlib.crc32(GOOD[32:]):08x}"]),
-    "payload bit": (replaced(GOOD, 33, b"\xda"), [f"{zlib.crc32(GOOD[32:]):08x}"]),
+    "checksum": (replaced(GOOD, 16, b"\0\0\0\0"), ["00000000", f"{oracles.checksum(GOOD):08x}"]),
+    "payload bit": (replaced(GOOD, 33, b"\xda"), [f"{oracles.checksum(GOOD):08x}"]),
     "padding bit": (resealed(replaced(GOOD, 34, bytes([0b00110110]))), ["past its 21 weights"]),
     "last padding bit": (resealed(replaced(GOOD, 34, bytes([0b10010110]))), ["past its 21"]),
 }
@@ -157,14 +157,11 @@ def test_damage_is_refused(name):
 
 
 @given(st.integers(0, 35 * 8 - 1))
-def test_every_flipped_bit_is_noticed_but_in_the_base(place):
+def test_every_flipped_bit_is_noticed(place):
     content = bytearray(GOOD)
     content[place // 8] ^= 1 << (place % 8)
-    if 20 <= place // 8 < 32:
-        assert bits.verify(as_tensor(content), "m").base == bytes(content[20:32])
-    else:
-        with pytest.raises(MaskFormatError, match="'m'"):
-            bits.verify(as_tensor(content), "m")
+    with pytest.raises(MaskFormatError, match="'m'"):
+        bits.verify(as_tensor(content), "m")
 
 
 @pytest.mark.parametrize(

@@ -345,8 +345,8 @@ def test_copies_do_not_share_the_kept_weight():
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert other.weight is not kept
         oracles.assert_same(other.weight.detach(), kept.detach())
-        other.masked_weight.pemn_masks["a0"].scores.data.copy_(random((4, 4), 7))
-        other.masked_weight.forget()
+        with torch.no_grad():
+            other.masked_weight.pemn_masks["a0"].scores.copy_(random((4, 4), 7))
         oracles.assert_same(other.weight.detach(), expected_now(other))
         assert other.masked_weight.owner is other
         oracles.assert_same(layer.weight.detach(), kept.detach())
@@ -382,9 +382,7 @@ def test_remade_after_set_adapter():
 
 
 def test_merged_names_leave_no_negative_zero():
-    layer = layer_with(
-        torch.tensor([-2.0, -3.0, 4.0]), stored(torch.tensor([True, False, False]))
-    )
+    layer = layer_with(torch.tensor([-2.0, -3.0, 4.0]), stored(torch.tensor([True, False, False])))
     merged = layer.masked_weight.merge_names(["a0"])
     assert [str(value) for value in merged.tolist()] == ["-2.0", "0.0", "0.0"]
     assert not merged.requires_grad
@@ -405,7 +403,7 @@ def test_a_mask_that_was_never_loaded():
     mask = AdapterMask("encoder.fc.weight", (3, 4), TOPK, scaled=False, stored=bits.empty(12))
     with pytest.raises(MaskNotLoadedError, match=r"'encoder\.fc\.weight' was never loaded"):
         mask.mask()
-    with pytest.raises(MaskNotLoadedError, match="PeftModel.from_pretrained"):
+    with pytest.raises(MaskNotLoadedError, match=r"PeftModel\.from_pretrained"):
         mask(torch.ones(3, 4))
     layer = layer_with(torch.ones(3, 4), mask)
     with pytest.raises(MaskNotLoadedError, match=r"encoder\.fc\.weight"):

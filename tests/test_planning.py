@@ -1,4 +1,4 @@
-"""The plan: every weight with what happens to it and why, the totals, and that nothing is touched."""
+"""The plan: every weight, what happens to it and why; the totals; that nothing is touched."""
 
 import copy
 import json
@@ -97,7 +97,7 @@ def test_mlp():
 
 
 def test_totals_by_hand():
-    """70 weights + 8 biases; masks are 32 bytes + one bit a weight; drawn numbers: biases travel."""
+    """70 weights + 8 biases; masks are 32 bytes + one bit a weight; biases travel."""
     made = plan(mlp(), bank="mp")
     assert made.parameters == 78
     assert made.masked_weights == made.maskable_weights == 70
@@ -133,7 +133,9 @@ def test_totals_of_any_mlp(sizes, data):
     counts = [a * b for a, b in sizes]
     assert made.masked_weights == sum(counts)
     assert made.mask_bytes == sum(32 + math.ceil(count / 8) for count in counts)
-    assert made.parameters == sum(counts) + sum(b for (_, b), l in zip(sizes, layers, strict=True) if l.bias is not None)
+    assert made.parameters == sum(counts) + sum(
+        b for (_, b), layer in zip(sizes, layers, strict=True) if layer.bias is not None
+    )
     assert made.bank_floats == min(int(max(counts) * 0.1) + 1, max(counts))
     first_largest = counts.index(max(counts))
     assert made.layout.by_shape[0][1].source == f"{first_largest}.weight"
@@ -169,8 +171,9 @@ def test_with_drawn_numbers_everything_random_travels():
         made = plan(ConvNet(), bank="mp", rest=rest)
         saved = {o.name for o in made.owned if getattr(o, "saved", True)}
         assert saved == {
-            "norm.weight", "norm.bias", "norm.running_mean", "norm.running_var", "deep.bias", "head.bias"
-        }  # fmt: skip
+            *("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"),
+            *("deep.bias", "head.bias"),
+        }
 
 
 def test_the_batch_counter_is_saved_where_it_is_read():
@@ -207,7 +210,9 @@ def test_tied_embeddings_travel_once():
     tied = {o.name: o.tied_to for o in made.owned if o.tied_to}
     assert tied == {"lm_head.weight": "transformer.wte.weight"}
     assert made.other_bytes == sum(
-        4 * p.numel() for name, p in gpt2().named_parameters() if not (".h." in name and p.dim() == 2)
+        4 * p.numel()
+        for name, p in gpt2().named_parameters()
+        if not (".h." in name and p.dim() == 2)
     )
 
 
@@ -240,14 +245,24 @@ def test_what_cannot_be_masked_is_listed_with_a_reason():
         "rnn.weight_hh_l0": "masks for LSTM are not available",
         "up.weight": "masks for ConvTranspose2d are not available",
     }
-    assert {item.kind for item in made.left} == {"Odd", "Embedding", "EmbeddingBag", "LSTM", "ConvTranspose2d"}
+    assert {item.kind for item in made.left} == {
+        "Odd",
+        "Embedding",
+        "EmbeddingBag",
+        "LSTM",
+        "ConvTranspose2d",
+    }
     assert {item.weights for item in made.left} == {12, 28, 64, 16}
 
 
 def test_nothing_of_two_dimensions_is_forgotten():
     for model in (Odd(), ConvNet(), gpt2(), Tower(), mlp()):
         made = plan(model, bank="mp", modules_to_save=[])
-        listed = {*names(made), *reasons(made), *(t for target in made.targets for t in target.tied)}
+        listed = {
+            *names(made),
+            *reasons(made),
+            *(t for target in made.targets for t in target.tied),
+        }
         wide = {n for n, p in model.named_parameters(remove_duplicate=False) if p.dim() >= 2}
         assert len(wide) > 2
         assert listed == wide
@@ -327,8 +342,15 @@ def test_exclude_modules():
 def test_layers_to_transform():
     made = plan(Tower(), bank="own", layers_to_transform=[1], layers_pattern="layers")
     assert names(made) == ["layers.1.up.weight", "layers.1.down.weight"]
-    one = plan(Tower(), bank="own", target_modules=["down"], layers_to_transform=2)
-    assert names(one) == ["layers.2.down.weight"]
+    one = plan(nn.ModuleDict({"body": Tower()}), bank="own", layers_to_transform=2)
+    assert names(one) == ["body.layers.2.up.weight", "body.layers.2.down.weight"]
+    both = plan(
+        nn.ModuleDict({"body": Tower()}),
+        bank="own",
+        target_modules=["up"],
+        layers_to_transform=[0, 2],
+    )
+    assert names(both) == ["body.layers.0.up.weight", "body.layers.2.up.weight"]
 
 
 def test_modules_to_save():
@@ -498,7 +520,7 @@ def test_nothing_to_mask():
 
 @pytest.mark.parametrize("verb", [pemnify, plan])
 def test_what_is_no_plain_module(verb):
-    with pytest.raises(UnsupportedModelError, match="Got str; a torch.nn.Module is needed"):
+    with pytest.raises(UnsupportedModelError, match=r"Got str; a torch\.nn\.Module is needed"):
         verb("resnet18")
     with pytest.raises(UnsupportedModelError, match="DataParallel around the model"):
         verb(nn.DataParallel(mlp()))

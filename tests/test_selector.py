@@ -23,7 +23,9 @@ ANY = st.floats(-8, 8, width=32)
 
 def tensors(elements):
     arrays = SHAPES.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=elements))
-    return st.builds(lambda a, dtype: torch.from_numpy(a).to(dtype), arrays, st.sampled_from(DTYPES))
+    return st.builds(
+        lambda a, dtype: torch.from_numpy(a).to(dtype), arrays, st.sampled_from(DTYPES)
+    )
 
 
 @given(tensors(TIED), DENSITIES)

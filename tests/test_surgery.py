@@ -1,4 +1,4 @@
-"""The class swap: the layer stays what it was, computes with the masked weight, and can be restored."""
+"""The class swap: a layer stays what it was, computes with masks, and can be restored."""
 
 import copy
 import pickle
@@ -46,7 +46,10 @@ LAYERS = {
     "StdConv2d": (lambda: timm_layers.StdConv2d(4, 6, 3), (2, 4, 8, 8)),
     "StdConv2dSame": (lambda: timm_layers.StdConv2dSame(4, 6, 3, stride=2), (2, 4, 7, 7)),
     "ScaledStdConv2d": (lambda: timm_layers.ScaledStdConv2d(4, 6, 3), (2, 4, 8, 8)),
-    "ScaledStdConv2dSame": (lambda: timm_layers.ScaledStdConv2dSame(4, 6, 3, stride=2), (2, 4, 7, 7)),
+    "ScaledStdConv2dSame": (
+        lambda: timm_layers.ScaledStdConv2dSame(4, 6, 3, stride=2),
+        (2, 4, 7, 7),
+    ),
     "Conv2dSame": (lambda: timm_layers.Conv2dSame(4, 6, 3, stride=2), (2, 4, 7, 7)),
     "HF Conv1D": (lambda: Conv1D(6, 5), (2, 3, 5)),
 }
@@ -152,7 +155,9 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    )
 
 
 def batch(seed=0):

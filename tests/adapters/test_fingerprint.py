@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from pemn_surgery import PemnConfig, pemnify
@@ -13,6 +13,12 @@ from tests.adapters.models import BANKS, GENERATED
 OWN = {"own": {"bank": "own"}, "mp_of_model": {"bank": "mp", "bank_init": "model"},
        "one_layer_of_model": {"bank": "one_layer", "bank_init": "model"}}  # fmt: skip
 from_the_model = pytest.mark.parametrize("options", OWN.values(), ids=OWN)
+
+
+def fingerprint_of(model):
+    """What saving writes."""
+    assert get_peft_model_state_dict(model)
+    return model.peft_config["default"].fingerprint
 
 
 def saved(folder, base, **options):
@@ -89,10 +95,7 @@ def test_fingerprints_differ_by_what_makes_the_numbers():
         *BANKS.values(), {"seed": 1}, {"bank_init": "kaiming_uniform"}, {"bank_init": "model"},
         {"scale_fan": True}, {"bank": "rp", "ratio": 0.02}, {"target_modules": ["conv1"]},
     ]  # fmt: skip
-    found = [
-        pemnify(models.net(), **given).peft_config["default"].fingerprint["float32"]
-        for given in options
-    ]
+    found = [fingerprint_of(pemnify(models.net(), **given))["float32"] for given in options]
     assert len(found) == len(BANKS) + 6
     assert len(set(found)) == len(found)
     assert all(len(digits) == 16 and int(digits, 16) >= 0 for digits in found)
@@ -101,10 +104,20 @@ def test_fingerprints_differ_by_what_makes_the_numbers():
 def test_fingerprints_are_equal_where_only_training_differs():
     given = [{}, {"density": 0.3}, {"selector": "threshold"}, {"rest": "freeze"}]
     found = {
-        pemnify(models.net(), bank="own", **options).peft_config["default"].fingerprint["float32"]
-        for options in given
+        fingerprint_of(pemnify(models.net(), bank="own", **options))["float32"] for options in given
     }
     assert len(found) == 1
+
+
+def test_one_configuration_object_serves_several_models(tmp_path):
+    config = PemnConfig(bank="own")
+    trained = [models.train(pemnify(models.net(seed), config)) for seed in (0, 1)]
+    for seed, model in enumerate(trained):
+        model.save_pretrained(str(tmp_path / str(seed)))
+        again = PeftModel.from_pretrained(models.net(seed), str(tmp_path / str(seed)))
+        models.assert_equal(models.logits(again), models.logits(model))
+        with pytest.raises(FingerprintError):
+            PeftModel.from_pretrained(models.net(1 - seed), str(tmp_path / str(seed)))
 
 
 def test_existing_adapter_refuses_masks_of_another_base(tmp_path):
