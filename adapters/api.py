@@ -72,6 +72,12 @@ def _config(config: PemnConfig | None, options: dict[str, Any]) -> PemnConfig:
         if options:
             message = f"Got a configuration and options beside it ({', '.join(options)}): give one."
             raise ConfigError(message)
+        if not isinstance(config, PemnConfig):
+            message = (
+                f"Got {type(config).__name__} as the configuration; a PemnConfig is needed, or its "
+                'fields as options, for example pemnify(model, bank="rp").'
+            )
+            raise ConfigError(message)
         return config
     unknown = sorted(set(options) - set(PemnConfig.__dataclass_fields__))
     if unknown:

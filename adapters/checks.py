@@ -1,12 +1,13 @@
 """What is refused before anything changes, and in which words."""
 
 from collections import defaultdict
+from collections.abc import Mapping, Set
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import AdapterFile
+from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, AdapterFile
 from pemn_surgery.bank import Bank, BankSpec
 from pemn_surgery.errors import (
     AlreadyPemnifiedError,
@@ -15,6 +16,7 @@ from pemn_surgery.errors import (
     NothingToMaskError,
     UnsupportedModelError,
 )
+from pemn_surgery.surgery import TASK_CHILD
 from pemn_surgery.targets import Plan
 
 _WRAPPERS = (
@@ -66,6 +68,25 @@ def check_fresh(model: nn.Module) -> None:
             "model.add_adapter(name, config) for another task, or model.unload() to begin anew."
         )
         raise AlreadyPemnifiedError(message)
+
+
+def check_in_place(model: nn.Module, what: str) -> None:
+    """Refuse a model whose weights accelerate has moved out to CPU or disk.
+
+    Args:
+        model: The model.
+        what: What is to be done with it, for the error.
+
+    Raises:
+        UnsupportedModelError: If a layer is offloaded.
+    """
+    for path, module in model.named_modules():
+        if getattr(module.__dict__.get("_hf_hook"), "offload", False):
+            message = (
+                f"{path or 'The model'} is offloaded by accelerate, so its weights are not at hand "
+                f"to {what}. Do it on the model in memory, then offload the result."
+            )
+            raise UnsupportedModelError(message)
 
 
 def check_targets(plan: Plan, config: PemnConfig) -> None:
@@ -143,33 +164,58 @@ def check_fillable(bank: Bank, plan: Plan) -> None:
             raise BankMismatchError(message)
 
 
-def check_file_fits(file: AdapterFile, plan: Plan) -> None:
-    """Refuse masks of another architecture before anything changes.
+def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None:
+    """Refuse an adapter of another architecture before anything changes.
 
     Args:
         file: The adapter file.
-        plan: What would be masked.
+        plan: What would be masked, and what the task owns.
+        base_names: Names of all tensors of the model: PEFT adds resized embeddings to a file.
 
     Raises:
-        ArchitectureError: If names or sizes differ.
+        ArchitectureError: If names or sizes of masks or of other tensors differ.
     """
-    wanted = {target.name: target.weights for target in plan.targets}
-    if dict(file.masks) == wanted:
+    masks = {name: f"{weights} weights" for name, weights in file.masks.items()}
+    targets = {target.name: f"{target.weights} weights" for target in plan.targets}
+    others = {
+        _plain(key): _shown(shape, is_float=dtype.is_floating_point)
+        for key, (shape, dtype) in file.others.items()
+    }
+    owned = {
+        _plain(item.name): _shown(item.shape, is_float=item.is_float)
+        for item in (*plan.owned, *plan.whole)
+        if item.saved and not item.tied_to and ".modules_to_save." not in item.name
+    }
+    extra = {name for name in others if name not in owned and name in base_names}
+    differing = [
+        *_differences(masks, targets, "no mask"),
+        *_differences({k: v for k, v in others.items() if k not in extra}, owned, "none"),
+    ]
+    if not differing:
         return
-    names = sorted(set(file.masks) | set(wanted))
-    differing = [name for name in names if file.masks.get(name) != wanted.get(name)]
-    listed = "; ".join(
-        f"{name}: file {_count(file.masks.get(name))}, model {_count(wanted.get(name))}"
-        for name in differing[:3]
-    )
     message = (
-        f"The adapter masks {len(file.masks)} tensors of {sum(file.masks.values())} weights, the "
-        f"model has {len(wanted)} of {sum(wanted.values())}; {len(differing)} differ ({listed}"
-        f"{'; ...' if len(differing) > 3 else ''}). Build the model that the adapter was trained "
-        "for. Nothing was changed."
+        f"The adapter masks {len(masks)} tensors of {sum(file.masks.values())} weights and has "
+        f"{len(others)} others; the model has {len(targets)} of {plan.masked_weights} to mask. "
+        f"{len(differing)} differ ({'; '.join(differing[:3])}{'; ...' * (len(differing) > 3)}). "
+        "Build the model that the adapter was trained for. Nothing was changed."
     )
     raise ArchitectureError(message)
 
 
-def _count(weights: int | None) -> str:
-    return "no mask" if weights is None else f"{weights} weights"
+def _differences(given: Mapping[str, str], wanted: Mapping[str, str], none: str) -> list[str]:
+    """Return one sentence for each name that a file and a model disagree on."""
+    return [
+        f"{name}: file {given.get(name, none)}, model {wanted.get(name, none)}"
+        for name in sorted({*given, *wanted})
+        if given.get(name) != wanted.get(name)
+    ]
+
+
+def _plain(key: str) -> str:
+    """Return the model's own name of a tensor that PEFT or a task holds a copy of."""
+    name = key.removeprefix(KEY_PREFIX).replace(".original_module.", ".")
+    return name.replace(f"{TASK_CHILD}.{TENSORS}.", "")
+
+
+def _shown(shape: tuple[int, ...], *, is_float: bool) -> str:
+    return f"{'float' if is_float else 'integer'} {shape}"

@@ -1,5 +1,6 @@
 """`PemnConfig`: what an adapter is, as PEFT configures it."""
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from peft.config import PeftConfig
 from pemn_surgery.adapters.file import AdapterFile, read_adapter_file
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.bank import BankName, BankSpec, InitName
-from pemn_surgery.errors import ConfigError
+from pemn_surgery.errors import AdapterFileError, ConfigError
 from pemn_surgery.planning import RestName
 from pemn_surgery.selector import Selector, SelectorName
 
@@ -158,10 +159,17 @@ class PemnConfig(PeftConfig):
             The configuration.
 
         Raises:
-            AdapterFileError: If a local adapter file is truncated or altered.
+            AdapterFileError: If the configuration or a local adapter file is truncated or altered.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except json.JSONDecodeError as error:
+            message = (
+                f"{str(folder / 'adapter_config.json')!r} is not JSON ({error}); it is truncated "
+                "or altered. Nothing was loaded; get it again from where it was saved."
+            )
+            raise AdapterFileError(message) from error
         path = folder / "adapter_model.safetensors"
         if path.is_file():
             config.file = read_adapter_file(path)

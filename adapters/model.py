@@ -6,10 +6,12 @@ Every check runs in `_prepare_model`, before the first module changes.
 # PEFT declares every hook with its base configuration class; each tuner narrows it to its own.
 # pyright: reportIncompatibleMethodOverride=false
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
-from pemn_surgery.adapters.checks import check_model, check_targets
+from pemn_surgery.adapters.checks import check_in_place, check_model, check_targets
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
@@ -81,6 +83,10 @@ class PemnModel(BaseTuner):
         """Put back what PEFT wrapped whole; a masking child has taken itself out already."""
         if new_module is not None:
             setattr(parent, child_name, new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        check_in_place(self.model, "merge or unload")
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from pemn_surgery import bank as banks
 from pemn_surgery import surgery
 from pemn_surgery.adapters import fingerprint as fingerprints
-from pemn_surgery.adapters.checks import check_file_fits, check_fillable, check_same_bank
+from pemn_surgery.adapters.checks import (
+    check_file_fits,
+    check_fillable,
+    check_in_place,
+    check_same_bank,
+)
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
 from pemn_surgery.bank import Bank
@@ -28,12 +33,13 @@ class Operation:
         self.by_path: dict[str, list[Target]] = defaultdict(list)
         for target in plan.targets:
             self.by_path[target.path].append(target)
+        if config.bank != "own" or config.bank_spec.generated:
+            check_in_place(model, "replace them by the bank's")
+        if config.file is not None:
+            check_file_fits(config.file, plan, set(self._tensor_names()))
         self.bank = self._find_or_build_bank()
         self.fingerprint = self._fingerprint()
-        if config.trained_on is not None:
-            fingerprints.check_fingerprint(config.trained_on, self.fingerprint, "the given model")
-        if config.file is not None:
-            check_file_fits(config.file, plan)
+        self._check_base()
 
     def mask(self, path: str, adapter_name: str) -> None:
         """Mask every target of one module; the first call also attaches the task's tensors."""
@@ -114,6 +120,23 @@ class Operation:
         layout = self.bank.layout if self.bank else None
         targets = [(target.name, target.shape) for target in self.plan.targets]
         return fingerprints.make_fingerprint(spec, layout, targets, values)
+
+    def _check_base(self) -> None:
+        """Refuse masks of another base: the configuration names one, and so does every mask."""
+        given = "the given model"
+        if self.config.trained_on is not None:
+            fingerprints.check_fingerprint(self.config.trained_on, self.fingerprint, given)
+        stored = self.config.file.stored.values() if self.config.file else ()
+        for mask in stored:
+            expected = fingerprints.from_short_form(mask.base)
+            if expected and self.fingerprint:
+                actual = fingerprints.shorten(self.fingerprint)
+                fingerprints.check_fingerprint(expected, actual, given)
+
+    def _tensor_names(self) -> Iterator[str]:
+        for path, module in self.modules.items():
+            for name in (*module._parameters, *module._buffers):
+                yield f"{path}.{name}" if path else name
 
     def _weight(self, name: str) -> Tensor:
         path, _, parameter = name.rpartition(".")

@@ -77,6 +77,12 @@ def prepare_for_model(
     }
     given = {_with_prefix(key): value for key, value in state_dict.items()}
     _check_fit(masks, given)
+    placed = [(key, *masks[key]) for key in given if key in masks]
+    for key, mask, kind in placed:
+        _check_size(key, kind, given[key], mask)
+    for key, mask, kind in placed:
+        if kind == "bits":
+            _check_base(key, given[key], mask)
     loaded: StateDict = {}
     lossy = 0
     for key, value in given.items():
@@ -84,7 +90,6 @@ def prepare_for_model(
             loaded[key] = value
             continue
         mask, kind = masks[key]
-        _check_mask(key, kind, value, mask)
         held = "scores" if mask.scores is not None else "bits"
         lossy += held == "scores" and kind == "bits"
         loaded[mask_key(mask.target, held)] = _converted(value, kind, held, mask, config)
@@ -149,28 +154,27 @@ def _check_fit(
         message = (
             f"The adapter's masks do not fit: {len(missing)} of the model's {len(targets)} masked "
             f"weights have none in the file (first: {missing[:1]}), {len(stray)} masks have no "
-            f"place (first: {stray[:1]}). Load it onto the architecture it was trained for."
+            f"place (first: {stray[:1]}). Build the model that the adapter was trained for."
         )
         raise ArchitectureError(message)
 
 
-def _check_mask(key: str, kind: str, value: Tensor, mask: AdapterMask) -> None:
+def _check_size(key: str, kind: str, value: Tensor, mask: AdapterMask) -> None:
     weights = int(torch.Size(mask.shape).numel())
-    if kind == "scores":
-        count = value.numel()
-    else:
-        header = bits.verify(value, key)
-        count = header.weights
-        expected = fingerprints.from_short_form(header.base)
-        actual = fingerprints.shorten(mask.fingerprint)
-        if expected and actual:
-            fingerprints.check_fingerprint(expected, actual, "the given model")
+    count = value.numel() if kind == "scores" else bits.verify(value, key).weights
     if count != weights:
         message = (
-            f"{key} masks {count} weights, but {mask.target} has {weights} (shape {mask.shape}). "
-            "Load it onto the architecture that it was trained for."
+            f"{key} masks {count} weights, but {mask.target} has {weights} weights (shape "
+            f"{mask.shape}). Build the model that the adapter was trained for. Nothing was loaded."
         )
         raise ArchitectureError(message)
+
+
+def _check_base(key: str, value: Tensor, mask: AdapterMask) -> None:
+    expected = fingerprints.from_short_form(bits.verify(value, key).base)
+    actual = fingerprints.shorten(mask.fingerprint)
+    if expected and actual:
+        fingerprints.check_fingerprint(expected, actual, "the given model")
 
 
 def _converted(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from pemn_surgery import __version__, report
@@ -33,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except (PemnError, ImportError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {error}", highlight=False)
+        Console(stderr=True).print(
+            f"[bold red]{type(error).__name__}[/]: {escape(str(error))}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return _FAILED
     except KeyboardInterrupt:
         Console(stderr=True).print("Interrupted.")
@@ -148,7 +153,9 @@ def _quickstart(parsed: argparse.Namespace) -> int:
         done = result["verified_in_new_process"]
         found = "equal bit for bit" if done else "NOT EQUAL"
         console.print(f"Both mask adapters reloaded in a new process: logits {found}.")
-        console.print(f"Adapters, results.json and quickstart.png are in {parsed.out}.")
+        console.print(
+            f"Adapters, results.json and quickstart.png are in {escape(str(parsed.out))}."
+        )
     return 0 if result["verified_in_new_process"] else 1
 
 
@@ -178,7 +185,7 @@ def _inspect(parsed: argparse.Namespace) -> int:
         return 0
     columns = ("weight", "weights", "density")
     rows = [(mask["name"], f"{mask['weights']:,}", _shown_share(mask["density"])) for mask in masks]
-    shown = report.table(str(parsed.adapter), columns, rows)
+    shown = report.table(escape(str(parsed.adapter)), columns, rows)
     total = sum(file.masks.values())
     shown.caption = (
         f"bank {config.bank}, {config.bank_init}, seed {config.seed}; {len(masks)} masks of "
@@ -202,7 +209,7 @@ def _merge(parsed: argparse.Namespace) -> int:
         save(str(parsed.out))
     else:
         save_model(merged, str(parsed.out / "model.safetensors"))
-    Console().print(f"Wrote the merged model to {parsed.out}.")
+    Console().print(f"Wrote the merged model to {escape(str(parsed.out))}.")
     return 0
 
 
@@ -231,7 +238,12 @@ def build_model(name: str, arguments: Sequence[str], *, weights: bool) -> nn.Mod
             "name from timm.list_models() or a folder that save_pretrained made."
         )
         raise ConfigError(message)
-    return timm.create_model(name, **dict(_key_value(item) for item in arguments))
+    given = dict(_key_value(item) for item in arguments)
+    try:
+        return timm.create_model(name, **given)
+    except TypeError as error:
+        message = f"timm cannot build {name!r} with {given}: {error}. Change --model-arg."
+        raise ConfigError(message) from error
 
 
 def _build_transformers(folder: str, *, weights: bool) -> nn.Module:

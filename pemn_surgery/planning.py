@@ -59,7 +59,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         left=tuple(left),
         owned=tuple(_owned(model, request, masked)),
         frozen_norms=tuple(_frozen_norms(model, request)),
-        whole_bytes=_whole_bytes(model, request),
+        whole=tuple(_whole(model, request)),
         parameters=_count_parameters(model, slots),
     )
 
@@ -228,10 +228,32 @@ def _owned(model: nn.Module, request: Request, masked: set[str]) -> Iterator[Own
                 continue
             full = f"{path}.{name}" if path else name
             first = seen.setdefault(id(tensor), full)
-            size = tensor.numel() * tensor.element_size()
             tied_to = "" if first == full else first
             saved = not _is_idle_counter(module, name)
-            yield Owned(path, name, tensor.numel(), size, trained, saved, tied_to)
+            yield _describe_owned(path, name, tensor, trained=trained, saved=saved, tied_to=tied_to)
+
+
+def _whole(model: nn.Module, request: Request) -> Iterator[Owned]:
+    """Yield the tensors of modules that PEFT trains and saves as a whole."""
+    for path, module in base_modules(model):
+        if path and request.is_saved_whole(path):
+            for name, tensor in _unmasked_tensors(path, module, set()):
+                yield _describe_owned(path, name, tensor, trained=True)
+
+
+def _describe_owned(
+    path: str, name: str, tensor: Tensor, *, trained: bool, saved: bool = True, tied_to: str = ""
+) -> Owned:
+    return Owned(
+        path=path,
+        tensor=name,
+        shape=tuple(tensor.shape),
+        is_float=tensor.is_floating_point(),
+        nbytes=tensor.numel() * tensor.element_size(),
+        trained=trained,
+        saved=saved,
+        tied_to=tied_to,
+    )
 
 
 def _unmasked_tensors(
@@ -271,13 +293,6 @@ def _frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:
         for path, module in base_modules(model):
             if "running_mean" in module._buffers and not request.is_saved_whole(path):
                 yield path
-
-
-def _whole_bytes(model: nn.Module, request: Request) -> int:
-    """Return the size of the modules that PEFT trains and saves as a whole."""
-    modules = [m for path, m in base_modules(model) if path and request.is_saved_whole(path)]
-    tensors = {id(t): t for m in modules for t in [*m._parameters.values(), *m._buffers.values()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
 
 
 def _count_parameters(model: nn.Module, slots: Sequence[_Slot]) -> int:

@@ -79,7 +79,8 @@ class Owned:
     Attributes:
         path: Path of its module.
         tensor: Its name on the module.
-        floats: Number of elements.
+        shape: Its shape.
+        is_float: Whether it holds floating-point numbers.
         nbytes: Size of one copy in bytes.
         trained: Whether it is trained; otherwise it moves (statistics) or is only saved.
         saved: Whether it is in the task's file: not a batch counter that nothing reads.
@@ -88,7 +89,8 @@ class Owned:
 
     path: str
     tensor: str
-    floats: int
+    shape: Shape
+    is_float: bool
     nbytes: int
     trained: bool
     saved: bool = True
@@ -111,7 +113,7 @@ class Plan:
         left: Tensors of two or more dimensions that stay, with reasons.
         owned: Unmasked tensors that each task has its own copy of.
         frozen_norms: Modules that stay in eval mode while the task trains.
-        whole_bytes: Size of the modules that are trained and saved as a whole.
+        whole: Tensors of the modules that PEFT trains and saves as a whole.
         parameters: Number of elements of all parameters of the model.
     """
 
@@ -121,7 +123,7 @@ class Plan:
     left: tuple[Left, ...]
     owned: tuple[Owned, ...]
     frozen_norms: tuple[str, ...]
-    whole_bytes: int
+    whole: tuple[Owned, ...]
     parameters: int
 
     @property
@@ -147,8 +149,9 @@ class Plan:
     @property
     def other_bytes(self) -> int:
         """Bytes of one task's other tensors."""
-        owned = sum(item.nbytes for item in self.owned if item.saved and not item.tied_to)
-        return owned + self.whole_bytes
+        return sum(
+            item.nbytes for item in (*self.owned, *self.whole) if item.saved and not item.tied_to
+        )
 
     @property
     def bank_floats(self) -> int:

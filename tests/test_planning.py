@@ -102,7 +102,7 @@ def test_totals_by_hand():
     assert made.parameters == 78
     assert made.masked_weights == made.maskable_weights == 70
     assert made.mask_bytes == (32 + 4) + (32 + 4) + (32 + 2)
-    assert [(o.name, o.floats, o.nbytes, o.trained) for o in made.owned] == [
+    assert [(o.name, math.prod(o.shape), o.nbytes, o.trained) for o in made.owned] == [
         ("0.bias", 5, 20, True),
         ("3.bias", 3, 12, True),
     ]
@@ -162,7 +162,7 @@ def test_conv_net_on_its_own_weights(rest, trained, carried):
     moving = ["norm.running_mean", "norm.running_var"] if carried else []
     assert [name for name, item in saved.items() if not item.trained] == moving
     assert made.frozen_norms == (("norm",) if rest == "freeze" else ())
-    assert made.other_bytes == sum(4 * o.floats for o in saved.values())
+    assert made.other_bytes == sum(o.nbytes for o in saved.values())
 
 
 def test_with_drawn_numbers_everything_random_travels():

@@ -9,6 +9,8 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import PeftModel
 
+from pemn_surgery import pemnify
+from pemn_surgery.errors import UnsupportedModelError
 from tests.adapters import models
 from tests.stacks.fsdp2_worker import BANKS, base, fresh
 
@@ -99,3 +101,19 @@ def test_one_layer_on_disk(bank, kind, pair, tmp_path):
     assert away
     assert_same_logits(offloaded, model)
     assert on_meta(offloaded.named_parameters()) == away
+
+
+@pytest.mark.parametrize("verb", ["merge_and_unload", "unload"])
+def test_an_offloaded_model_is_not_merged(verb):
+    model = pemnify(torch.nn.Sequential(torch.nn.Linear(4, 4)), bank="rp")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match=r"0.* is offloaded by accelerate"):
+        getattr(model, verb)()
+
+
+def test_a_bank_does_not_replace_offloaded_weights():
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="offload the result"):
+        pemnify(base, bank="rp")
+    assert type(base[0]) is torch.nn.Linear
