@@ -16,6 +16,7 @@ from pemn_surgery.errors import (
     NothingToMaskError,
     UnsupportedModelError,
 )
+from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.surgery import TASK_CHILD
 from pemn_surgery.targets import Plan
 
@@ -66,6 +67,26 @@ def check_fresh(model: nn.Module) -> None:
         message = (
             f"The model carries adapters in {len(layers)} places already (first: {layers[0]}). Use "
             "model.add_adapter(name, config) for another task, or model.unload() to begin anew."
+        )
+        raise AlreadyPemnifiedError(message)
+
+
+def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to put a new adapter in the place of one that may have been trained.
+
+    Args:
+        model: The model.
+        adapter_name: Name of the new adapter.
+
+    Raises:
+        AlreadyPemnifiedError: If the model has masks of that name.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MaskedWeight)]
+    taken = sum(adapter_name in layer.pemn_masks for layer in layers)
+    if taken:
+        message = (
+            f"The model has {taken} masks of an adapter {adapter_name!r} already; a new one of "
+            "that name would overwrite them. Choose another name, or delete or unload that adapter."
         )
         raise AlreadyPemnifiedError(message)
 

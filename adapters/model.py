@@ -11,7 +11,12 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
-from pemn_surgery.adapters.checks import check_in_place, check_model, check_targets
+from pemn_surgery.adapters.checks import (
+    check_in_place,
+    check_model,
+    check_name_is_free,
+    check_targets,
+)
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
@@ -27,6 +32,12 @@ class PemnModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = PemnTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT declares it so
+
+    def __init__(
+        self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        check_name_is_free(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: PemnConfig, model_config: dict) -> PemnConfig:
         return peft_config

@@ -162,8 +162,7 @@ def _quickstart(parsed: argparse.Namespace) -> int:
 def _plan(parsed: argparse.Namespace) -> int:
     from pemn_surgery.adapters import plan
 
-    with torch.device("meta"):
-        model = build_model(parsed.model, parsed.model_arg, weights=False)
+    model = _build_without_weights(parsed.model, parsed.model_arg)
     given = {name: getattr(parsed, name) for name in _OPTIONS if getattr(parsed, name) is not None}
     result = plan(model, **given)
     if parsed.json:
@@ -244,6 +243,15 @@ def build_model(name: str, arguments: Sequence[str], *, weights: bool) -> nn.Mod
     except TypeError as error:
         message = f"timm cannot build {name!r} with {given}: {error}. Change --model-arg."
         raise ConfigError(message) from error
+
+
+def _build_without_weights(name: str, arguments: Sequence[str]) -> nn.Module:
+    """Build a model on the meta device; the few that compute while they are built, on the CPU."""
+    try:
+        with torch.device("meta"):
+            return build_model(name, arguments, weights=False)
+    except (NotImplementedError, RuntimeError):
+        return build_model(name, arguments, weights=False)
 
 
 def _build_transformers(folder: str, *, weights: bool) -> nn.Module:

@@ -9,6 +9,7 @@ random weights, and must give the same logits bit for bit.
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,8 +74,10 @@ def run(out: Path, epochs: int, seed: int, progress: Progress) -> dict[str, Any]
     Returns:
         What is in ``results.json``.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    report.check_plotting()
     train, test = load_digits()
+    begin = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
     steps = epochs * (len(train.images) // _BATCH)
     bar = progress.add_task("quickstart", total=len(TASKS) * len(METHODS) * steps)
 
@@ -89,7 +92,17 @@ def run(out: Path, epochs: int, seed: int, progress: Progress) -> dict[str, Any]
     for task in TASKS:
         size = (out / "masks" / task / _WEIGHTS_FILE).stat().st_size
         outcomes.append(Outcome("masks", task, _accuracy(logits[task], test.labels[task]), size))
-    result = _result(outcomes, epochs, seed, verified=verify_in_new_process(out))
+    verified = verify_in_new_process(out)
+    result = {
+        "command": f"pemn quickstart --epochs {epochs} --seed {seed}",
+        "epochs": epochs,
+        "seed": seed,
+        "ratio": RATIO,
+        **report.environment(),
+        "seconds": round(time.monotonic() - begin, 1),
+        "verified_in_new_process": verified,
+        "outcomes": [asdict(outcome) for outcome in outcomes],
+    }
     (out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     _plot(out / "quickstart.png", outcomes)
     return result
@@ -281,18 +294,6 @@ def _predict(model: nn.Module, images: Tensor) -> Tensor:
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return float((logits.argmax(dim=1) == labels).double().mean())
-
-
-def _result(outcomes: list[Outcome], epochs: int, seed: int, *, verified: bool) -> dict[str, Any]:
-    return {
-        "command": f"pemn quickstart --epochs {epochs} --seed {seed}",
-        "epochs": epochs,
-        "seed": seed,
-        "ratio": RATIO,
-        **report.environment(),
-        "verified_in_new_process": verified,
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-    }
 
 
 def _plot(path: Path, outcomes: list[Outcome]) -> None:

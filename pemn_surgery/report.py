@@ -1,6 +1,7 @@
 """Tables and plots."""
 
 import importlib.metadata
+import importlib.util
 import io
 import os
 import platform
@@ -62,6 +63,17 @@ def as_text(renderable: Table) -> str:
     return buffer.getvalue()
 
 
+def check_plotting() -> None:
+    """Refuse early where plots cannot be drawn.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        message = 'Plots need matplotlib: pip install "pemn-surgery[train]".'
+        raise ImportError(message)
+
+
 def scatter(
     path: Path,
     points: Mapping[str, Sequence[tuple[float, float]]],
@@ -79,7 +91,11 @@ def scatter(
     Raises:
         ImportError: If matplotlib is missing.
     """
-    figure, axes = _figure()
+    check_plotting()
+    from matplotlib.figure import Figure  # draws to a file, needs no screen
+
+    figure = Figure(figsize=(7.0, 4.2))
+    axes: Any = figure.add_subplot()
     for (name, series), marker in zip(points.items(), "osD^vP*X" * len(points), strict=False):
         axes.plot(*zip(*series, strict=True), marker, label=name, markersize=9, alpha=0.85)
     axes.set_xscale("log")
@@ -90,17 +106,6 @@ def scatter(
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-
-
-def _figure() -> tuple[Any, Any]:
-    """Return a figure that needs no screen, and its axes."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        message = 'Plots need matplotlib: pip install "pemn-surgery[train]".'
-        raise ImportError(message) from error
-    figure = Figure(figsize=(7.0, 4.2))
-    return figure, figure.add_subplot()
 
 
 def _is_number(text: str) -> bool:

@@ -243,3 +243,15 @@ def test_every_error_is_a_pemn_error():
     named = [thing for thing in vars(errors).values() if isinstance(thing, type)]
     assert len(named) >= 12
     assert all(issubclass(thing, PemnError) and thing.__doc__ for thing in named)
+
+
+def test_a_second_get_peft_model_overwrites_nothing():
+    model = get_peft_model(models.net(), PemnConfig(bank="rp", ratio=0.5))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert before
+    with (
+        pytest.warns(UserWarning, match="a second time"),
+        pytest.raises(AlreadyPemnifiedError, match="masks of an adapter 'default' already"),
+    ):
+        get_peft_model(model.base_model.model, PemnConfig(bank="rp", ratio=0.5))
+    models.assert_same_tensors(model.state_dict(), before)

@@ -1,0 +1,64 @@
+"""Figures in the README are those of committed result files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = json.loads((ROOT / "docs/results/quickstart.json").read_text(encoding="utf-8"))
+CIFAR = {
+    path.name: json.loads(path.read_text(encoding="utf-8"))
+    for path in (ROOT / "recipes/cifar10_rp/results").glob("*.json")
+}
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+ROWS = [cells(line) for line in README.splitlines() if line.startswith("|")]
+
+
+def test_quickstart_table():
+    dense = {o["task"]: o["nbytes"] for o in QUICKSTART["outcomes"] if o["method"] == "dense"}
+    outcomes = QUICKSTART["outcomes"]
+    assert len(outcomes) == 6
+    for outcome in outcomes:
+        row = [
+            outcome["task"],
+            outcome["method"],
+            f"{100 * outcome['accuracy']:.2f} %",
+            f"{outcome['nbytes']:,}",
+            f"{dense[outcome['task']] / outcome['nbytes']:.1f} x",
+        ]
+        assert row in [found[:5] for found in ROWS], row
+
+
+def test_masks_are_within_three_points_of_dense():
+    accuracy = {(o["method"], o["task"]): o["accuracy"] for o in QUICKSTART["outcomes"]}
+    assert QUICKSTART["verified_in_new_process"] is True
+    for task in ("digit", "parity"):
+        assert accuracy["masks", task] > accuracy["dense", task] - 0.03
+
+
+@pytest.mark.parametrize("name", sorted(CIFAR))
+def test_cifar_table(name):
+    result = CIFAR[name]
+    arms = result["arms"]
+    assert set(arms) == {"dense", "masks (rp 1e-2)"}
+    for arm, found in arms.items():
+        row = [
+            result["case"],
+            arm,
+            f"{result['epochs']['run']} of {result['epochs']['paper']}",
+            f"{found['best']['test_accuracy']:.2f} %",
+            f"{found['last']['test_accuracy']:.2f} %",
+            f"{found['bytes']['total']:,}",
+        ]
+        assert row in [listed[:6] for listed in ROWS], row
+
+
+def test_there_are_cifar_results():
+    assert len(CIFAR) >= 1
