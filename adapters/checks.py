@@ -8,7 +8,7 @@ from torch import nn
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, AdapterFile
-from pemn_surgery.bank import Bank, BankSpec
+from pemn_surgery.bank import BankSpec
 from pemn_surgery.errors import (
     AlreadyPemnifiedError,
     ArchitectureError,
@@ -165,24 +165,29 @@ def check_same_bank(held: BankSpec, wanted: BankSpec) -> None:
     raise BankMismatchError(message)
 
 
-def check_fillable(bank: Bank, plan: Plan) -> None:
-    """Refuse weights that the model's bank has no numbers for.
+def check_same_targets(held: Set[str], plan: Plan) -> None:
+    """Refuse a later adapter that masks other weights than those that the bank has replaced.
+
+    A weight that the bank replaced and an adapter leaves unmasked would be the bare fill, which
+    that adapter's file could not bring back without the other adapter.
 
     Args:
-        bank: The model's.
+        held: Names of the weights that the model's bank has replaced.
         plan: What would be masked.
 
     Raises:
-        BankMismatchError: If a weight is larger than the bank, or of a shape that it lacks.
+        BankMismatchError: If the two differ.
     """
-    for target in plan.targets:
-        if bank.layout.find(target.shape) is None:
-            message = (
-                f"The model's bank has no numbers for {target.name} of shape {target.shape} "
-                f"({target.weights} weights): it was made for up to {bank.layout.largest}. Give "
-                "the first adapter of a model all weights that a later one masks."
-            )
-            raise BankMismatchError(message)
+    wanted = {target.name for target in plan.targets}
+    if held == wanted:
+        return
+    differing = sorted(held ^ wanted)
+    message = (
+        f"The model's bank fills {len(held)} weights, the adapter would mask {len(wanted)}; "
+        f"{len(differing)} differ (first: {differing[0]}). Give all adapters of a model with a "
+        "bank the same targets. Nothing was changed."
+    )
+    raise BankMismatchError(message)
 
 
 def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None:

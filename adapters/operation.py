@@ -12,9 +12,9 @@ from pemn_surgery import surgery
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.checks import (
     check_file_fits,
-    check_fillable,
     check_in_place,
     check_same_bank,
+    check_same_targets,
 )
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
@@ -96,15 +96,15 @@ class Operation:
 
     def _find_or_build_bank(self) -> Bank | None:
         spec = self.config.bank_spec
-        held = [module for module in self._all_layers() if isinstance(module, PemnLayer)]
+        held = list(self._held_layers())
         for layer in held:
             check_same_bank(layer.spec, spec)
-        existing = next((layer.bank for layer in held if layer.bank is not None), None)
+        if held and (spec.generated or spec.bank != "own"):
+            check_same_targets({layer.target for layer in held}, self.plan)
         if spec.bank == "own":
             return None
-        if existing is not None:
-            check_fillable(existing, self.plan)
-            return existing
+        if held:
+            return held[0].bank
         layout = cast("banks.Layout", self.plan.layout)
         largest = max(self.plan.targets, key=lambda target: target.weights)
         weight = self._weight(largest.name)
@@ -142,6 +142,7 @@ class Operation:
         path, _, parameter = name.rpartition(".")
         return cast("Tensor", self.modules[path]._parameters[parameter])
 
-    def _all_layers(self) -> Iterator[nn.Module]:
+    def _held_layers(self) -> Iterator[PemnLayer]:
         for module in self.modules.values():
-            yield from module._modules.values()  # type: ignore[misc]
+            children = module._modules.values()
+            yield from (child for child in children if isinstance(child, PemnLayer))

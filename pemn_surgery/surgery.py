@@ -111,9 +111,11 @@ def share_tensor(module: nn.Module, name: str, child: TaskTensors) -> None:
         name: Name of the tensor on both modules.
         child: Holds the tasks' copies.
     """
-    module.__dict__.setdefault(_SHARED, {})[name] = child
-    child.shared_with.append((module, name))
-    _swap(module, tensors=(name,))
+    shared = module.__dict__.setdefault(_SHARED, {})
+    if name not in shared:
+        shared[name] = child
+        child.shared_with.append((module, name))
+        _swap(module, tensors=(name,))
 
 
 def restore_parameter(child: MaskedWeight, weight: Tensor | None) -> None:

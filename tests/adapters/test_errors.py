@@ -11,6 +11,7 @@ from torch import nn
 from pemn_surgery import PemnConfig, pemnify, plan
 from pemn_surgery.errors import (
     AlreadyPemnifiedError,
+    BankMismatchError,
     ConfigError,
     MaskNotLoadedError,
     NothingToMaskError,
@@ -255,3 +256,28 @@ def test_a_second_get_peft_model_overwrites_nothing():
     ):
         get_peft_model(model.base_model.model, PemnConfig(bank="rp", ratio=0.5))
     models.assert_same_tensors(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("bank", ["mp", "rp", "one_layer", "own_generated"])
+def test_all_adapters_of_a_bank_have_the_same_targets(bank):
+    options = models.BANKS[bank]
+    model = pemnify(models.net(), PemnConfig(**options))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert before
+    with pytest.raises(BankMismatchError) as error:
+        model.add_adapter("second", PemnConfig(**options, target_modules=["conv1", "conv2"]))
+    models.says(
+        error, "fills 4 weights", "would mask 2", "2 differ", "conv3.weight", "same targets"
+    )
+    models.assert_same_tensors(model.state_dict(), before)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_adapters_on_own_weights_may_have_other_targets():
+    model = pemnify(models.net(), PemnConfig(bank="own", target_modules=["conv1"]))
+    model.add_adapter("second", PemnConfig(bank="own", target_modules=["conv2"]))
+    layers = models.mask_layers(model)
+    assert {name: list(layer.pemn_masks) for name, layer in layers.items()} == {
+        "conv1.weight": ["default"],
+        "conv2.weight": ["second"],
+    }

@@ -170,7 +170,7 @@ def test_second_adapter_of_larger_weights_is_refused():
     before = models.Snapshot(model)
     with pytest.raises(BankMismatchError) as error:
         model.add_adapter("second", PemnConfig(bank="mp"))
-    models.says(error, "conv1.weight", "(8, 3, 3, 3)", "216 weights", "up to 32", "first adapter")
+    models.says(error, "fills 1 weights", "would mask 4", "conv1.weight", "the same targets")
     before.assert_unchanged()
 
 

@@ -13,6 +13,7 @@ from peft import (
     inject_adapter_in_model,
 )
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from pemn_surgery import PemnConfig, pemnify
 from tests.adapters import models
@@ -190,3 +191,24 @@ def test_peft_model_from_pretrained_on_gpt2(tmp_path):
     models.assert_equal(run(again), run(model))
     fan = models.mask_layers(model)["transformer.h.0.mlp.c_proj.weight"].fan_in
     assert fan == 64
+
+
+@models.ignore_peft_on_transformers
+def test_two_tasks_on_a_tied_language_model_merge_and_stay_tied():
+    config = GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
+    )
+    model = pemnify(GPT2LMHeadModel(config).eval(), bank="rp", ratio=0.1)
+    model.add_adapter("second", PemnConfig(bank="rp", ratio=0.1))
+    model.set_adapter("second")
+    task = model.base_model.model.transformer.wte.task_tensors.pemn_tensors["second"]
+    with torch.no_grad():
+        task.weight.mul_(2.0)
+    tokens = models.tokens() % 64
+    expected = model(input_ids=tokens).logits
+    with model.disable_adapter():
+        models.assert_differs(model(input_ids=tokens).logits, expected)
+    merged = model.merge_and_unload()
+    models.assert_equal(merged(input_ids=tokens).logits, expected)
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert type(merged.lm_head) is torch.nn.Linear
