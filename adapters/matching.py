@@ -64,6 +64,7 @@ def plan_for(model: nn.Module, config: PemnConfig) -> Plan:
             rest=cast("Any", config.rest),
             reason_to_leave=reason_to_leave,
             is_saved_whole=lambda path: _is_saved_whole(config, path),
+            is_named=lambda path: config.target_modules is not None and not reason_to_leave(path),
             parameters=tuple(config.target_parameters or ()),
         ),
     )

@@ -126,5 +126,9 @@ class PemnModel(BaseTuner):
         loaded = prepare_for_model(state_dict, model, config, adapter_name)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, loaded)
         if isinstance(getattr(model, "base_model", None), BaseTuner):
+            if next(model.parameters(), None) is None:
+                # PEFT takes a model without parameters (all masked by a bank) for one that has no
+                # prefix and strips it from these keys.
+                return {KEY_PREFIX + key: value for key, value in remapped.items()}
             return remapped
         return {key.removeprefix(KEY_PREFIX): value for key, value in remapped.items()}

@@ -25,6 +25,7 @@ class Request:
         rest: What happens to the tensors that are not masked.
         reason_to_leave: Gives, for a module path, why its weight stays, or "" to mask it.
         is_saved_whole: Tells whether a module is trained and saved as a whole by PEFT.
+        is_named: Tells whether a module was asked for by name: embeddings are masked only then.
         parameters: Suffixes of further parameters to mask, whatever their module.
     """
 
@@ -32,6 +33,7 @@ class Request:
     rest: RestName
     reason_to_leave: Callable[[str], str] = field(default=lambda path: "")
     is_saved_whole: Callable[[str], bool] = field(default=lambda path: False)
+    is_named: Callable[[str], bool] = field(default=lambda path: False)
     parameters: Sequence[str] = ()
 
 
@@ -140,7 +142,9 @@ def _describe(
 ) -> _Slot | None:
     name = f"{path}.{parameter}" if path else parameter
     asked = any(name == item or name.endswith(f".{item}") for item in request.parameters)
-    maskable = asked or (parameter == "weight" and _is_matmul(module))
+    embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    wanted = embedding and parameter == "weight" and request.is_named(path)
+    maskable = asked or wanted or _is_weight(module, parameter)
     if isinstance(tensor, nn.parameter.UninitializedParameter):
         return _Slot(path, parameter, module, (0,), id(tensor), "has no shape yet (lazy)", maskable)
     if tensor.dim() < 2 and not maskable:
@@ -156,9 +160,14 @@ def _describe(
     return _Slot(path, parameter, module, shape, id(tensor), problem, maskable)
 
 
-def _is_matmul(module: nn.Module) -> bool:
-    convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return isinstance(module, (nn.Linear, *convs)) or _is_transposed_linear(module)
+def _is_weight(module: nn.Module, parameter: str) -> bool:
+    """Tell whether a parameter is what a layer multiplies (or convolves) its input with."""
+    if isinstance(module, nn.MultiheadAttention):  # its output projection is a Linear of its own
+        return parameter.endswith("_proj_weight")
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return parameter.startswith("weight_")
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    return parameter == "weight" and (isinstance(module, layers) or _is_transposed_linear(module))
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
@@ -171,7 +180,7 @@ def _is_transposed_linear(module: nn.Module) -> bool:
 
 def _why_not(module: nn.Module, parameter: str) -> str:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return "an embedding"
+        return "an embedding, masked only if target_modules names it"
     if parameter == "weight" or parameter.startswith("weight_"):
         return f"masks for {type(module).__name__} are not available"
     return "a raw parameter, not the weight of a layer"

@@ -114,7 +114,9 @@ def test_plan_of_a_transformers_folder(folders, capsys):
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     assert len(found["targets"]) == len(linear) == 14
     assert found["totals"]["masked_weights"] == sum(m.weight.numel() for m in linear)
-    assert {item["reason"] for item in found["left"]} == {"an embedding"}
+    assert {item["reason"] for item in found["left"]} == {
+        "an embedding, masked only if target_modules names it"
+    }
 
 
 def test_plan_passes_every_option(capsys):

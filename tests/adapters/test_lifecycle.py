@@ -583,3 +583,18 @@ def test_several_active_adapters_compose_as_and():
     for name, layer in models.mask_layers(model).items():
         expected = torch.where(both[0][name] & both[1][name], fills[name], torch.zeros(()))
         models.assert_equal(layer.read().detach() + 0.0, expected, name)
+
+
+def test_a_model_that_is_nothing_but_masks_comes_back(tmp_path):
+    """Without a single parameter left PEFT takes the model for one that has no key prefix."""
+
+    def build():
+        return nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))
+
+    model = pemnify(build(), bank="rp", ratio=0.5, seed=4)
+    x = torch.ones(2, 6)
+    expected = model(x).detach()
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(build(), str(tmp_path))
+    assert not list(loaded.parameters())
+    models.assert_equal(loaded(x), expected)
