@@ -93,11 +93,6 @@ class Layout:
         """Number of values that the bank stores."""
         return sum(prototype.length for _, prototype in self.by_shape)
 
-    @property
-    def largest(self) -> int:
-        """Largest number of weights that the bank can fill; "rp" tiles, so it fills any."""
-        return max(prototype.length for _, prototype in self.by_shape)
-
     def find(self, shape: Shape) -> Prototype | None:
         """Return the prototype that fills this shape, or None where there is none."""
         table = dict(self.by_shape)

@@ -52,11 +52,6 @@ def find_task(module: nn.Module) -> TaskTensors | None:
     return child if isinstance(child, TaskTensors) else None
 
 
-def is_ours(module: nn.Module) -> bool:
-    """Tell whether a module was put into the model by this package."""
-    return isinstance(module, (MaskedWeight, TaskTensors))
-
-
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that the module had before its first swap."""
     return getattr(type(module), "_pemn_original", type(module))

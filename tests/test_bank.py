@@ -382,14 +382,14 @@ def test_another_bank_is_refused():
     assert len(banks_of(model)) == 1
 
 
-def test_a_bank_that_is_too_small_is_refused():
-    """The first adapter masks 20 weights; the second wants 144."""
+def test_a_second_adapter_with_other_targets_is_refused():
     model = pemnify(Net(), bank="mp", target_modules=["head"])
     with pytest.raises(BankMismatchError) as caught:
         model.add_adapter("two", PemnConfig(bank="mp"))
     message = str(caught.value)
-    assert "stem.weight of shape (4, 3, 3, 3) (108 weights)" in message
-    assert "up to 20" in message
+    assert "fills 1 weights" in message
+    assert "would mask 4" in message
+    assert "first.weight" in message
 
 
 @settings(max_examples=8)

@@ -136,7 +136,7 @@ def test_nothing_to_mask():
     for model, options, said in [
         (nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), {}, ("6 parameters", "none")),
         (nn.Sequential(nn.Embedding(5, 2)), {}, ("10 parameters", "1 x an embedding")),
-        (nn.Sequential(nn.LSTM(2, 3)), {}, ("masks for LSTM are not available",)),
+        (nn.Sequential(nn.Bilinear(2, 2, 3)), {}, ("masks for Bilinear are not available",)),
         (models.net(), {"target_modules": ["conv9"]}, ("conv9", "4 x not in target_modules")),
         (models.net(), {"exclude_modules": ".*"}, ("4 x in exclude_modules",)),
         (models.net(), {"target_parameters": ["nothing"]}, ("nothing", "not found")),
