@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pemn_surgery import plan
+from pemn_surgery.quickstart import network
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = json.loads((ROOT / "docs/results/quickstart.json").read_text(encoding="utf-8"))
@@ -34,6 +37,13 @@ def test_quickstart_table():
             f"{dense[outcome['task']] / outcome['nbytes']:.1f} x",
         ]
         assert row in [found[:5] for found in ROWS], row
+
+
+def test_a_mask_adapter_is_one_bit_a_weight_and_its_other_tensors():
+    made = plan(network(0), bank="rp", ratio=QUICKSTART["ratio"])
+    sizes = [o["nbytes"] for o in QUICKSTART["outcomes"] if o["method"] == "masks"]
+    assert len(sizes) == 2
+    assert max(sizes) <= made.masked_weights / 8 * 1.02 + made.other_bytes
 
 
 def test_masks_are_within_three_points_of_dense():
