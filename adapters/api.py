@@ -1,6 +1,7 @@
 """The two verbs: `pemnify` rewrites a model, `plan` says what it would do."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -8,7 +9,7 @@ from torch import nn
 
 from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.matching import plan_for, set_default_head
+from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default_head
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.targets import Plan
 
@@ -18,6 +19,7 @@ def pemnify(
     config: PemnConfig | None = None,
     *,
     adapter_name: str = "default",
+    inputs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PeftModel:
     """Rewrite a model so that every Linear and Conv weight is frozen numbers x a learned mask.
@@ -29,6 +31,8 @@ def pemnify(
         model: Any timm, transformers or other torch model.
         config: The configuration; None takes ``options``.
         adapter_name: Name of the first task.
+        inputs: Keyword arguments of the model's forward, by which raw parameters that it uses as
+            weights are found. None makes them from the model's configuration, if it has one.
         **options: Fields of `PemnConfig`, for example ``bank="rp", ratio=1e-2, seed=0``.
 
     Returns:
@@ -43,15 +47,24 @@ def pemnify(
     chosen = _config(config, options)
     check_model(model)
     check_fresh(model)
+    if inputs is not None:
+        follow_forward(model, chosen, inputs)
     return get_peft_model(model, chosen, adapter_name=adapter_name)
 
 
-def plan(model: nn.Module, config: PemnConfig | None = None, **options: Any) -> Plan:
+def plan(
+    model: nn.Module,
+    config: PemnConfig | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Plan:
     """Say what `pemnify` would do to every weight, and why; nothing is touched.
 
     Args:
         model: Any torch model, also one on the meta device.
         config: The configuration; None takes ``options``.
+        inputs: As in `pemnify`.
         **options: Fields of `PemnConfig`.
 
     Returns:
@@ -64,7 +77,7 @@ def plan(model: nn.Module, config: PemnConfig | None = None, **options: Any) -> 
     chosen = copy.copy(_config(config, options))
     check_model(model)
     set_default_head(chosen, model)
-    return plan_for(model, chosen)
+    return plan_for(model, chosen, follow_forward(model, chosen, inputs))
 
 
 def _config(config: PemnConfig | None, options: dict[str, Any]) -> PemnConfig:

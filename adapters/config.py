@@ -12,7 +12,7 @@ from pemn_surgery.adapters.file import AdapterFile, read_adapter_file
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.bank import BankName, BankSpec, InitName
 from pemn_surgery.errors import AdapterFileError, ConfigError
-from pemn_surgery.planning import RestName
+from pemn_surgery.planning import RestName, TiedName
 from pemn_surgery.selector import Selector, SelectorName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
@@ -81,6 +81,15 @@ class PemnConfig(PeftConfig):
         layers_to_transform: Layer indices to mask, as in PEFT.
         layers_pattern: Name of the layer list, as in PEFT.
         target_parameters: Further parameters to mask by name, as in PEFT.
+        functional_weights: Raw parameters that the model's forward multiplies with (experts,
+            projections without a layer of their own), by full name; masked like the weights of
+            layers. Default: found by following one forward on shapes alone, unless targets are
+            given; saved with the adapter.
+        rewritten_weights: Weights that the model's forward changes in place, which stay because a
+            mask would not last; found and saved likewise.
+        tied: What happens to a weight that is tied to an embedding, as most language models' heads
+            are. "leave": neither is masked. "untie": the head gets a masked copy. "both": head and
+            embedding share one mask.
         modules_to_save: Modules to train and save as a whole, as in PEFT. On a timm model with
             ``bank_init="model"`` the default is its classifier; an empty list masks that too.
         trainable_token_indices: Not supported; present because TRL reads it.
@@ -105,6 +114,9 @@ class PemnConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     target_parameters: list[str] | None = None
+    functional_weights: list[str] | None = None
+    rewritten_weights: list[str] | None = None
+    tied: TiedName = "leave"
     modules_to_save: list[str] | None = None
     trainable_token_indices: None = None
     fingerprint: dict[str, str] | None = field(default=None, repr=False)
@@ -201,6 +213,7 @@ class PemnConfig(PeftConfig):
         _one_of("selector", self.selector, get_args(SelectorName))
         _one_of("scale", self.scale, (None, *get_args(ScaleName)))
         _one_of("rest", self.rest, (None, *get_args(RestName)))
+        _one_of("tied", self.tied, get_args(TiedName))
         if isinstance(self.score_init, str):
             _one_of("score_init", self.score_init, ("kaiming_uniform", "a number"))
 

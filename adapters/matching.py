@@ -12,7 +12,16 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.planning import Request, base_modules, make_plan
+from pemn_surgery.errors import TraceError
+from pemn_surgery.graph import Trace, trace
+from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.planning import (
+    Request,
+    base_modules,
+    functional_weights,
+    make_plan,
+    rewritten_weights,
+)
 from pemn_surgery.targets import Plan
 
 
@@ -36,12 +45,51 @@ def set_default_head(config: PemnConfig, model: nn.Module) -> None:
         config.modules_to_save = names
 
 
-def plan_for(model: nn.Module, config: PemnConfig) -> Plan:
+def follow_forward(
+    model: nn.Module, config: PemnConfig, inputs: Mapping[str, Any] | None = None
+) -> Trace | TraceError:
+    """Follow a forward on shapes, and write what it shows into the configuration where it is open.
+
+    Args:
+        model: Any module.
+        config: Changed in place: ``functional_weights`` and ``rewritten_weights`` if they are None.
+        inputs: Keyword arguments of the model's forward; None makes them from its configuration.
+
+    Returns:
+        The trace, or why there is none.
+    """
+    result = _follow(model, config, inputs)
+    chosen = config.target_modules is not None or config.target_parameters is not None
+    seen = not isinstance(result, TraceError)
+    if config.functional_weights is None:
+        config.functional_weights = functional_weights(model, result) if seen and not chosen else []
+    if config.rewritten_weights is None:
+        config.rewritten_weights = rewritten_weights(model, result) if seen else []
+    return result
+
+
+def _follow(
+    model: nn.Module, config: PemnConfig, inputs: Mapping[str, Any] | None
+) -> Trace | TraceError:
+    if config.file is not None:
+        return TraceError("the adapter's configuration says which weights are masked")
+    if any(isinstance(module, MaskedWeight) for module in model.modules()):
+        return TraceError("the model carries masks already")
+    try:
+        return trace(model, inputs)
+    except TraceError as error:
+        return error
+
+
+def plan_for(
+    model: nn.Module, config: PemnConfig, followed: Trace | TraceError | None = None
+) -> Plan:
     """Return the plan that a configuration means for a model.
 
     Args:
         model: Any module.
         config: The configuration.
+        followed: What `follow_forward` returned, to show the use of every weight.
     """
     matcher = _matcher(config, model)
     by_layer = config.target_modules is None and config.layers_to_transform is not None
@@ -66,6 +114,11 @@ def plan_for(model: nn.Module, config: PemnConfig) -> Plan:
             is_saved_whole=lambda path: _is_saved_whole(config, path),
             is_named=lambda path: config.target_modules is not None and not reason_to_leave(path),
             parameters=tuple(config.target_parameters or ()),
+            functional=frozenset(config.functional_weights or ()),
+            rewritten=frozenset(config.rewritten_weights or ()),
+            tied=config.tied,
+            trace=followed if isinstance(followed, Trace) else None,
+            untraced=str(followed) if isinstance(followed, TraceError) else "",
         ),
     )
 

@@ -20,7 +20,12 @@ from pemn_surgery.adapters.checks import (
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
-from pemn_surgery.adapters.matching import is_excluded, plan_for, set_default_head
+from pemn_surgery.adapters.matching import (
+    follow_forward,
+    is_excluded,
+    plan_for,
+    set_default_head,
+)
 from pemn_surgery.adapters.operation import Operation
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
@@ -46,6 +51,7 @@ class PemnModel(BaseTuner):
         """Plan and check everything; the model is still as it was when this raises."""
         check_model(model)
         set_default_head(peft_config, model)
+        follow_forward(model, peft_config)
         plan = plan_for(model, peft_config)
         check_targets(plan, peft_config)
         self._pending = Operation(model, peft_config, plan)

@@ -58,6 +58,8 @@ class Operation:
         if self.bank is None and spec.generated:
             self._redraw(target, module)
         layer = PemnLayer(module, target, spec, self.bank)
+        if target.untied_from:
+            surgery.untie_parameter(layer)
         surgery.mask_parameter(layer)
         for name in target.tied:
             path, _, parameter = name.rpartition(".")

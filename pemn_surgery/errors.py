@@ -59,3 +59,7 @@ class RecipeError(PemnError, ValueError):
 
 class ExampleInputsError(PemnError, ValueError):
     """No example inputs can be made for a model from its configuration alone."""
+
+
+class TraceError(PemnError, RuntimeError):
+    """A model's forward cannot be followed on shapes alone."""

@@ -37,7 +37,8 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
         ExampleInputsError: The model has no configuration to read, or an argument of its forward
             is of an unknown kind.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    unwrap: Any = getattr(model, "get_base_model", None)  # PEFT
+    base = unwrap() if unwrap is not None else model
     if isinstance(getattr(getattr(base, "config", None), "model_type", None), str):
         return inputs_transformers.make_inputs(base, batch)
     timm_config = getattr(base, "pretrained_cfg", None) or getattr(base, "default_cfg", None)

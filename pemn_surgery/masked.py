@@ -123,6 +123,8 @@ class MaskedWeight(nn.Module):
         fan_in: Inputs that one output sums over.
         bank: The shared bank; None where the layer keeps its own weight.
         shared_with: Further modules (and parameter names) that hold the same, tied weight.
+        untied: The parameter that the layer shared before it got a copy, if it did; in a list, so
+            that it is not registered here.
         pemn_masks: The masks by adapter name.
         merged_weight: The merged effective weight while adapters are merged, else None.
     """
@@ -142,6 +144,7 @@ class MaskedWeight(nn.Module):
         # In a list, so that the owner is not registered as a child of its own child.
         self._owner = [owner]
         self.shared_with: list[tuple[nn.Module, str]] = []
+        self.untied: list[nn.Parameter] = []
         self._kept = _Kept()
         self.target = target
         self.parameter = parameter

@@ -1,19 +1,28 @@
 """Making a plan: every weight of a model, what will happen to it and why. Nothing is touched."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
 from pemn_surgery import bank as banks
 from pemn_surgery.bank import BankSpec, Shape
+from pemn_surgery.graph import Trace, Use, repeated_blocks
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.targets import Left, Owned, Plan, Target
 from pemn_surgery.task import TaskTensors
 
 RestName = Literal["train", "norms", "stats", "freeze"]
+TiedName = Literal["leave", "untie", "both"]
+
+# Raw parameters of these names are tables of positions, tokens or queries that a forward multiplies
+# with as it would with activations; masks have no meaning there.
+_TABLES = re.compile(r"pos|tok|embed|quer|latent|bias|table|cls|prompt|prototype|codebook")
+_ROUTER = re.compile(r"router|gate$|gating", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,11 @@ class Request:
         is_saved_whole: Tells whether a module is trained and saved as a whole by PEFT.
         is_named: Tells whether a module was asked for by name: embeddings are masked only then.
         parameters: Suffixes of further parameters to mask, whatever their module.
+        functional: Names of raw parameters that the forward uses as weights (`functional_weights`).
+        rewritten: Names of weights that the forward changes in place (`rewritten_weights`).
+        tied: What happens to a weight that is tied to an embedding.
+        trace: What a forward does with every parameter, or None where none was followed.
+        untraced: Why there is no trace.
     """
 
     spec: BankSpec
@@ -35,6 +49,11 @@ class Request:
     is_saved_whole: Callable[[str], bool] = field(default=lambda path: False)
     is_named: Callable[[str], bool] = field(default=lambda path: False)
     parameters: Sequence[str] = ()
+    functional: Collection[str] = ()
+    rewritten: Collection[str] = ()
+    tied: TiedName = "leave"
+    trace: Trace | None = None
+    untraced: str = ""
 
 
 def make_plan(model: nn.Module, request: Request) -> Plan:
@@ -63,7 +82,44 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         frozen_norms=tuple(_frozen_norms(model, request)),
         whole=tuple(_whole(model, request)),
         parameters=_count_parameters(model, slots),
+        blocks=tuple(repeated_blocks(model)),
+        untraced=request.untraced,
     )
+
+
+def functional_weights(model: nn.Module, trace: Trace) -> list[str]:
+    """Return the raw parameters that a forward multiplies its input with: experts, projections.
+
+    Not among them: weights of layers, which are masked anyway, embeddings, tables of positions or
+    tokens, and routers.
+
+    Args:
+        model: The model.
+        trace: Its trace.
+    """
+    modules = dict(base_modules(model))
+    found = []
+    for name, uses in trace.by_name().items():
+        path, _, parameter = name.rpartition(".")
+        module = modules.get(path)
+        if module is None or not any(use.multiplies for use in uses):
+            continue
+        known = _is_weight(module, parameter) or _is_embedding(module) or _is_router(path, module)
+        if not known and not (parameter != "weight" and _TABLES.search(parameter)):
+            found.append(name)
+    return found
+
+
+def rewritten_weights(model: nn.Module, trace: Trace) -> list[str]:
+    """Return the weights that a forward changes in place: what it writes would miss the mask.
+
+    Args:
+        model: The model.
+        trace: Its trace.
+    """
+    modules = dict(base_modules(model))
+    names = [name for name in trace.written if name.rpartition(".")[0] in modules]
+    return [name for name in names if not is_norm(modules[name.rpartition(".")[0]])]
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -91,10 +147,16 @@ def fan_in_of(module: nn.Module, shape: Shape) -> int:
 
     Args:
         module: The layer.
-        shape: Shape of its weight: (out, in, ...) but for HF ``Conv1D``, which has (in, out).
+        shape: Shape of its weight: (out, in, ...) but for HF ``Conv1D``, which has (in, out), for
+            experts, which have (experts, out, in) or, if ``module.is_transposed``, (experts, in,
+            out), and for timm's ``CondConv2d``, which has (experts, everything else).
     """
     if _is_transposed_linear(module):
         return max(shape[0], 1)
+    if type(module).__name__ == "CondConv2d":
+        return max(math.prod(shape[1:]) // max(cast("Any", module).out_channels, 1), 1)
+    if len(shape) == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+        return max(shape[1 if getattr(module, "is_transposed", False) else 2], 1)
     return max(math.prod(shape[1:]), 1)
 
 
@@ -109,6 +171,7 @@ class _Slot:
     identity: int
     problem: str
     maskable: bool
+    is_embedding: bool = False
 
     @property
     def name(self) -> str:
@@ -141,23 +204,33 @@ def _describe(
     path: str, parameter: str, module: nn.Module, tensor: Tensor, request: Request
 ) -> _Slot | None:
     name = f"{path}.{parameter}" if path else parameter
-    asked = any(name == item or name.endswith(f".{item}") for item in request.parameters)
-    embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    wanted = embedding and parameter == "weight" and request.is_named(path)
-    maskable = asked or wanted or _is_weight(module, parameter)
+    asked = _is_asked(name, request)
+    table = _is_embedding(module) and parameter == "weight"
+    maskable = asked or (table and request.is_named(path)) or _is_weight(module, parameter)
     if isinstance(tensor, nn.parameter.UninitializedParameter):
         return _Slot(path, parameter, module, (0,), id(tensor), "has no shape yet (lazy)", maskable)
     if tensor.dim() < 2 and not maskable:
         return None
     shape = tuple(tensor.shape)
-    problem = "" if maskable else _why_not(module, parameter)
+    problem = "" if maskable else _why_not(module, parameter, name, request)
+    unnamed = table and not maskable
+    if not maskable and not table and _multiplies(name, request):
+        maskable = not _TABLES.search(parameter)
     if path.endswith(".parametrizations.weight") and not asked:
         maskable, problem = True, "is parametrised (weight norm or the like)"
     if maskable and not tensor.is_floating_point():
         problem = f"is stored as {tensor.dtype} (quantised)"
     elif maskable and tensor.numel() == 0:
         problem = "has no elements"
-    return _Slot(path, parameter, module, shape, id(tensor), problem, maskable)
+    elif maskable and name in request.rewritten:
+        problem = "the forward changes it in place, so that a mask would not last"
+    return _Slot(path, parameter, module, shape, id(tensor), problem, maskable, unnamed)
+
+
+def _is_asked(name: str, request: Request) -> bool:
+    """Tell whether a parameter was asked for by its own name, or found to be used as a weight."""
+    wanted = any(name == item or name.endswith(f".{item}") for item in request.parameters)
+    return wanted or name in request.functional
 
 
 def _is_weight(module: nn.Module, parameter: str) -> bool:
@@ -166,8 +239,22 @@ def _is_weight(module: nn.Module, parameter: str) -> bool:
         return parameter.endswith("_proj_weight")
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return parameter.startswith("weight_")
+    if "Experts" in type(module).__name__:  # (experts, out, in), or with out and in exchanged
+        tensor = module._parameters.get(parameter)
+        return tensor is not None and tensor.dim() == 3
     layers = (nn.Linear, nn.modules.conv._ConvNd)
     return parameter == "weight" and (isinstance(module, layers) or _is_transposed_linear(module))
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    return isinstance(module, tables) or "Embedding" in type(module).__name__
+
+
+def _is_router(path: str, module: nn.Module) -> bool:
+    """Tell whether a module chooses experts: a mask there would change who works, not how."""
+    names = (path.rpartition(".")[2], type(module).__name__)
+    return any(_ROUTER.search(name) for name in names)
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
@@ -178,12 +265,30 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     )
 
 
-def _why_not(module: nn.Module, parameter: str) -> str:
+def _why_not(module: nn.Module, parameter: str, name: str, request: Request) -> str:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "an embedding, masked only if target_modules names it"
-    if parameter == "weight" or parameter.startswith("weight_"):
+    if _multiplies(name, request):
+        what = "a router" if _is_router(name.rpartition(".")[0], module) else "a table"
+        return f"{what}, masked only if target_parameters names it"
+    if request.trace is None and (parameter == "weight" or parameter.startswith("weight_")):
         return f"masks for {type(module).__name__} are not available"
     return "a raw parameter, not the weight of a layer"
+
+
+def _multiplies(name: str, request: Request) -> bool:
+    return request.trace is not None and any(use.multiplies for use in request.trace.of(name))
+
+
+def _summary(uses: Sequence[Use]) -> str:
+    """Return in a few words what a forward does with a parameter."""
+    counts: Counter[str] = Counter()
+    for use in uses:
+        place = f" at {use.where}" if use.where else ""
+        counts[f"{use.operator}{place}"] += use.count
+    if not counts:
+        return "not reached by the forward"
+    return ", ".join(f"{what} x{n}" if n > 1 else what for what, n in counts.items())
 
 
 def _sort_out(slots: Sequence[_Slot], request: Request) -> tuple[list[Target], list[Left]]:
@@ -192,16 +297,45 @@ def _sort_out(slots: Sequence[_Slot], request: Request) -> tuple[list[Target], l
         by_identity.setdefault(slot.identity, []).append(slot)
     targets, left = [], []
     for group in by_identity.values():
-        reasons = [_reason(slot, request) for slot in group]
-        if not any(reasons):
-            targets.append(_target(group))
-            continue
-        first = next(place for place, reason in enumerate(reasons) if reason)
-        for place, (slot, reason) in enumerate(zip(group, reasons, strict=True)):
-            why = reason or f"tied to {group[first].name}, which stays: {reasons[first]}"
-            maskable = slot.maskable and place == 0  # a tied tensor counts once
-            left.append(Left(slot.name, type(slot.module).__name__, slot.shape, maskable, why))
+        masked, staying = _split(group, request)
+        if masked:
+            targets.append(_target(group, masked, staying, request))
+        left.extend(_left(group, masked, staying, request.trace))
     return targets, left
+
+
+def _split(group: Sequence[_Slot], request: Request) -> tuple[list[_Slot], list[tuple[_Slot, str]]]:
+    """Return which holders of one tensor are masked, and which stay and why."""
+    reasons = [_reason(slot, request) for slot in group]
+    free = [slot for slot, reason in zip(group, reasons, strict=True) if not reason]
+    staying = [(slot, reason) for slot, reason in zip(group, reasons, strict=True) if reason]
+    if not staying or not free:
+        return free, staying
+    embeddings_only = all(slot.is_embedding for slot, _ in staying)
+    if request.tied == "both" and embeddings_only:
+        return list(group), []
+    if request.tied == "untie":
+        return free, staying
+    first, why = staying[0]
+    offer = '; see tied="both" and tied="untie"' if embeddings_only else ""
+    tied = [(slot, f"tied to {first.name}, which stays: {why}{offer}") for slot in free]
+    return [], [*staying, *tied]
+
+
+def _left(
+    group: Sequence[_Slot],
+    masked: Sequence[_Slot],
+    staying: Sequence[tuple[_Slot, str]],
+    trace: Trace | None,
+) -> Iterator[Left]:
+    """Yield what stays; a tied tensor counts once as maskable, and not if a copy is masked."""
+    counted = bool(masked)
+    order = {slot.name: place for place, slot in enumerate(group)}
+    for slot, reason in sorted(staying, key=lambda item: order[item[0].name]):
+        maskable = slot.maskable and not counted
+        counted = counted or maskable
+        use = _summary(trace.of(slot.name)) if trace and not slot.is_embedding else ""
+        yield Left(slot.name, type(slot.module).__name__, slot.shape, maskable, reason, use)
 
 
 def _reason(slot: _Slot, request: Request) -> str:
@@ -209,18 +343,29 @@ def _reason(slot: _Slot, request: Request) -> str:
         return slot.problem
     if any(slot.name == item or slot.name.endswith(f".{item}") for item in request.parameters):
         return ""
+    if not slot.path and slot.name in request.functional:
+        return ""
     return request.reason_to_leave(slot.path)
 
 
-def _target(group: Sequence[_Slot]) -> Target:
-    first = group[0]
+def _target(
+    group: Sequence[_Slot],
+    masked: Sequence[_Slot],
+    staying: Sequence[tuple[_Slot, str]],
+    request: Request,
+) -> Target:
+    first = masked[0]
+    traced = request.trace.of if request.trace else lambda name: ()
+    uses = [use for slot in group for use in traced(slot.name)]
     return Target(
         path=first.path,
         parameter=first.parameter,
         kind=type(first.module).__name__,
         shape=first.shape,
         fan_in=fan_in_of(first.module, first.shape),
-        tied=tuple(slot.name for slot in group[1:]),
+        tied=tuple(slot.name for slot in masked[1:]),
+        untied_from=staying[0][0].name if staying else "",
+        use=_summary(uses) if request.trace else "",
     )
 
 

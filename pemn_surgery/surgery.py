@@ -72,6 +72,19 @@ def mask_parameter(child: MaskedWeight) -> None:
     _swap(layer, masks=(parameter,))
 
 
+def untie_parameter(child: MaskedWeight) -> None:
+    """Give a layer its own copy of a parameter that it shares with a module that stays.
+
+    Args:
+        child: Will make the effective weight; remembers the shared parameter for `unload`.
+    """
+    shared = cast("nn.Parameter", child.owner._parameters[child.parameter])
+    child.untied.append(shared)
+    if child.bank is None:
+        copied = nn.Parameter(shared.detach().clone(), requires_grad=False)
+        child.owner._parameters[child.parameter] = copied
+
+
 def share_mask(module: nn.Module, parameter: str, child: MaskedWeight) -> None:
     """Let a second module whose weight is tied read the first one's effective weight.
 
@@ -122,7 +135,9 @@ def restore_parameter(child: MaskedWeight, weight: Tensor | None) -> None:
     """
     layer, parameter = child.owner, child.parameter
     own = layer._parameters.get(parameter)
-    if own is None:
+    if weight is None and child.untied:
+        own = child.untied[0]
+    elif own is None:
         values = weight if weight is not None else child.fill().clone()
         own = nn.Parameter(values.contiguous(), requires_grad=False)
     elif weight is not None:

@@ -5,13 +5,14 @@ It prints as a table, compares by value and turns into JSON. `planning` makes it
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
 
 from pemn_surgery import bits, report
 from pemn_surgery.bank import BankSpec, Layout, Shape
+from pemn_surgery.graph import Block
 
 # Below this share of masked weights a plan says so loudly.
 _LOW_COVERAGE = 0.9
@@ -28,6 +29,8 @@ class Target:
         shape: Shape of the weight.
         fan_in: Inputs that one output sums over.
         tied: Other modules (as "path.parameter") that hold the same tensor and share the mask.
+        untied_from: Name of the tensor that it was tied to and gets a copy of, or "".
+        use: What a forward does with it ("linear", "linear at beit.py:225"), "" if not traced.
     """
 
     path: str
@@ -36,6 +39,8 @@ class Target:
     shape: Shape
     fan_in: int
     tied: tuple[str, ...] = ()
+    untied_from: str = ""
+    use: str = field(default="", compare=False)
 
     @property
     def name(self) -> str:
@@ -47,6 +52,13 @@ class Target:
         """Number of weights."""
         return math.prod(self.shape)
 
+    @property
+    def reason(self) -> str:
+        """What a plan says beside it: its use, and with which other tensors it is tied."""
+        shared = f"one mask with {', '.join(self.tied)}" if self.tied else ""
+        untied = f"untied from {self.untied_from}" if self.untied_from else ""
+        return "; ".join(part for part in (self.use, shared, untied) if part)
+
 
 @dataclass(frozen=True)
 class Left:
@@ -56,15 +68,22 @@ class Left:
         name: Its name in the model's state dict.
         kind: Class of its module.
         shape: Its shape.
-        maskable: Whether it is the weight of a layer that could be masked.
-        reason: Why it stays.
+        maskable: Whether it is a weight that could be masked.
+        why: Why it stays.
+        use: What a forward does with it, "" if not traced.
     """
 
     name: str
     kind: str
     shape: Shape
     maskable: bool
-    reason: str
+    why: str
+    use: str = field(default="", compare=False)
+
+    @property
+    def reason(self) -> str:
+        """Why it stays, and what a forward does with it."""
+        return f"{self.why}: {self.use}" if self.use else self.why
 
     @property
     def weights(self) -> int:
@@ -115,6 +134,8 @@ class Plan:
         frozen_norms: Modules that stay in eval mode while the task trains.
         whole: Tensors of the modules that PEFT trains and saves as a whole.
         parameters: Number of elements of all parameters of the model.
+        blocks: The model's repeated blocks.
+        untraced: Why no forward was followed to see the use of every weight, "" if one was.
     """
 
     spec: BankSpec
@@ -125,6 +146,8 @@ class Plan:
     frozen_norms: tuple[str, ...]
     whole: tuple[Owned, ...]
     parameters: int
+    blocks: tuple[Block, ...] = field(default=(), compare=False)
+    untraced: str = field(default="", compare=False)
 
     @property
     def masked_weights(self) -> int:
@@ -180,14 +203,19 @@ class Plan:
             "ratio_fp32": self.ratio(4),
             "ratio_fp16": self.ratio(2),
         }
-        return {**asdict(self), "totals": totals}
+        reasons = {
+            name: [{**asdict(item), "reason": item.reason} for item in items]
+            for name, items in (("targets", self.targets), ("left", self.left))
+        }
+        return {**asdict(self), **reasons, "totals": totals}
 
     def groups(self) -> list[dict[str, Any]]:
         """Return one row for each group of like tensors: repeated blocks become one row."""
         rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        items = [*((item, "mask", "") for item in self.targets)]
-        for item, action, reason in [*items, *((item, "leave", item.reason) for item in self.left)]:
-            key = (group_pattern(item.name), item.kind, item.shape, action, group_pattern(reason))
+        masked = ((item, "mask") for item in self.targets)
+        for item, action in [*masked, *((item, "leave") for item in self.left)]:
+            reason = group_pattern(item.reason)
+            key = (group_pattern(item.name), item.kind, item.shape, action, reason)
             row = rows.setdefault(key, _row(key))
             row["count"] += 1
             row["weights"] += item.weights
@@ -206,6 +234,11 @@ class Plan:
             f"{self.other_bytes:,} of other tensors; "
             f"{self.ratio(4):.1f} x smaller than float32, {self.ratio(2):.1f} x than 16 bits"
         )
+        if self.blocks:
+            listed = (f"{block.pattern} = {block.count} x {block.kind}" for block in self.blocks)
+            table.caption += f"\nrepeated blocks: {', '.join(listed)}"
+        if self.untraced:
+            table.caption += f"\nuses not seen: {self.untraced}"
         return table
 
     def __str__(self) -> str:
