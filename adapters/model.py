@@ -101,6 +101,10 @@ class PemnModel(BaseTuner):
         if new_module is not None:
             setattr(parent, child_name, new_module)
 
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        """Nothing that PEFT has to warn of: `PemnConfig.tied` says what happens to tied weights."""
+        return []
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         check_in_place(self.model, "merge or unload")
         return super()._unload_and_optionally_merge(*args, **kwargs)

@@ -378,14 +378,52 @@ COMPOSED = {
 
 # Types that build but do not run when they are shrunk further: widths that have to fit each other.
 FIRST_LEVEL: dict[str, str] = dict.fromkeys(
-    """
-    align bros clap d_fine deimv2 dots3_note_text edgetam_video encodec layoutlmv3 lilt
-    lightglue efficientloftr mamba2 mobilebert pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4
-    pp_ocrv5_mobile_rec pp_ocrv5_server_rec pp_ocrv6_small_det pp_ocrv6_small_rec
-    pp_ocrv6_tiny_rec rf_detr rt_detr rt_detr_v2 sam sam_hq sam2 sam2_video sam2_vision_model
-    sam2_hiera_det_model sew sew-d siglip uvdoc vision-text-dual-encoder emu3 falcon_h1 zamba2
-    mistral4 nemotron3_diarization minimax_m3_vl blt clvp
-    """.split(),
+    [
+        "align",
+        "bros",
+        "clap",
+        "d_fine",
+        "deimv2",
+        "dots3_note_text",
+        "edgetam_video",
+        "encodec",
+        "layoutlmv3",
+        "lilt",
+        "lightglue",
+        "efficientloftr",
+        "mamba2",
+        "mobilebert",
+        "pp_doclayout_v2",
+        "pp_doclayout_v3",
+        "pp_doclayout_v4",
+        "pp_ocrv5_mobile_rec",
+        "pp_ocrv5_server_rec",
+        "pp_ocrv6_small_det",
+        "pp_ocrv6_small_rec",
+        "pp_ocrv6_tiny_rec",
+        "rf_detr",
+        "rt_detr",
+        "rt_detr_v2",
+        "sam",
+        "sam_hq",
+        "sam2",
+        "sam2_video",
+        "sam2_vision_model",
+        "sam2_hiera_det_model",
+        "sew",
+        "sew-d",
+        "siglip",
+        "uvdoc",
+        "vision-text-dual-encoder",
+        "emu3",
+        "falcon_h1",
+        "zamba2",
+        "mistral4",
+        "nemotron3_diarization",
+        "minimax_m3_vl",
+        "blt",
+        "clvp",
+    ],
     "experts",
 )
 
