@@ -27,6 +27,8 @@ OPTIONS = {
     "modules_to_save": [],
 }
 
+TIED = "tied to a weight that stays, mostly an embedding"
+
 
 @dataclass
 class Walk:
@@ -165,7 +167,8 @@ def count(result: Walk, planned: Any) -> None:
     result.untraced = planned.untraced
     for item in planned.left:
         if item.maskable:
-            result.left[item.reason] = result.left.get(item.reason, 0) + item.weights
+            why = TIED if item.why.startswith("tied to") else item.why
+            result.left[why] = result.left.get(why, 0) + item.weights
 
 
 def train_a_step(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
