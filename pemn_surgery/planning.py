@@ -1,7 +1,7 @@
 """Making a plan: every weight of a model, what will happen to it and why. Nothing is touched."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pemn_surgery import bank as banks
 from pemn_surgery.bank import BankSpec, Shape
+from pemn_surgery.graph_modules import GraphUse, uses_in_graphs
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.targets import Left, Owned, Plan, Target
 from pemn_surgery.task import TaskTensors
@@ -47,7 +48,8 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     Returns:
         The plan.
     """
-    slots = list(_weight_slots(model, request))
+    uses = uses_in_graphs(model)
+    slots = list(_weight_slots(model, request, uses))
     targets, left = _sort_out(slots, request)
     masked = {name for target in targets for name in (target.name, *target.tied)}
     layout = None
@@ -59,7 +61,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         layout=layout,
         targets=tuple(targets),
         left=tuple(left),
-        owned=tuple(_owned(model, request, masked)),
+        owned=tuple(_owned(model, request, masked, uses)),
         frozen_norms=tuple(_frozen_norms(model, request)),
         whole=tuple(_whole(model, request)),
         parameters=_count_parameters(model, slots),
@@ -109,13 +111,17 @@ class _Slot:
     identity: int
     problem: str
     maskable: bool
+    operator: str = ""  # what a graph does with it, where the module's class does not say
+    fan_in: int = 0  # 0: as the module's class says
 
     @property
     def name(self) -> str:
         return f"{self.path}.{self.parameter}" if self.path else self.parameter
 
 
-def _weight_slots(model: nn.Module, request: Request) -> Iterator[_Slot]:
+def _weight_slots(
+    model: nn.Module, request: Request, uses: Mapping[int, GraphUse]
+) -> Iterator[_Slot]:
     """Yield every parameter of two or more dimensions, masked ones included."""
     for path, module in base_modules(model):
         held = _held_masks(module)
@@ -125,9 +131,13 @@ def _weight_slots(model: nn.Module, request: Request) -> Iterator[_Slot]:
                 continue
             identity = id(child) if tensor is None else id(tensor)
             if child is not None:
-                yield _Slot(path, parameter, module, child.shape, identity, "", maskable=True)
+                fan_in = child.fan_in
+                yield _Slot(
+                    path, parameter, module, child.shape, identity, "", True, fan_in=fan_in
+                )
             elif tensor is not None:
-                slot = _describe(path, parameter, module, tensor, request)
+                use = uses.get(identity, GraphUse())
+                slot = _describe(path, parameter, module, tensor, request, use)
                 if slot is not None:
                     yield slot
 
@@ -138,26 +148,33 @@ def _held_masks(module: nn.Module) -> dict[str, MaskedWeight]:
 
 
 def _describe(
-    path: str, parameter: str, module: nn.Module, tensor: Tensor, request: Request
+    path: str, parameter: str, module: nn.Module, tensor: Tensor, request: Request, use: GraphUse
 ) -> _Slot | None:
     name = f"{path}.{parameter}" if path else parameter
     asked = any(name == item or name.endswith(f".{item}") for item in request.parameters)
-    embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    wanted = embedding and parameter == "weight" and request.is_named(path)
-    maskable = asked or wanted or _is_weight(module, parameter)
+    wanted = _is_embedding(module, parameter, use) and request.is_named(path)
+    of_layer = _is_weight(module, parameter)
+    in_graph = bool(use.operator) and not use.is_embedding and not of_layer
+    maskable = asked or wanted or of_layer or in_graph
     if isinstance(tensor, nn.parameter.UninitializedParameter):
         return _Slot(path, parameter, module, (0,), id(tensor), "has no shape yet (lazy)", maskable)
     if tensor.dim() < 2 and not maskable:
         return None
     shape = tuple(tensor.shape)
-    problem = "" if maskable else _why_not(module, parameter)
+    problem = use.problem if maskable else _why_not(module, parameter, use)
     if path.endswith(".parametrizations.weight") and not asked:
         maskable, problem = True, "is parametrised (weight norm or the like)"
     if maskable and not tensor.is_floating_point():
         problem = f"is stored as {tensor.dtype} (quantised)"
     elif maskable and tensor.numel() == 0:
         problem = "has no elements"
-    return _Slot(path, parameter, module, shape, id(tensor), problem, maskable)
+    operator, fan_in = (use.operator, use.fan_in) if in_graph else ("", 0)
+    return _Slot(path, parameter, module, shape, id(tensor), problem, maskable, operator, fan_in)
+
+
+def _is_embedding(module: nn.Module, parameter: str, use: GraphUse) -> bool:
+    of_class = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and parameter == "weight"
+    return of_class or use.is_embedding
 
 
 def _is_weight(module: nn.Module, parameter: str) -> bool:
@@ -170,6 +187,11 @@ def _is_weight(module: nn.Module, parameter: str) -> bool:
     return parameter == "weight" and (isinstance(module, layers) or _is_transposed_linear(module))
 
 
+def _is_container(module: nn.Module) -> bool:
+    """Tell whether a module only holds tensors, as all those of an exported graph do."""
+    return type(module).forward is nn.Module.forward
+
+
 def _is_transposed_linear(module: nn.Module) -> bool:
     """Tell whether a module is (a subclass of) transformers' ``Conv1D``, without importing it."""
     return any(
@@ -178,10 +200,11 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     )
 
 
-def _why_not(module: nn.Module, parameter: str) -> str:
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+def _why_not(module: nn.Module, parameter: str, use: GraphUse) -> str:
+    if _is_embedding(module, parameter, use):
         return "an embedding, masked only if target_modules names it"
-    if parameter == "weight" or parameter.startswith("weight_"):
+    named_so = parameter == "weight" or parameter.startswith("weight_")
+    if named_so and not _is_container(module):
         return f"masks for {type(module).__name__} are not available"
     return "a raw parameter, not the weight of a layer"
 
@@ -213,18 +236,20 @@ def _reason(slot: _Slot, request: Request) -> str:
 
 
 def _target(group: Sequence[_Slot]) -> Target:
-    first = group[0]
+    first = group[0]  # tied slots share one tensor, hence one use in a graph
     return Target(
         path=first.path,
         parameter=first.parameter,
-        kind=type(first.module).__name__,
+        kind=first.operator or type(first.module).__name__,
         shape=first.shape,
-        fan_in=fan_in_of(first.module, first.shape),
+        fan_in=first.fan_in or fan_in_of(first.module, first.shape),
         tied=tuple(slot.name for slot in group[1:]),
     )
 
 
-def _owned(model: nn.Module, request: Request, masked: set[str]) -> Iterator[Owned]:
+def _owned(
+    model: nn.Module, request: Request, masked: set[str], uses: Mapping[int, GraphUse]
+) -> Iterator[Owned]:
     """Yield the unmasked tensors that each task has its own copy of."""
     seen: dict[int, str] = {}
     for path, module in base_modules(model):
@@ -232,8 +257,9 @@ def _owned(model: nn.Module, request: Request, masked: set[str]) -> Iterator[Own
             continue
         for name, tensor in _unmasked_tensors(path, module, masked):
             can_train = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-            trained = can_train and _is_trained(module, request)
-            if not (trained or _is_carried(module, name, tensor, request)):
+            use = uses.get(id(tensor), GraphUse())
+            trained = can_train and _is_trained(module, request, use)
+            if not (trained or _is_carried(module, name, tensor, request, use)):
                 continue
             full = f"{path}.{name}" if path else name
             first = seen.setdefault(id(tensor), full)
@@ -275,11 +301,14 @@ def _unmasked_tensors(
             yield name, tensor
 
 
-def _is_trained(module: nn.Module, request: Request) -> bool:
-    return request.rest == "train" or (request.rest == "norms" and is_norm(module))
+def _is_trained(module: nn.Module, request: Request, use: GraphUse) -> bool:
+    norm = is_norm(module) or use.is_norm
+    return request.rest == "train" or (request.rest == "norms" and norm)
 
 
-def _is_carried(module: nn.Module, name: str, tensor: Tensor, request: Request) -> bool:
+def _is_carried(
+    module: nn.Module, name: str, tensor: Tensor, request: Request, use: GraphUse
+) -> bool:
     """Tell whether a tensor that is not trained has to be saved with the task.
 
     Running statistics move while the task trains. With a generated bank the model is nothing but a
@@ -289,12 +318,16 @@ def _is_carried(module: nn.Module, name: str, tensor: Tensor, request: Request) 
         return request.rest != "freeze" or request.spec.generated
     if not request.spec.generated or not tensor.is_floating_point():
         return False
-    return not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    return not _is_embedding(module, name, use)
 
 
 def _is_idle_counter(module: nn.Module, name: str) -> bool:
-    """Tell whether a tensor is BatchNorm's batch counter, which is read only without a momentum."""
-    return name == "num_batches_tracked" and getattr(module, "momentum", None) is not None
+    """Tell whether a tensor is BatchNorm's batch counter, which is read only without a momentum.
+
+    An exported graph has the momentum as a constant; its modules are plain containers.
+    """
+    has_momentum = getattr(module, "momentum", None) is not None or _is_container(module)
+    return name == "num_batches_tracked" and has_momentum
 
 
 def _frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:
