@@ -160,7 +160,7 @@ def check_mode(model: nn.Module, *, training: bool, why: str) -> None:
             message = (
                 f"{why} asks for {wanted} mode, but the graph was exported in {other} mode: "
                 f"{len(held)} of its operators hold it (first: {held[0]}). Export the model after "
-                f"model.{wanted}(), or leave the mode alone. Nothing was changed."
+                f"model.{wanted}(), or leave the mode alone."
             )
             raise GraphModeError(message)
 

@@ -144,7 +144,7 @@ class PemnModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         check_in_place(self.model, "merge or unload")
         reads = surgery.graph_reads(self.model)
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         surgery.restore_graphs(reads)
         return model
 

@@ -28,9 +28,7 @@ READ = "pemn_read"
 _LAYERS = {
     "linear": (1, "weight"),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), (1, "weight")),
-    **dict.fromkeys(
-        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (1, "weight")
-    ),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (1, "weight")),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), (2, "params")),
     **dict.fromkeys(
         ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), (2, 3, "w_ih", "w_hh")
@@ -41,16 +39,21 @@ _PRODUCTS = {
     **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm"), ((0, "self"), (1, "mat2", "other"))),
     **dict.fromkeys(("addmm", "baddbmm", "addbmm"), ((1, "mat1", "batch1"), (2, "mat2", "batch2"))),
 }
-_RESHAPES = frozenset(
-    "t transpose permute swapaxes movedim T mT view _unsafe_view reshape flatten unflatten squeeze "
-    "unsqueeze expand select slice narrow chunk split split_with_sizes unbind getitem".split()
-)
+# fmt: off
+_RESHAPES = {
+    "t", "transpose", "permute", "swapaxes", "movedim", "T", "mT", "numpy_T", "view",
+    "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "select",
+    "slice", "narrow", "chunk", "split", "split_with_sizes", "unbind", "getitem",
+}
 # These pass a weight on in (nearly) its own shape: casts, copies, weight standardisation, fusing.
-_KEEPS = frozenset(
-    "to _to_copy float half bfloat16 double type type_as contiguous clone detach alias reshape_as "
-    "view_as batch_norm cat".split()
-)
-_NORMS = frozenset("batch_norm layer_norm group_norm instance_norm rms_norm native_layer_norm".split())
+_KEEPS = {
+    "to", "_to_copy", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous",
+    "clone", "detach", "alias", "reshape_as", "view_as", "batch_norm", "cat",
+}
+_NORMS = {
+    "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "native_layer_norm",
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def uses_in_graph(module: GraphModule) -> dict[str, GraphUse]:
         if parameter is None:
             continue
         start = torch.empty(parameter.shape, device="meta")
-        for use in [GraphUse(), *_uses(node, start, parameter.dim(), fed)]:
+        for use in [GraphUse(), *_uses(node, start, start, fed)]:
             found[name] = found[name].beside(use) if name in found else use
     return found
 
@@ -210,21 +213,21 @@ def _fed(module: GraphModule) -> set[Node]:
     return fed
 
 
-def _uses(node: Node, view: Any, dims: int, fed: set[Node]) -> Iterator[GraphUse]:
+def _uses(node: Node, view: Any, whole: Tensor, fed: set[Node]) -> Iterator[GraphUse]:
     """Yield every use of what a node gives, also behind nodes that only reshape or cast it.
 
     Args:
         node: The node.
         view: What it gives, on the meta device.
-        dims: Dimensions of the parameter behind it.
+        whole: The parameter behind it, on the meta device.
         fed: Nodes that depend on inputs: what they give is no parameter any more.
     """
     for user in node.users:
         operator = _operator(user)
         if user not in fed and _passes_on(user, operator, node):
-            yield from _uses(user, _viewed(user, operator, view), dims, fed)
+            yield from _uses(user, _viewed(user, operator, view, whole), whole, fed)
         else:
-            yield _use(user, operator, node, view, dims)
+            yield _use(user, operator, node, view, whole.dim())
 
 
 def _operator(node: Node) -> str:
@@ -251,7 +254,10 @@ def _passes_on(user: Node, operator: str, node: Node) -> bool:
     return allowed and bool(user.args) and user.args[0] is node
 
 
-def _viewed(user: Node, operator: str, view: Any) -> Any:
+def _viewed(user: Node, operator: str, view: Any, whole: Tensor) -> Any:
+    """Return what a node that passes a weight on makes of it, on the meta device."""
+    if operator in ("reshape_as", "view_as"):  # the way back, after weight standardisation
+        return whole
     if operator in _KEEPS:
         return view
     arguments, options = user.args[1:], user.kwargs

@@ -132,9 +132,7 @@ def _weight_slots(
             identity = id(child) if tensor is None else id(tensor)
             if child is not None:
                 fan_in = child.fan_in
-                yield _Slot(
-                    path, parameter, module, child.shape, identity, "", True, fan_in=fan_in
-                )
+                yield _Slot(path, parameter, module, child.shape, identity, "", True, fan_in=fan_in)
             elif tensor is not None:
                 use = uses.get(identity, GraphUse())
                 slot = _describe(path, parameter, module, tensor, request, use)

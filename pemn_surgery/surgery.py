@@ -240,17 +240,20 @@ def _unswap(module: nn.Module, names: tuple[str, ...]) -> None:
         _set_class(module, masks, tensors)
     else:
         module.__class__ = original_class(module)
-        if isinstance(module, GraphModule):
-            module.recompile()
+        _recompile(module)
+
+
+def _recompile(module: nn.Module) -> None:
+    """Put a graph's code on the class that its graph module has now."""
+    if isinstance(module, GraphModule):
+        module.recompile()
 
 
 def _set_class(module: nn.Module, masks: tuple[str, ...], tensors: tuple[str, ...]) -> None:
     original = original_class(module)
-    if isinstance(module, GraphModule):
-        module.__class__ = _graph_class(original, masks, tensors)
-        module.recompile()  # puts the graph's code on the new class
-    else:
-        module.__class__ = swapped_class(original, masks, tensors)
+    make = _graph_class if issubclass(original, GraphModule) else swapped_class
+    module.__class__ = make(original, masks, tensors)
+    _recompile(module)
 
 
 @functools.cache

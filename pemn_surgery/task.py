@@ -10,7 +10,6 @@ from typing import cast
 
 from torch import Tensor, nn
 
-
 # The attribute that holds a module's `TaskTensors`.
 TASK_CHILD = "task_tensors"
 
