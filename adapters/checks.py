@@ -13,9 +13,11 @@ from pemn_surgery.errors import (
     AlreadyPemnifiedError,
     ArchitectureError,
     BankMismatchError,
+    GraphModeError,
     NothingToMaskError,
     UnsupportedModelError,
 )
+from pemn_surgery.graph_modules import fixed_modes, graph_modules
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.surgery import TASK_CHILD
 from pemn_surgery.targets import Plan
@@ -138,6 +140,29 @@ def check_targets(plan: Plan, config: PemnConfig) -> None:
         "was changed."
     )
     raise NothingToMaskError(message)
+
+
+def check_mode(model: nn.Module, *, training: bool, why: str) -> None:
+    """Refuse a mode that the graphs of a model cannot take on.
+
+    Args:
+        model: The model.
+        training: The mode that is asked for.
+        why: What asks for it, for the error.
+
+    Raises:
+        GraphModeError: If a graph holds operators in the other mode.
+    """
+    for module in graph_modules(model):
+        held = fixed_modes(module, training=training)
+        if held:
+            wanted, other = ("train", "eval") if training else ("eval", "train")
+            message = (
+                f"{why} asks for {wanted} mode, but the graph was exported in {other} mode: "
+                f"{len(held)} of its operators hold it (first: {held[0]}). Export the model after "
+                f"model.{wanted}(), or leave the mode alone."
+            )
+            raise GraphModeError(message)
 
 
 def check_same_bank(held: BankSpec, wanted: BankSpec) -> None:

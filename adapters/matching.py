@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from torch import nn
+from torch.fx import GraphModule
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.errors import TraceError
@@ -95,6 +96,8 @@ def plan_for(
     by_layer = config.target_modules is None and config.layers_to_transform is not None
 
     def reason_to_leave(path: str) -> str:
+        if not path and isinstance(model, GraphModule):  # its own parameters have no module
+            return "" if _takes_all(config) else "not in target_modules"
         if not path:
             return "is the model itself; put it into torch.nn.Sequential to mask it"
         if by_layer and "." not in path:  # PEFT takes full names before it looks at layers
@@ -131,6 +134,11 @@ def is_excluded(config: PemnConfig, path: str) -> bool:
         path: Path of the module.
     """
     return isinstance(_match(config, path), _ExcludedModule)
+
+
+def _takes_all(config: PemnConfig) -> bool:
+    chosen = (config.target_modules, config.target_parameters, config.layers_to_transform)
+    return all(choice is None for choice in chosen)
 
 
 def _matcher(config: PemnConfig, model: nn.Module) -> PemnConfig:

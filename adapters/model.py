@@ -6,13 +6,15 @@ Every check runs in `_prepare_model`, before the first module changes.
 # PEFT declares every hook with its base configuration class; each tuner narrows it to its own.
 # pyright: reportIncompatibleMethodOverride=false
 
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import Tensor, nn
 
+from pemn_surgery import surgery
 from pemn_surgery.adapters.checks import (
     check_in_place,
+    check_mode,
     check_model,
     check_name_is_free,
     check_targets,
@@ -54,7 +56,12 @@ class PemnModel(BaseTuner):
         follow_forward(model, peft_config)
         plan = plan_for(model, peft_config)
         check_targets(plan, peft_config)
+        if plan.frozen_norms:
+            check_mode(model, training=False, why='rest="freeze"')
         self._pending = Operation(model, peft_config, plan)
+        root = [target.parameter for target in self._pending.by_path.get("", ())]
+        if root:
+            peft_config.target_parameters = [*(peft_config.target_parameters or ()), *root]
 
     def _check_target_module_exists(
         self, peft_config: PemnConfig, key: str
@@ -74,6 +81,45 @@ class PemnModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         self._pending.mask(current_key, adapter_name)
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass attributes on as PEFT does, but for a graph module's way of copying itself.
+
+        Copied in that way, PEFT's own part would be left behind.
+        """
+        if name in {"__deepcopy__", "__copy__"}:
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+    def train(self, mode: bool = True) -> "PemnModel":
+        """Set the mode, but of an exported graph, whose mode torch has fixed.
+
+        Torch refuses even the mode that such a graph is in, and PEFT asks for it when it loads.
+
+        Raises:
+            GraphModeError: If an exported graph is in the other mode.
+        """
+        if "train" not in self.model.__dict__:
+            return super().train(mode)
+        check_mode(self.model, training=mode, why="train()" if mode else "eval()")
+        self.training = mode
+        return self
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Inject, and let graphs call what they read until now.
+
+        PEFT never visits the model itself, and asks `_inject_parameters` for what is left only
+        where parameters are named; so the root's are named while it injects.
+        """
+        config = cast("PemnConfig", self.peft_config[adapter_name])
+        asked = config.target_parameters
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            config.target_parameters = asked
+        surgery.rewrite_graphs(model)
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -107,7 +153,10 @@ class PemnModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         check_in_place(self.model, "merge or unload")
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        reads = surgery.graph_reads(self.model)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        surgery.restore_graphs(reads)
+        return model
 
     @classmethod
     def _get_adapter_state_dict(

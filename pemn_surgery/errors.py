@@ -21,6 +21,10 @@ class AlreadyPemnifiedError(PemnError, ValueError):
     """The model already carries masks."""
 
 
+class GraphModeError(PemnError, ValueError):
+    """An exported graph holds operators in the other mode (train or eval) than is asked for."""
+
+
 class NothingToMaskError(PemnError, ValueError):
     """No weight of the model would be masked."""
 

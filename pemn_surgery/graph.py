@@ -249,28 +249,36 @@ class _Watcher(TorchFunctionMode):
         name = _name_of(func)
         tensors = [item for item in pytree.tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
         sources = [self._sources(tensor) for tensor in tensors]
+        carried = self._carried(name, tensors, sources)
         if any(sources) and not _is_getter(func):
-            self._note(name, args, tensors, sources)
+            self._note(name, args, tensors, sources, carried)
         result = _Call(func, name, args, kwargs, self.made_up).run()
-        self._inherit(name, tensors, sources, result)
+        for tensor in pytree.tree_leaves(result) if carried else ():
+            if isinstance(tensor, Tensor):
+                self._made_from.setdefault(id(tensor), (tensor, carried))
         return result
 
     def _sources(self, tensor: Tensor) -> tuple[str, ...]:
         return self._made_from.get(id(tensor), (None, ()))[1]
 
     def _note(
-        self, operator: str, args: tuple, tensors: list[Tensor], sources: list[tuple[str, ...]]
+        self,
+        operator: str,
+        args: tuple,
+        tensors: list[Tensor],
+        sources: list[tuple[str, ...]],
+        carried: tuple[str, ...],
     ) -> None:
+        """Count the call for every parameter that does not merely pass through it."""
         if _is_in_place(operator) and sources[0]:
             for name in sources[0]:
                 self.written.setdefault(name, _caller())
         derived = all(sources)
-        for place, names in enumerate(sources):
-            multiplies = self._multiplies(operator, args, tensors[place], derived)
-            if not multiplies and (derived or operator in _PARTS):
-                continue  # a view of the weight, or arithmetic among weights; what follows counts
+        for tensor, names in zip(tensors, sources, strict=True):
+            multiplies = self._multiplies(operator, args, tensor, derived)
             for name in names:
-                self._count(name, operator, multiplies)
+                if multiplies or name not in carried:
+                    self._count(name, operator, multiplies)
 
     def _multiplies(self, operator: str, args: tuple, tensor: Tensor, derived: bool) -> bool:
         if operator not in _WEIGHT_PLACE:
@@ -287,27 +295,26 @@ class _Watcher(TorchFunctionMode):
         key = (name, operator, multiplies, module, is_own, "" if is_own else _caller())
         self._found[key] = self._found.get(key, 0) + 1
 
-    def _inherit(
-        self, operator: str, tensors: list[Tensor], sources: list[tuple[str, ...]], result: Any
-    ) -> None:
-        """Note what results were made from, where that is parameters alone.
+    def _carried(
+        self, operator: str, tensors: list[Tensor], sources: list[tuple[str, ...]]
+    ) -> tuple[str, ...]:
+        """Return the parameters that a result is made from, where that is parameters alone.
 
         A gain that multiplies a weight is not what the result is: the larger of the two is.
         """
         if operator in _WEIGHT_PLACE or not sources or not sources[0]:
-            return
-        if not all(sources) and operator not in _PARTS:
-            return
-        if operator not in _JOINS:
-            largest = max(tensor.numel() for tensor in tensors)
-            sources = [
-                held if tensor.numel() == largest or operator in _PARTS else ()
-                for tensor, held in zip(tensors, sources, strict=True)
-            ]
-        names = tuple(dict.fromkeys(name for held in sources for name in held))
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and id(tensor) not in self._made_from:
-                self._made_from[id(tensor)] = (tensor, names)
+            return ()
+        if operator in _PARTS:
+            return sources[0]
+        if not all(sources):
+            return ()
+        largest = max(tensor.numel() for tensor in tensors)
+        kept = [
+            names
+            for tensor, names in zip(tensors, sources, strict=True)
+            if operator in _JOINS or tensor.numel() == largest
+        ]
+        return tuple(dict.fromkeys(name for names in kept for name in names))
 
     def _leave(self) -> None:
         if self._stack:

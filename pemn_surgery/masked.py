@@ -21,6 +21,11 @@ from pemn_surgery.errors import MaskNotLoadedError
 from pemn_surgery.selector import Selector
 
 
+def masked_child_name(parameter: str) -> str:
+    """Return the attribute that holds a parameter's `MaskedWeight` on its layer."""
+    return f"masked_{parameter}"
+
+
 class AdapterMask(nn.Module):
     """One adapter's mask of one weight: float scores while it trains, packed bits otherwise.
 
@@ -187,29 +192,32 @@ class MaskedWeight(nn.Module):
         return weight
 
     def forward(self) -> Tensor:
-        """Return the effective weight, made anew."""
+        """Return the effective weight, the kept one if nothing that it depends on has changed."""
+        if torch.compiler.is_compiling() or self._is_offloaded():
+            return self._make()
+        sources = self._sources()
+        if sources is None:
+            return self._make()
+        if self._kept.serves(sources):
+            return cast("Tensor", self._kept.weight)
+        weight = self._make()
+        self._kept.keep(weight, sources)
+        return weight
+
+    def read(self) -> Tensor:
+        """Return what a reader of the layer's parameter gets: the effective weight."""
+        if not torch.compiler.is_compiling() and self._is_offloaded():
+            own = self.own_weight()
+            if own is not None and own.is_meta:
+                return own  # accelerate has taken the weight out and reads its place, not values
+        return cast("Tensor", self())
+
+    def _make(self) -> Tensor:
         if self.merged_weight is not None:
             return self.merged_weight
         weight = self.fill()
         for name in self.names_in_use():
             weight = self.pemn_masks[name](weight)
-        return weight
-
-    def read(self) -> Tensor:
-        """Return the effective weight, the kept one if nothing that it depends on has changed."""
-        if torch.compiler.is_compiling():
-            return self()
-        if self._is_offloaded():
-            own = self.own_weight()
-            # Accelerate has taken the weight out and reads its place, not its values.
-            return own if own is not None and own.is_meta else self()
-        sources = self._sources()
-        if sources is None:
-            return self()
-        if self._kept.serves(sources):
-            return cast("Tensor", self._kept.weight)
-        weight = self()
-        self._kept.keep(weight, sources)
         return weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedWeight":

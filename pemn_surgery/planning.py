@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pemn_surgery import bank as banks
 from pemn_surgery.bank import BankSpec, Shape
 from pemn_surgery.graph import Trace, Use, repeated_blocks
+from pemn_surgery.graph_modules import GraphUse, uses_in_graphs
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.targets import Left, Owned, Plan, Target
 from pemn_surgery.task import TaskTensors
@@ -66,7 +67,8 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     Returns:
         The plan.
     """
-    slots = list(_weight_slots(model, request))
+    uses = uses_in_graphs(model)
+    slots = list(_weight_slots(model, request, uses))
     targets, left = _sort_out(slots, request)
     masked = {name for target in targets for name in (target.name, *target.tied)}
     layout = None
@@ -78,7 +80,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         layout=layout,
         targets=tuple(targets),
         left=tuple(left),
-        owned=tuple(_owned(model, request, masked)),
+        owned=tuple(_owned(model, request, masked, uses)),
         frozen_norms=tuple(_frozen_norms(model, request)),
         whole=tuple(_whole(model, request)),
         parameters=_count_parameters(model, slots),
@@ -104,7 +106,7 @@ def functional_weights(model: nn.Module, trace: Trace) -> list[str]:
         module = modules.get(path)
         if module is None or not any(use.multiplies for use in uses):
             continue
-        known = _is_weight(module, parameter) or _is_embedding(module) or _is_router(path, module)
+        known = _is_weight(module, parameter) or _is_table(module) or _is_router(path, module)
         if not known and not (parameter != "weight" and _TABLES.search(parameter)):
             found.append(name)
     return found
@@ -171,14 +173,18 @@ class _Slot:
     identity: int
     problem: str
     maskable: bool
-    is_embedding: bool = False
+    operator: str = ""  # what a graph does with it, where the module's class does not say
+    fan_in: int = 0  # 0: as the module's class says
+    is_embedding: bool = False  # one that was not asked for
 
     @property
     def name(self) -> str:
         return f"{self.path}.{self.parameter}" if self.path else self.parameter
 
 
-def _weight_slots(model: nn.Module, request: Request) -> Iterator[_Slot]:
+def _weight_slots(
+    model: nn.Module, request: Request, uses: Mapping[int, GraphUse]
+) -> Iterator[_Slot]:
     """Yield every parameter of two or more dimensions, masked ones included."""
     for path, module in base_modules(model):
         held = _held_masks(module)
@@ -188,9 +194,11 @@ def _weight_slots(model: nn.Module, request: Request) -> Iterator[_Slot]:
                 continue
             identity = id(child) if tensor is None else id(tensor)
             if child is not None:
-                yield _Slot(path, parameter, module, child.shape, identity, "", maskable=True)
+                fan_in = child.fan_in
+                yield _Slot(path, parameter, module, child.shape, identity, "", True, fan_in=fan_in)
             elif tensor is not None:
-                slot = _describe(path, parameter, module, tensor, request)
+                use = uses.get(identity, GraphUse())
+                slot = _describe(path, parameter, module, tensor, request, use)
                 if slot is not None:
                     yield slot
 
@@ -201,18 +209,20 @@ def _held_masks(module: nn.Module) -> dict[str, MaskedWeight]:
 
 
 def _describe(
-    path: str, parameter: str, module: nn.Module, tensor: Tensor, request: Request
+    path: str, parameter: str, module: nn.Module, tensor: Tensor, request: Request, use: GraphUse
 ) -> _Slot | None:
     name = f"{path}.{parameter}" if path else parameter
     asked = _is_asked(name, request)
-    table = _is_embedding(module) and parameter == "weight"
-    maskable = asked or (table and request.is_named(path)) or _is_weight(module, parameter)
+    table = _is_embedding(module, parameter, use)
+    of_layer = _is_weight(module, parameter)
+    in_graph = bool(use.operator) and not use.is_embedding and not of_layer
+    maskable = asked or (table and request.is_named(path)) or of_layer or in_graph
     if isinstance(tensor, nn.parameter.UninitializedParameter):
         return _Slot(path, parameter, module, (0,), id(tensor), "has no shape yet (lazy)", maskable)
     if tensor.dim() < 2 and not maskable:
         return None
     shape = tuple(tensor.shape)
-    problem = "" if maskable else _why_not(module, parameter, name, request)
+    problem = use.problem if maskable else _why_not(module, parameter, name, request, use)
     unnamed = table and not maskable
     if not maskable and not table and _multiplies(name, request):
         maskable = not _TABLES.search(parameter)
@@ -224,13 +234,35 @@ def _describe(
         problem = "has no elements"
     elif maskable and name in request.rewritten:
         problem = "the forward changes it in place, so that a mask would not last"
-    return _Slot(path, parameter, module, shape, id(tensor), problem, maskable, unnamed)
+    operator, fan_in = (use.operator, use.fan_in) if in_graph else ("", 0)
+    return _Slot(
+        path,
+        parameter,
+        module,
+        shape,
+        id(tensor),
+        problem,
+        maskable,
+        operator=operator,
+        fan_in=fan_in,
+        is_embedding=unnamed,
+    )
 
 
 def _is_asked(name: str, request: Request) -> bool:
     """Tell whether a parameter was asked for by its own name, or found to be used as a weight."""
     wanted = any(name == item or name.endswith(f".{item}") for item in request.parameters)
     return wanted or name in request.functional
+
+
+def _is_embedding(module: nn.Module, parameter: str, use: GraphUse) -> bool:
+    return use.is_embedding or (parameter == "weight" and _is_table(module))
+
+
+def _is_table(module: nn.Module) -> bool:
+    """Tell whether a module looks rows up, by its class."""
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    return isinstance(module, tables) or "Embedding" in type(module).__name__
 
 
 def _is_weight(module: nn.Module, parameter: str) -> bool:
@@ -246,15 +278,15 @@ def _is_weight(module: nn.Module, parameter: str) -> bool:
     return parameter == "weight" and (isinstance(module, layers) or _is_transposed_linear(module))
 
 
-def _is_embedding(module: nn.Module) -> bool:
-    tables = (nn.Embedding, nn.EmbeddingBag)
-    return isinstance(module, tables) or "Embedding" in type(module).__name__
-
-
 def _is_router(path: str, module: nn.Module) -> bool:
     """Tell whether a module chooses experts: a mask there would change who works, not how."""
     names = (path.rpartition(".")[2], type(module).__name__)
     return any(_ROUTER.search(name) for name in names)
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Tell whether a module only holds tensors, as all those of an exported graph do."""
+    return type(module).forward is nn.Module.forward
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
@@ -265,13 +297,14 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     )
 
 
-def _why_not(module: nn.Module, parameter: str, name: str, request: Request) -> str:
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+def _why_not(module: nn.Module, parameter: str, name: str, request: Request, use: GraphUse) -> str:
+    if _is_embedding(module, parameter, use):
         return "an embedding, masked only if target_modules names it"
     if _multiplies(name, request):
         what = "a router" if _is_router(name.rpartition(".")[0], module) else "a table"
         return f"{what}, masked only if target_parameters names it"
-    if request.trace is None and (parameter == "weight" or parameter.startswith("weight_")):
+    named_so = parameter == "weight" or parameter.startswith("weight_")
+    if request.trace is None and named_so and not _is_container(module):
         return f"masks for {type(module).__name__} are not available"
     return "a raw parameter, not the weight of a layer"
 
@@ -354,22 +387,24 @@ def _target(
     staying: Sequence[tuple[_Slot, str]],
     request: Request,
 ) -> Target:
-    first = masked[0]
+    first = masked[0]  # tied slots share one tensor, hence one use in a graph
     traced = request.trace.of if request.trace else lambda name: ()
     uses = [use for slot in group for use in traced(slot.name)]
     return Target(
         path=first.path,
         parameter=first.parameter,
-        kind=type(first.module).__name__,
+        kind=first.operator or type(first.module).__name__,
         shape=first.shape,
-        fan_in=fan_in_of(first.module, first.shape),
+        fan_in=first.fan_in or fan_in_of(first.module, first.shape),
         tied=tuple(slot.name for slot in masked[1:]),
         untied_from=staying[0][0].name if staying else "",
         use=_summary(uses) if request.trace else "",
     )
 
 
-def _owned(model: nn.Module, request: Request, masked: set[str]) -> Iterator[Owned]:
+def _owned(
+    model: nn.Module, request: Request, masked: set[str], uses: Mapping[int, GraphUse]
+) -> Iterator[Owned]:
     """Yield the unmasked tensors that each task has its own copy of."""
     seen: dict[int, str] = {}
     for path, module in base_modules(model):
@@ -377,8 +412,9 @@ def _owned(model: nn.Module, request: Request, masked: set[str]) -> Iterator[Own
             continue
         for name, tensor in _unmasked_tensors(path, module, masked):
             can_train = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-            trained = can_train and _is_trained(module, request)
-            if not (trained or _is_carried(module, name, tensor, request)):
+            use = uses.get(id(tensor), GraphUse())
+            trained = can_train and _is_trained(module, request, use)
+            if not (trained or _is_carried(module, name, tensor, request, use)):
                 continue
             full = f"{path}.{name}" if path else name
             first = seen.setdefault(id(tensor), full)
@@ -420,11 +456,14 @@ def _unmasked_tensors(
             yield name, tensor
 
 
-def _is_trained(module: nn.Module, request: Request) -> bool:
-    return request.rest == "train" or (request.rest == "norms" and is_norm(module))
+def _is_trained(module: nn.Module, request: Request, use: GraphUse) -> bool:
+    norm = is_norm(module) or use.is_norm
+    return request.rest == "train" or (request.rest == "norms" and norm)
 
 
-def _is_carried(module: nn.Module, name: str, tensor: Tensor, request: Request) -> bool:
+def _is_carried(
+    module: nn.Module, name: str, tensor: Tensor, request: Request, use: GraphUse
+) -> bool:
     """Tell whether a tensor that is not trained has to be saved with the task.
 
     Running statistics move while the task trains. With a generated bank the model is nothing but a
@@ -434,12 +473,16 @@ def _is_carried(module: nn.Module, name: str, tensor: Tensor, request: Request) 
         return request.rest != "freeze" or request.spec.generated
     if not request.spec.generated or not tensor.is_floating_point():
         return False
-    return not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    return not _is_embedding(module, name, use)
 
 
 def _is_idle_counter(module: nn.Module, name: str) -> bool:
-    """Tell whether a tensor is BatchNorm's batch counter, which is read only without a momentum."""
-    return name == "num_batches_tracked" and getattr(module, "momentum", None) is not None
+    """Tell whether a tensor is BatchNorm's batch counter, which is read only without a momentum.
+
+    An exported graph has the momentum as a constant; its modules are plain containers.
+    """
+    has_momentum = getattr(module, "momentum", None) is not None or _is_container(module)
+    return name == "num_batches_tracked" and has_momentum
 
 
 def _frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:

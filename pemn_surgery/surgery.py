@@ -17,6 +17,7 @@ What the class swap needs to be safe:
   with ``setattr``, hence the setter and the deleter.
 """
 
+import copy
 import functools
 import sys
 from collections.abc import Callable
@@ -24,18 +25,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.graph_module import reduce_graph_module
 
-from pemn_surgery.masked import MaskedWeight
-from pemn_surgery.task import TaskTensors
-
-TASK_CHILD = "task_tensors"
+from pemn_surgery import graph_modules
+from pemn_surgery.masked import MaskedWeight, masked_child_name
+from pemn_surgery.task import TASK_CHILD, TaskTensors
 
 _SHARED = "_pemn_shared"
-
-
-def masked_child_name(parameter: str) -> str:
-    """Return the attribute that holds a parameter's `MaskedWeight` on its layer."""
-    return f"masked_{parameter}"
 
 
 def find_masked(module: nn.Module, parameter: str) -> MaskedWeight | None:
@@ -170,6 +167,67 @@ def restore_tensors(child: TaskTensors, *, keep_active: bool) -> None:
         _release(second, name)
 
 
+def rewrite_graphs(model: nn.Module) -> None:
+    """Let every graph call what makes a tensor where it reads the tensor.
+
+    The graph then says itself that a weight is computed. Reading through the property would give
+    the same values, but pickle traces a graph module's code anew, and a property's value would be
+    frozen into the new graph as a constant.
+
+    Args:
+        model: A model whose masks and task tensors are in place.
+    """
+    for module in graph_modules.graph_modules(model):
+        paths = {id(child): path for path, child in module.named_modules()}
+        for node in list(module.graph.find_nodes(op="get_attr")):
+            path, _, name = node.target.rpartition(".")
+            owner = graph_modules.module_at(module, path)
+            child = None if owner is None else _maker(owner, name)
+            if child is not None and id(child) in paths:
+                node.meta[graph_modules.READ] = node.target
+                node.op, node.target = "call_module", paths[id(child)]
+                if isinstance(child, TaskTensors):
+                    node.args = (name,)
+        module.recompile()
+
+
+def graph_reads(model: nn.Module) -> list[tuple[Node, str]]:
+    """Return the nodes that `rewrite_graphs` has changed, and what each read before.
+
+    Args:
+        model: A model whose graphs may have been rewritten.
+    """
+    return [
+        (node, name)
+        for module in graph_modules.graph_modules(model)
+        for node, name in graph_modules.reads(module)
+        if node.op == "call_module"
+    ]
+
+
+def restore_graphs(reads: list[tuple[Node, str]]) -> None:
+    """Let graphs read again what they read before.
+
+    Args:
+        reads: What `graph_reads` returned before the children were taken away.
+    """
+    for node, name in reads:
+        node.meta.pop(graph_modules.READ, None)
+        node.op, node.target, node.args = "get_attr", name, ()
+    for module in {node.graph.owning_module for node, _ in reads}:
+        cast("GraphModule", module).recompile()
+
+
+def _maker(owner: nn.Module, name: str) -> MaskedWeight | TaskTensors | None:
+    """Return the child that makes a module's tensor, or None where it is a plain one."""
+    masked = find_masked(owner, name)
+    if masked is not None:
+        return masked
+    shared = owner.__dict__.get(_SHARED, {}).get(name)
+    owned = name in getattr(type(owner), "_pemn_tensors", ())
+    return shared or (find_task(owner) if owned else None)
+
+
 def _release(module: nn.Module, name: str) -> None:
     """Let a tied second module read its own, equal, tensor again."""
     shared = module.__dict__[_SHARED]
@@ -184,7 +242,7 @@ def _swap(module: nn.Module, masks: tuple[str, ...] = (), tensors: tuple[str, ..
     held = type(module)
     all_masks = dict.fromkeys((*getattr(held, "_pemn_masks", ()), *masks))
     all_tensors = dict.fromkeys((*getattr(held, "_pemn_tensors", ()), *tensors))
-    module.__class__ = swapped_class(original_class(module), tuple(all_masks), tuple(all_tensors))
+    _set_class(module, tuple(all_masks), tuple(all_tensors))
 
 
 def _unswap(module: nn.Module, names: tuple[str, ...]) -> None:
@@ -192,10 +250,25 @@ def _unswap(module: nn.Module, names: tuple[str, ...]) -> None:
     held = type(module)
     masks = tuple(name for name in getattr(held, "_pemn_masks", ()) if name not in names)
     tensors = tuple(name for name in getattr(held, "_pemn_tensors", ()) if name not in names)
-    original = original_class(module)
     has_task = TASK_CHILD in module._modules
-    swapped = masks or tensors or has_task
-    module.__class__ = swapped_class(original, masks, tensors) if swapped else original
+    if masks or tensors or has_task:
+        _set_class(module, masks, tensors)
+    else:
+        module.__class__ = original_class(module)
+        _recompile(module)
+
+
+def _recompile(module: nn.Module) -> None:
+    """Put a graph's code on the class that its graph module has now."""
+    if isinstance(module, GraphModule):
+        module.recompile()
+
+
+def _set_class(module: nn.Module, masks: tuple[str, ...], tensors: tuple[str, ...]) -> None:
+    original = original_class(module)
+    make = _graph_class if issubclass(original, GraphModule) else swapped_class
+    module.__class__ = make(original, masks, tensors)
+    _recompile(module)
 
 
 @functools.cache
@@ -233,6 +306,59 @@ def swapped_class(
     if tensors or not masks:
         _follow_task(swapped, original)
     return swapped
+
+
+def _graph_class(
+    original: type[nn.Module], masks: tuple[str, ...], tensors: tuple[str, ...]
+) -> type[nn.Module]:
+    """Return the class of a graph module with properties in place of its own tensors.
+
+    Torch makes a class for each graph module and compiles the graph's code onto it. So does this:
+    a kept class would be shared by graphs, and be kept for ever. It stands beside torch's class and
+    not below it, because torch's ``__call__`` would find itself again there.
+    """
+    base = original.__mro__[1]
+    swapped = cast("Any", swapped_class.__wrapped__(base, masks, tensors))
+    swapped._pemn_original = original
+    swapped.__name__, swapped.__qualname__ = original.__name__, original.__qualname__
+
+    def deep_copy(self: Any, memo: dict[int, Any]) -> nn.Module:
+        twin = base.__deepcopy__(self, memo)  # type: ignore[attr-defined]
+        return _dress(twin, masks, tensors, copy.deepcopy(self.__dict__.get(_SHARED), memo))
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        _, (body, imports) = base.__reduce__(self)  # type: ignore[misc]
+        # In two steps, as the children know their owner: torch's one step would never end.
+        return _empty_graph, (base,), (body, imports, masks, tensors), None, None, _fill_graph
+
+    swapped.__deepcopy__, swapped.__reduce_ex__ = deep_copy, reduce
+    return swapped
+
+
+def _empty_graph(base: type[nn.Module]) -> nn.Module:
+    """Make an empty graph module, for pickle."""
+    return base.__new__(base)
+
+
+def _fill_graph(module: Any, state: tuple[Any, ...]) -> None:
+    """Make a graph module of what `_graph_class` pickled."""
+    body, imports, masks, tensors = state
+    traced: Any = reduce_graph_module(body, imports)
+    module.__dict__.update(traced.__dict__)
+    module.graph = traced.graph
+    _dress(module, masks, tensors, body.get(_SHARED))
+
+
+def _dress(
+    twin: nn.Module, masks: tuple[str, ...], tensors: tuple[str, ...], shared: Any
+) -> nn.Module:
+    """Give a copy of a graph module what torch leaves out of copies."""
+    if shared is not None:
+        twin.__dict__[_SHARED] = shared
+    for name in masks:
+        twin._parameters.setdefault(name, None)
+    _set_class(twin, masks, tensors)
+    return twin
 
 
 def _rebuild(

@@ -25,7 +25,7 @@ class Target:
     Attributes:
         path: Path of its module within the model.
         parameter: Name of the parameter on the module.
-        kind: Class of the module.
+        kind: Class of the module, or the operator that a graph hands the weight to.
         shape: Shape of the weight.
         fan_in: Inputs that one output sums over.
         tied: Other modules (as "path.parameter") that hold the same tensor and share the mask.

@@ -10,6 +10,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
+# The attribute that holds a module's `TaskTensors`.
+TASK_CHILD = "task_tensors"
+
 
 class TensorSet(nn.Module):
     """One adapter's copies of one module's tensors, under the same names.
@@ -105,6 +108,14 @@ class TaskTensors(nn.Module):
             return base
         owned = self.active_tensor(name)
         return base if owned is None else owned.to(base.dtype)
+
+    def forward(self, name: str) -> Tensor | None:
+        """Return the tensor in force, for graphs, which call where a module's code would read.
+
+        Args:
+            name: Name of the tensor on the module.
+        """
+        return self.read(name)
 
     def active_tensor(self, name: str) -> Tensor | None:
         """Return the first active adapter's tensor of this name, or None."""

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalL
 from pemn_surgery import pemnify, plan
 from pemn_surgery.errors import TraceError
 from pemn_surgery.graph import Block, Use, repeated_blocks, trace
+from pemn_surgery.masked import MaskedWeight
 
 
 class Reader(nn.Module):
@@ -86,6 +87,7 @@ def test_every_kind_of_use():
         "called.weight": [("linear", 2)],
         "reader.qkv.weight": [("linear", 2)],
         "projection": [("matmul", 1)],
+        "gain": [("mul", 1)],
         "clamped.weight": [("linear", 1)],
         "query": [("matmul", 1)],
     }
@@ -168,6 +170,8 @@ def test_raw_parameters_that_multiply_are_masked_and_kept_in_the_configuration(t
     assert config.functional_weights == ["projection"]
     assert config.rewritten_weights == ["clamped.weight"]
     assert torch.equal(masked(**inputs), expected)
+    held = [module.target for module in masked.modules() if isinstance(module, MaskedWeight)]
+    assert sorted(held) == sorted(names)
     masked.save_pretrained(tmp_path)
     read = type(config).from_pretrained(str(tmp_path))
     assert read.functional_weights == ["projection"]

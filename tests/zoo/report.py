@@ -55,7 +55,10 @@ def page(rows: Sequence[Row]) -> str:
         "## What fails, and why\n",
         _table(
             ("library", "model", "step", "error"),
-            ([row["library"], row["name"], row["failed"], _short(row["error"])] for row in _bad(rows)),
+            (
+                [row["library"], row["name"], row["failed"], _short(row["error"])]
+                for row in _bad(rows)
+            ),
         ),
         "## Maskable weights that stay\n",
         _table(("reason", "models", "weights", "for example"), _left(rows)),
@@ -81,7 +84,16 @@ def page(rows: Sequence[Row]) -> str:
         ),
         "## Every model\n",
         _table(
-            ("library", "model", "class", "made smaller", "weights", "targets", "coverage", "result"),
+            (
+                "library",
+                "model",
+                "class",
+                "made smaller",
+                "weights",
+                "targets",
+                "coverage",
+                "result",
+            ),
             (_line(row) for row in rows),
         ),
     ]
