@@ -115,7 +115,8 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         if config.inference_mode:
             weights = int(torch.Size(self.shape).numel())
             start = scores if scores is not None else torch.empty(0)
-            stored = bits.empty(weights) if loading else bits.pack(config.selection.mask(start))
+            mask = config.selection.mask_in_little_memory
+            stored = bits.empty(weights) if loading else bits.pack(mask(start))
             scores = None
         mask = AdapterMask(
             self.target,
