@@ -44,8 +44,10 @@ class Operation:
         self.bank = self._find_or_build_bank()
         self.fingerprint = self._fingerprint()
         self._check_base()
-        self.from_meta = materialise.is_on_meta(model, plan)
-        if self.from_meta and self.bank is not None:
+        from_meta = materialise.is_on_meta(model, plan)
+        # Built without memory and not to be trained: nothing is held twice, nothing dense is kept.
+        self.is_lean = from_meta and config.inference_mode
+        if from_meta:
             materialise.fill_in(model, plan, self.device, self._supply())
 
     def mask(self, path: str, adapter_name: str) -> None:
@@ -65,7 +67,7 @@ class Operation:
         if self.bank is None and spec.generated:
             self._redraw(target, module)
         layer = PemnLayer(module, target, spec, self.bank)
-        layer.keeps = not (self.from_meta and self.config.inference_mode)
+        layer.keeps = not self.is_lean
         surgery.mask_parameter(layer)
         for name in target.tied:
             path, _, parameter = name.rpartition(".")
@@ -90,7 +92,9 @@ class Operation:
             layer = surgery.find_task(self.modules[path]) or self._own(path)
             surgery.own_tensors(layer, tuple(item.tensor for item in items))
             frozen = path in self.plan.frozen_norms
-            cast("PemnTaskLayer", layer).add_tensors(adapter_name, items, keeps_eval=frozen)
+            cast("PemnTaskLayer", layer).add_tensors(
+                adapter_name, items, keeps_eval=frozen, shared=self.is_lean
+            )
         for item in shared:
             first = self.modules[item.tied_to.rpartition(".")[0]]
             surgery.share_tensor(
