@@ -1,4 +1,4 @@
-"""Values for what a bank does not replace, on a model that was built under ``torch.device("meta")``.
+"""Values for what a bank does not replace, on a model built under ``torch.device("meta")``.
 
 A model that does not fit into memory is built on the meta device, where tensors have shapes and no
 values. The weights that a bank replaces never need any; everything else - norms, biases,
@@ -94,7 +94,7 @@ def check_device(device: torch.device) -> None:
     """
     if device.type == "meta":
         message = (
-            "pemnify was called inside `with torch.device(\"meta\")`, where masks would have no "
+            'pemnify was called inside `with torch.device("meta")`, where masks would have no '
             "values. Build the model inside it and call pemnify outside. Nothing was changed."
         )
         raise MetaTensorError(message)
@@ -278,9 +278,9 @@ def _call(path: str, module: nn.Module, method: Callable[[nn.Module], Any]) -> N
         method(module)
     except Exception as error:
         message = (
-            f"{type(module).__name__}.{method.__name__} of {path or 'the model'!r} could not compute "
-            f"initial values for tensors on the meta device: {type(error).__name__}: {error}. "
-            f"{_advice()}"
+            f"{type(module).__name__}.{method.__name__} of {path or 'the model'!r} could not "
+            "compute initial values for tensors on the meta device: "
+            f"{type(error).__name__}: {error}. {_advice()}"
         )
         raise MetaTensorError(message) from error
 

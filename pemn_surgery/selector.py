@@ -180,9 +180,7 @@ def _find_rank(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
     return value, rank - int(totals[value] - counts[value])
 
 
-def _drop_up_to(
-    cut: int, equals: int, flat: NDArray[np.uint32], keep: NDArray[np.bool_]
-) -> None:
+def _drop_up_to(cut: int, equals: int, flat: NDArray[np.uint32], keep: NDArray[np.bool_]) -> None:
     """Drop all below the cut, and the first ``equals`` of those at it."""
     for piece, magnitude in _magnitudes(flat):
         keep[piece] = magnitude >= cut
