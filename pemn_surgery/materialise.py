@@ -31,6 +31,9 @@ _INITIALISERS = (
     "init_non_persistent_buffers",
     "init_weights",
 )
+# Transformers' mark on modules and tensors that its initialisers shall pass by.
+_DONE = "_is_hf_initialized"
+_LAZY = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 _NAMES_SHOWN = 5
 
 
@@ -165,8 +168,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
     for path, module in base_modules(model):
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
-                lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
-                if tensor is not None and not lazy:
+                if tensor is not None and not isinstance(tensor, _LAZY):
                     name = f"{path}.{key}" if path else key
                     yield _Place(name, module, cast("Any", table), key, tensor)
 
@@ -206,8 +208,9 @@ def _allocate(missing: Sequence[_Place], device: torch.device) -> None:
         old = place.tensor
         if id(old) not in made:
             made[id(old)] = _like(old, device)
-            made[id(old)].__dict__.update(old.__dict__)
-            made[id(old)].__dict__.pop("_is_hf_initialized", None)
+            for key, value in vars(old).items():  # marks that a library has put on the tensor
+                if key != _DONE:
+                    setattr(made[id(old)], key, value)
         place.table[place.key] = made[id(old)]
 
 
@@ -242,10 +245,10 @@ def _initialise(model: nn.Module, lacking: Set[int], device: torch.device) -> No
                 for method in _initialisers(module):
                     _call(path, module, method)
         for _, module in modules:
-            module.__dict__.pop("_is_hf_initialized", None)
+            module.__dict__.pop(_DONE, None)
         for path, module in modules:
             if _is_transformers(module):
-                _call(path, module, type(module).initialize_weights)
+                _call(path, module, cast("Any", type(module)).initialize_weights)
         for _, module in modules:
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()  # torch's second list of the same parameters
