@@ -104,7 +104,7 @@ def disturb(model):
                 noise = torch.rand(tensor.shape, generator=generator) + 0.5
                 tensor.mul_(noise.to(tensor.dtype))
                 changed += 1
-    assert changed > 4
+    assert changed > 2
     return model
 
 
@@ -158,7 +158,7 @@ def test_one_tensor_stays_one_after_a_move():
 
 def test_half_precision():
     """The bank has the weights' type; PEFT widens a task's copies, so those are not shared."""
-    model = pemnify(on_meta(lambda: llama(dtype=torch.bfloat16)), bank="mp", inference_mode=True)
+    model = pemnify(on_meta(lambda: llama().to(torch.bfloat16)), bank="mp", inference_mode=True)
     layer = next(iter(models.mask_layers(model).values()))
     assert layer.bank.values.dtype == torch.bfloat16
     assert run(model).dtype == torch.bfloat16
@@ -271,20 +271,31 @@ def test_given_values_are_kept():
     assert torch.equal(held["model.layers.0.input_layernorm.weight"], torch.ones(32))
 
 
-def test_ties_stay():
-    base = on_meta(lambda: llama(tie_word_embeddings=True))
-    pemnify(base, bank="rp", rest="freeze", inference_mode=True)
+def tied():
+    return llama(tie_word_embeddings=True)
+
+
+def test_ties_stay(tmp_path):
+    base = on_meta(tied)
+    model = pemnify(base, bank="rp", inference_mode=True)
+    held = base.lm_head._parameters["weight"], base.model.embed_tokens._parameters["weight"]
+    assert held[0] is held[1]
     assert base.lm_head.weight is base.model.embed_tokens.weight
-    assert not base.lm_head.weight.is_meta
+    trained = disturb(pemnify(on_cpu(tied), bank="rp"))
+    trained.save_pretrained(tmp_path)
+    expected = run(trained)
+    models.assert_differs(run(model), expected)
+    models.assert_equal(run(PeftModel.from_pretrained(on_meta(tied), tmp_path)), expected)
 
 
 def test_recurrent_layers_that_are_left_alone():
     """torch keeps a second list of an LSTM's parameters."""
     build = lambda: nn.Sequential(nn.Linear(4, 6), nn.LSTM(6, 5))  # noqa: E731
-    model = pemnify(on_meta(build), bank="rp", rest="freeze", target_modules=["0"])
+    model = pemnify(on_meta(build), bank="rp", modules_to_save=["1"])
     output, _ = model(torch.randn(3, 2, 4))
     assert output.isfinite().all()
-    lstm = model.get_base_model()[1]
+    lstm = model.get_base_model()[1].original_module
+    assert len(lstm._flat_weights) == 4
     assert all(a is b for a, b in zip(lstm._flat_weights, lstm.parameters(), strict=True))
 
 
@@ -345,13 +356,7 @@ def refuses(base, *parts, call=pemnify, **options):
 
 @pytest.mark.parametrize("kind", [Raw, Hidden, HalfWritten])
 def test_a_tensor_without_an_initialiser(kind):
-    base = on_meta(kind) if kind is not Hidden else build_hidden()
-    refuses(base, "1 tensors", "gain", "load_state_dict", bank="rp")
-
-
-def build_hidden():
-    with torch.device("meta"):
-        return Hidden()
+    refuses(on_meta(kind), "1 tensors", "gain", "load_state_dict", bank="rp")
 
 
 def test_an_initialiser_that_fails():
