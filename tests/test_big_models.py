@@ -1,5 +1,6 @@
 """Models built on the meta device: what gets memory, what gets values, what is refused."""
 
+import json
 import math
 import time
 
@@ -176,6 +177,30 @@ def test_an_adapter_gives_the_logits_of_the_model_built_on_the_cpu(name, bank, t
     loaded = PeftModel.from_pretrained(on_meta(BUILDERS[name]), tmp_path)
     models.assert_equal(run(loaded), expected)
     models.assert_differs(run(pemnify(on_cpu(BUILDERS[name]), **BANKS[bank])), expected)
+
+
+def transformers_door(folder):
+    base = on_meta(llama)
+    base.load_adapter(folder)
+    return base
+
+
+DOORS = {
+    "transformers": transformers_door,
+    "low_cpu_mem_usage": lambda folder: PeftModel.from_pretrained(
+        on_meta(llama), folder, low_cpu_mem_usage=True
+    ),
+    "merged": lambda folder: PeftModel.from_pretrained(on_meta(llama), folder).merge_and_unload(),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_takes_a_model_on_meta(door, tmp_path):
+    trained = disturb(pemnify(on_cpu(llama), bank="rp"))
+    trained.save_pretrained(tmp_path)
+    loaded = DOORS[door](tmp_path)
+    models.assert_equal(run(loaded), run(trained))
+    assert not [n for n, tensor in tensors_of(loaded) if tensor.is_meta]
 
 
 def test_a_second_adapter_on_a_model_from_meta(tmp_path):
@@ -584,3 +609,36 @@ def test_benchmark_says_how_it_is_used(capsys, monkeypatch):
         big_models.main()
     assert stopped.value.code == 0
     assert "--json" in capsys.readouterr().out
+
+
+RESULT = json.loads((models.ROOT / "docs/results/big_models.json").read_text(encoding="utf-8"))
+PAGE = (models.ROOT / "docs/big_models.md").read_text(encoding="utf-8")
+
+
+def gigabytes(count):
+    return f"{count / 1e9:.3f}"
+
+
+@pytest.mark.parametrize("size", [found["size"] for found in RESULT["runs"]])
+def test_the_page_has_the_measured_figures(size):
+    found = next(item for item in RESULT["runs"] if item["size"] == size)
+    assert found["loaded_model_has_the_same_logits"] is True
+    peaks, load = found["peak_bytes"], found["load"]["peak_bytes"]
+    held = [gigabytes(found["bytes"][kind]) for kind in ("bits", "bank", "embeddings", "others")]
+    phases = [peaks["pemnify"], peaks["forward"], load["load"], load["forward"]]
+    row = [
+        size,
+        *held,
+        gigabytes(sum(found["bytes"].values())),
+        *(gigabytes(phase["median"]) for phase in phases),
+        f"{found['peak_over_held']['forward']['median']:.2f}",
+    ]
+    assert f"| {' | '.join(row)} |" in PAGE
+
+
+def test_the_largest_figures_are_those_of_the_plan():
+    made = plan(big_models.llama("7B"), bank="rp", ratio=1e-2)
+    found = next(item for item in RESULT["runs"] if item["size"] == "7B")
+    assert found["bytes"]["bits"] == made.mask_bytes
+    assert found["bytes"]["bank"] == 4 * made.bank_floats
+    assert found["seconds"]["plan"]["max"] < 5
