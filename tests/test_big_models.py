@@ -227,7 +227,7 @@ def test_transformers_values(name):
     base = on_meta(build)
     targets = plan(base, bank="rp").targets
     covered = {n for target in targets for n in (target.name, *target.tied)}
-    pemnify(base, bank="rp", rest="freeze")
+    on_cpu(lambda: pemnify(base, bank="rp", rest="freeze"))
     held = raw_tensors(base)
     fixed = [n for n in first if n not in covered and torch.equal(first[n], second[n])]
     assert len(fixed) > 5
@@ -236,7 +236,7 @@ def test_transformers_values(name):
     drawn = [n for n in first if n not in covered and n not in fixed]
     for n in drawn:
         ratio = float(held[n].detach().std() / first[n].detach().std())
-        assert 0.7 < ratio < 1.4, (n, ratio)
+        assert 0.5 < ratio < 2, (n, ratio)
 
 
 def transformers_builder(name):
