@@ -115,7 +115,8 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         if config.inference_mode:
             weights = int(torch.Size(self.shape).numel())
             start = scores if scores is not None else torch.empty(0)
-            stored = bits.empty(weights) if loading else bits.pack(config.selection.mask(start))
+            mask = config.selection.mask_in_little_memory
+            stored = bits.empty(weights) if loading else bits.pack(mask(start))
             scores = None
         mask = AdapterMask(
             self.target,
@@ -227,19 +228,24 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
         if self.keeps_eval():
             self.owner.eval()
 
-    def add_tensors(self, adapter_name: str, owned: Sequence[Owned], *, keeps_eval: bool) -> None:
+    def add_tensors(
+        self, adapter_name: str, owned: Sequence[Owned], *, keeps_eval: bool, shared: bool = False
+    ) -> None:
         """Give an adapter its copies, starting from the module's own values.
 
         Args:
             adapter_name: The adapter.
             owned: The tensors of this module.
             keeps_eval: Whether the module stays in eval mode while this adapter trains.
+            shared: Whether to take the module's own tensors instead of copies, but for the types
+                that PEFT widens to float32.
         """
         copies = TensorSet(keeps_eval=keeps_eval)
         for item in owned:
             base = self.base(item.tensor)
             if base is not None:
-                copies.add(item.tensor, base, trained=item.trained, saved=item.saved)
+                one = shared and base.dtype not in (torch.float16, torch.bfloat16)
+                copies.add(item.tensor, base, trained=item.trained, saved=item.saved, shared=one)
         self.pemn_tensors[adapter_name] = copies
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

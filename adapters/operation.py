@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery import bank as banks
-from pemn_surgery import surgery
+from pemn_surgery import materialise, surgery
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.checks import (
     check_file_fits,
@@ -33,13 +33,22 @@ class Operation:
         self.by_path: dict[str, list[Target]] = defaultdict(list)
         for target in plan.targets:
             self.by_path[target.path].append(target)
+        self.device = torch.get_default_device()
+        materialise.check_device(self.device)
         if config.bank != "own" or config.bank_spec.generated:
             check_in_place(model, "replace them by the bank's")
+        if config.bank == "own" or not config.bank_spec.generated:
+            materialise.check_own_weights(model, plan)
         if config.file is not None:
             check_file_fits(config.file, plan, set(self._tensor_names()))
         self.bank = self._find_or_build_bank()
         self.fingerprint = self._fingerprint()
         self._check_base()
+        from_meta = materialise.is_on_meta(model, plan)
+        # Built without memory and not to be trained: nothing is held twice, nothing dense is kept.
+        self.is_lean = from_meta and config.inference_mode
+        if from_meta:
+            materialise.fill_in(model, plan, self.device, self._supply())
 
     def mask(self, path: str, adapter_name: str) -> None:
         """Mask every target of one module; the first call also attaches the task's tensors."""
@@ -60,6 +69,7 @@ class Operation:
         layer = PemnLayer(module, target, spec, self.bank)
         if target.untied_from:
             surgery.untie_parameter(layer)
+        layer.keeps = not self.is_lean
         surgery.mask_parameter(layer)
         for name in target.tied:
             path, _, parameter = name.rpartition(".")
@@ -84,7 +94,9 @@ class Operation:
             layer = surgery.find_task(self.modules[path]) or self._own(path)
             surgery.own_tensors(layer, tuple(item.tensor for item in items))
             frozen = path in self.plan.frozen_norms
-            cast("PemnTaskLayer", layer).add_tensors(adapter_name, items, keeps_eval=frozen)
+            cast("PemnTaskLayer", layer).add_tensors(
+                adapter_name, items, keeps_eval=frozen, shared=self.is_lean
+            )
         for item in shared:
             first = self.modules[item.tied_to.rpartition(".")[0]]
             surgery.share_tensor(
@@ -110,8 +122,14 @@ class Operation:
         layout = cast("banks.Layout", self.plan.layout)
         largest = max(self.plan.targets, key=lambda target: target.weights)
         weight = self._weight(largest.name)
-        device = torch.device("cpu") if weight.is_meta else weight.device
+        device = self.device if weight.is_meta else weight.device
         return banks.build(layout, self._weight, weight.dtype, device)
+
+    def _supply(self) -> materialise.Supply:
+        """A configuration that names its base was read with an adapter: values will follow."""
+        carried = {item.name for item in (*self.plan.owned, *self.plan.whole) if item.saved}
+        loading = self.config.trained_on is not None
+        return materialise.Supply(loading, carried, verified=self.config.file is not None)
 
     def _fingerprint(self) -> fingerprints.Fingerprint:
         spec = self.config.bank_spec

@@ -13,6 +13,7 @@ from pemn_surgery import errors
 
 if TYPE_CHECKING:
     from pemn_surgery.adapters import PemnConfig, pemnify, plan
+    from pemn_surgery.masked import keep_weights
     from pemn_surgery.trainer import PemnCallback, for_trainer
 
 __version__ = "0.1.0"
@@ -21,11 +22,21 @@ _HOMES = {
     "pemnify": "pemn_surgery.adapters",
     "plan": "pemn_surgery.adapters",
     "PemnConfig": "pemn_surgery.adapters",
+    "keep_weights": "pemn_surgery.masked",
     "PemnCallback": "pemn_surgery.trainer",
     "for_trainer": "pemn_surgery.trainer",
 }
 
-__all__ = ["PemnCallback", "PemnConfig", "__version__", "errors", "for_trainer", "pemnify", "plan"]
+__all__ = [
+    "PemnCallback",
+    "PemnConfig",
+    "__version__",
+    "errors",
+    "for_trainer",
+    "keep_weights",
+    "pemnify",
+    "plan",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -219,6 +219,15 @@ class Bank(nn.Module):
             values = values.repeat(-(-weights // prototype.length))
         return values[:weights].view(shape)
 
+    def tiles(self, shape: Shape) -> bool:
+        """Tell whether the fill of a weight is a new tensor: the prototype is shorter than it.
+
+        Args:
+            shape: Shape of the weight.
+        """
+        prototype = self.layout.find(tuple(shape))
+        return prototype is not None and math.prod(shape) > prototype.length
+
     def extra_repr(self) -> str:
         """Show what the bank holds."""
         spec = self.layout.spec

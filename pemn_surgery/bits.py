@@ -88,14 +88,27 @@ def unpack(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
         stored: Uint8 tensor made by `pack`.
         shape: Shape of the weight.
     """
-    weights = math.prod(shape)
-    payload = stored[HEADER_BYTES:]
+    return unpack_piece(stored, 0, math.prod(shape)).view(shape)
+
+
+def unpack_piece(stored: Tensor, start: int, stop: int) -> Tensor:
+    """Return the mask of weights ``start`` to ``stop`` (row by row), as `unpack` does.
+
+    Args:
+        stored: Uint8 tensor made by `pack`.
+        start: First weight, a multiple of 8.
+        stop: One past the last weight.
+
+    Returns:
+        Bool tensor of shape (stop - start,).
+    """
+    payload = stored[HEADER_BYTES + start // 8 : HEADER_BYTES + (stop + 7) // 8]
     if stored.device.type == "cpu" and not torch.compiler.is_compiling():
-        flat = np.unpackbits(payload.numpy(), count=weights, bitorder="little")
-        return torch.from_numpy(flat.view(np.bool_)).view(shape)
+        flat = np.unpackbits(payload.numpy(), count=stop - start, bitorder="little")
+        return torch.from_numpy(flat.view(np.bool_))
     places = torch.arange(8, dtype=torch.uint8, device=stored.device)
     flat = torch.bitwise_right_shift(payload.unsqueeze(1), places).bitwise_and(1).view(-1)
-    return flat[:weights].to(torch.bool).view(shape)
+    return flat[: stop - start].to(torch.bool)
 
 
 def empty(weights: int) -> Tensor:

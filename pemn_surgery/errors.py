@@ -33,6 +33,10 @@ class BankMismatchError(PemnError, ValueError):
     """An adapter draws from another bank than the one that the model already has."""
 
 
+class MetaTensorError(PemnError, ValueError):
+    """A tensor is on the meta device and nothing gives it values."""
+
+
 class FingerprintError(PemnError, ValueError):
     """An adapter was trained on another base (bank or own weights) than the given one."""
 

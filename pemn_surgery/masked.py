@@ -20,6 +20,9 @@ from pemn_surgery.bank import Bank
 from pemn_surgery.errors import MaskNotLoadedError
 from pemn_surgery.selector import Selector
 
+# Weights masked at a time where no gradient is needed: a multiple of 8, small beside large layers.
+_PIECE = 1 << 20
+
 
 def masked_child_name(parameter: str) -> str:
     """Return the attribute that holds a parameter's `MaskedWeight` on its layer."""
@@ -82,21 +85,29 @@ class AdapterMask(nn.Module):
             self._verify(stored)
         return bits.unpack(stored, self.shape)
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Tensor, *, is_scratch: bool = False) -> Tensor:
         """Return ``weight`` with this mask (and scale) applied.
 
         Args:
             weight: Float tensor of ``shape``: a fill, or what another adapter left of it.
+            is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
 
         Returns:
             Tensor of the same shape and dtype. Gradients reach the scores straight through.
         """
         if self.scores is None:
-            return masked(weight, self.mask(), scaled=self.scaled)
+            return self._apply_bits(weight, is_scratch=is_scratch)
         applied = _StraightThrough.apply(
             weight, self.scores, self.mask(), self.selector.uses_magnitude, self.scaled
         )
         return cast("Tensor", applied)
+
+    def _apply_bits(self, weight: Tensor, *, is_scratch: bool) -> Tensor:
+        stored = cast("Tensor", self.bits)
+        if not _goes_by_pieces(weight, stored):
+            return masked(weight, self.mask(), scaled=self.scaled)
+        self._verify(stored)
+        return masked_by_pieces(weight, stored, scaled=self.scaled, in_place=is_scratch)
 
     def _verify(self, stored: Tensor) -> None:
         """Check bits once, whoever has loaded them: transformers passes PEFT's hooks by."""
@@ -130,6 +141,7 @@ class MaskedWeight(nn.Module):
         shared_with: Further modules (and parameter names) that hold the same, tied weight.
         untied: The parameter that the layer shared before it got a copy, if it did; in a list, so
             that it is not registered here.
+        keeps: Whether an effective weight that was made is kept for the next read.
         pemn_masks: The masks by adapter name.
         merged_weight: The merged effective weight while adapters are merged, else None.
     """
@@ -151,6 +163,7 @@ class MaskedWeight(nn.Module):
         self.shared_with: list[tuple[nn.Module, str]] = []
         self.untied: list[nn.Parameter] = []
         self._kept = _Kept()
+        self.keeps = True
         self.target = target
         self.parameter = parameter
         self.shape = shape
@@ -195,7 +208,7 @@ class MaskedWeight(nn.Module):
         """Return the effective weight, the kept one if nothing that it depends on has changed."""
         if torch.compiler.is_compiling() or self._is_offloaded():
             return self._make()
-        sources = self._sources()
+        sources = self._sources() if self.keeps else None
         if sources is None:
             return self._make()
         if self._kept.serves(sources):
@@ -215,15 +228,20 @@ class MaskedWeight(nn.Module):
     def _make(self) -> Tensor:
         if self.merged_weight is not None:
             return self.merged_weight
-        weight = self.fill()
+        weight, is_scratch = self.fill(), self._is_tiled()
         for name in self.names_in_use():
-            weight = self.pemn_masks[name](weight)
+            weight = self.pemn_masks[name](weight, is_scratch=is_scratch)
+            is_scratch = True
         return weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedWeight":
         """Forget first: ``.to()`` and ``.half()`` replace data without a trace in versions."""
         self._kept.clear()
         return super()._apply(fn, recurse)
+
+    def forget(self) -> None:
+        """Free the kept effective weight."""
+        self._kept.clear()
 
     def merge_names(self, names: Sequence[str]) -> Tensor:
         """Return fill (or what is merged already) with these adapters applied, detached."""
@@ -236,6 +254,10 @@ class MaskedWeight(nn.Module):
     def extra_repr(self) -> str:
         """Show the target."""
         return f"{self.target}, shape={tuple(self.shape)}"
+
+    def _is_tiled(self) -> bool:
+        """Whether the fill is a new tensor of its own rather than a view of what is stored."""
+        return self.bank is not None and self.bank.tiles(self.shape)
 
     def _is_offloaded(self) -> bool:
         """Whether accelerate moves this layer's tensors in and out around each call."""
@@ -279,13 +301,65 @@ def masked(weight: Tensor, mask: Tensor, *, scaled: bool) -> Tensor:
         Tensor like ``weight``.
     """
     kept = weight * mask.to(weight.dtype)
-    return kept * _scale(mask) if scaled else kept
+    return kept * _scale(mask.sum(), mask.numel()) if scaled else kept
 
 
-def _scale(mask: Tensor) -> Tensor:
+def masked_by_pieces(weight: Tensor, stored: Tensor, *, scaled: bool, in_place: bool) -> Tensor:
+    """Return what `masked` returns for a stored mask, bit for bit, with little memory beside it.
+
+    The mask is unpacked a piece at a time, so that nothing of the weight's size is made but the
+    result. There are no gradients.
+
+    Args:
+        weight: Contiguous float tensor W.
+        stored: The mask as `bits` stores it.
+        scaled: As in `masked`.
+        in_place: Whether to write into ``weight``.
+
+    Returns:
+        Tensor like ``weight``.
+    """
+    with torch.no_grad():
+        kept = weight if in_place else torch.empty_like(weight)
+        ones = torch.zeros((), dtype=torch.int64, device=weight.device)
+        before, after, weights = weight.view(-1), kept.view(-1), weight.numel()
+        for start in range(0, weights, _PIECE):
+            stop = min(start + _PIECE, weights)
+            mask = bits.unpack_piece(stored, start, stop)
+            torch.mul(before[start:stop], mask.to(weight.dtype), out=after[start:stop])
+            ones += mask.sum()
+        return kept.mul_(_scale(ones, weights)) if scaled else kept
+
+
+def keep_weights(model: nn.Module, keep: bool) -> None:
+    """Choose between speed and memory: whether masked layers keep the weights that they make.
+
+    Kept, a weight is made once and stays in memory beside its bits: after one forward the model is
+    as large as a dense one. Not kept, it is made at every read and freed after use: memory stays
+    at the bits, the bank, the other tensors and the layer at work. Outputs are the same. A model
+    pemnified for inference from the meta device starts without keeping, any other one with it.
+
+    Args:
+        model: A model with masks.
+        keep: Whether to keep.
+    """
+    for module in model.modules():
+        if isinstance(module, MaskedWeight):
+            module.keeps = keep
+            module.forget()
+
+
+def _goes_by_pieces(weight: Tensor, stored: Tensor) -> bool:
+    """Tell whether a large plain tensor is masked without gradients and outside of tracing."""
+    if torch.compiler.is_compiling() or weight.numel() <= _PIECE or not weight.is_contiguous():
+        return False
+    tracked = weight.requires_grad and torch.is_grad_enabled()
+    return not tracked and type(weight) in (Tensor, nn.Parameter) and type(stored) is Tensor
+
+
+def _scale(ones: Tensor, weights: int) -> Tensor:
     """Return 1 / sqrt(density) as a float32 scalar; 1 for a mask without ones."""
-    ones = mask.sum().clamp(min=1).to(torch.float32)
-    return (mask.numel() / ones).sqrt()
+    return (weights / ones.clamp(min=1).to(torch.float32)).sqrt()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -315,7 +389,7 @@ def _score_grad(ctx: Any, grad: Tensor) -> Tensor:
     """Return dL/dS. With c = mean(M)^-1/2 not detached, dc/dM = -c^3 / (2n)."""
     through = (grad * ctx.weight).to(ctx.scores.dtype)
     if ctx.scaled:
-        scale = _scale(ctx.mask)
+        scale = _scale(ctx.mask.sum(), ctx.mask.numel())
         pull = (through * ctx.mask.to(through.dtype)).sum()
         through = through * scale - pull * scale**3 / (2 * ctx.mask.numel())
     return through * ctx.scores.sign() if ctx.by_magnitude else through

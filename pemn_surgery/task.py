@@ -28,7 +28,9 @@ class TensorSet(nn.Module):
         super().__init__()
         self.keeps_eval = keeps_eval
 
-    def add(self, name: str, base: Tensor, *, trained: bool, saved: bool) -> None:
+    def add(
+        self, name: str, base: Tensor, *, trained: bool, saved: bool, shared: bool = False
+    ) -> None:
         """Take a copy of one of the module's tensors.
 
         Args:
@@ -36,12 +38,15 @@ class TensorSet(nn.Module):
             base: Its value.
             trained: Whether it becomes a parameter.
             saved: Whether it is part of the state dict.
+            shared: Whether to take the tensor itself instead, so that its memory is needed once.
         """
-        value = base.detach().clone()
-        if trained:
-            self.register_parameter(name, nn.Parameter(value))
-        else:
+        value = base.detach() if shared else base.detach().clone()
+        if not trained:
             self.register_buffer(name, value, persistent=saved)
+        elif shared and isinstance(base, nn.Parameter):
+            self.register_parameter(name, base)  # the same object: .to() keeps it one tensor
+        else:
+            self.register_parameter(name, nn.Parameter(value))
 
     def forward(self, name: str) -> Tensor | None:
         """Return the tensor of this name, or None where this adapter has none.

@@ -71,6 +71,15 @@ def test_unpack_traces_in_one_graph(shape):
     oracles.assert_same(compiled(bits.pack(mask)), mask)
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 21), (0, 8), (8, 21), (8, 13), (16, 17), (16, 16)])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_piece_is_that_part_of_the_mask(start, stop, traced, monkeypatch):
+    if traced:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    mask = some_mask().view(-1)
+    oracles.assert_same(bits.unpack_piece(bits.pack(mask), start, stop), mask[start:stop])
+
+
 def test_header_layout():
     base = bytes(range(1, 13))
     content = as_bytes(bits.pack(some_mask(), base))

@@ -68,7 +68,8 @@ print(sorted(heavy), sorted(set(pemn_surgery.__all__) - set(dir(pemn_surgery))))
 
 
 @pytest.mark.parametrize(
-    "name", ["PemnCallback", "PemnConfig", "errors", "for_trainer", "pemnify", "plan"]
+    "name",
+    ["PemnCallback", "PemnConfig", "errors", "for_trainer", "keep_weights", "pemnify", "plan"],
 )
 def test_public_names(name):
     package = importlib.import_module("pemn_surgery")

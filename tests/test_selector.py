@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from pemn_surgery import selector
 from pemn_surgery.errors import NonFiniteScoresError
-from pemn_surgery.selector import Selector, check_finite, threshold_mask, topk_mask
+from pemn_surgery.selector import (
+    Selector,
+    check_finite,
+    counted_topk_mask,
+    threshold_mask,
+    topk_mask,
+)
 from tests import oracles
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -36,6 +42,26 @@ def test_topk_with_ties(scores, density):
 @given(tensors(ANY), DENSITIES)
 def test_topk_with_any_scores(scores, density):
     oracles.assert_same(topk_mask(scores, density), oracles.topk(scores, density))
+
+
+@pytest.mark.parametrize("piece", [3, 1 << 16])
+@pytest.mark.parametrize("elements", [TIED, ANY], ids=["ties", "any"])
+def test_topk_by_counting(elements, piece):
+    @given(hnp.arrays(np.float32, SHAPES, elements=elements), DENSITIES)
+    def check(values, density):
+        scores = torch.from_numpy(values)
+        oracles.assert_same(counted_topk_mask(scores, density), oracles.topk(scores, density))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selector, "_PIECE", piece)
+        check()
+
+
+@pytest.mark.parametrize("name", ["topk", "threshold"])
+def test_little_memory_chooses_the_same(name):
+    scores = torch.randn(300, 301, generator=torch.Generator().manual_seed(4))
+    chosen = Selector(name, 0.3, 0.1)
+    oracles.assert_same(chosen.mask_in_little_memory(scores), chosen.mask(scores))
 
 
 @given(tensors(TIED), DENSITIES)
