@@ -55,3 +55,7 @@ class NonFiniteScoresError(PemnError, ValueError):
 
 class RecipeError(PemnError, ValueError):
     """A recipe is incomplete or cannot be run as written."""
+
+
+class ExampleInputsError(PemnError, ValueError):
+    """No example inputs can be made for a model from its configuration alone."""

@@ -1,0 +1,1 @@
+"""Random tiny models of every architecture that timm and transformers know."""
