@@ -5,25 +5,26 @@
 builds each one, makes its example inputs, runs it twice and prints one line a type.
 """
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a config that wants the hub must fail at once
-
+import json
+import multiprocessing
 import re
+import resource
+import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-warnings.filterwarnings("ignore")  # old types warn about themselves when they are built
-
 import transformers
+from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-transformers.logging.set_verbosity_error()
+from pemn_surgery.inputs import example_inputs
 
 MOST_PARAMETERS = 40_000_000
 WIDTH, FEED_FORWARD, HEADS, KEY_VALUE_HEADS, HEAD_WIDTH = 64, 128, 4, 2, 16
@@ -89,7 +90,9 @@ def find_class(model_type: str) -> type[nn.Module]:
     for name in (*first, *others, "MODEL_MAPPING_NAMES", *last):
         found = mappings[name].get(model_type)
         if found is not None:
-            return getattr(transformers, found if isinstance(found, str) else found[0])
+            model_class = getattr(transformers, found if isinstance(found, str) else found[0], None)
+            if isinstance(model_class, type) and issubclass(model_class, nn.Module):
+                return model_class
     message = f"transformers has no model of type {model_type!r}"
     raise KeyError(message)
 
@@ -345,4 +348,104 @@ COMPOSED = {
 }
 
 # What a type needs beside the general rules, and why.
-SETTINGS: dict[str, dict[str, Any]] = {}
+_FORECAST = {"prediction_length": 8, "context_length": 24}  # has no default
+SETTINGS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _FORECAST),
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},  # no default
+}
+
+
+SECONDS, BYTES = 180, 8 << 30  # that one type may take
+
+
+def check(model_type: str) -> dict[str, Any]:
+    """Build a type, run it twice on its example inputs and say what happened.
+
+    Returns:
+        The type, its class, its parameters, shapes of its inputs, and "stage": the first of
+        build, inputs and forward that failed (with "error"), or "runs"; "equal" tells whether
+        two runs with the same seed gave the same numbers, "finite" whether all were finite.
+    """
+    result: dict[str, Any] = {"type": model_type, "stage": "build"}
+    start = time.perf_counter()
+    try:
+        model = build(model_type)
+        result["class"] = type(model).__name__
+        result["parameters"] = sum(tensor.numel() for tensor in model.parameters())
+        result["stage"] = "inputs"
+        inputs = example_inputs(model)
+        result["inputs"] = {name: list(getattr(v, "shape", ())) for name, v in inputs.items()}
+        result["stage"] = "forward"
+        first, second = (_tensors_of(_run(model, inputs)) for _ in range(2))
+        result["stage"] = "runs"
+        result["equal"] = all(
+            torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
+            for one, other in zip(first, second, strict=True)
+        )
+        result["finite"] = all(bool(torch.isfinite(one).all()) for one in first)
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"[:400]
+        result["where"] = _where(error)
+    return {**result, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _run(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def _tensors_of(output: Any) -> list[torch.Tensor]:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _where(error: BaseException) -> str:
+    """Return the innermost lines of transformers that an error came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "/torch/" not in frame.filename]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in ours[-1:-4:-1])
+
+
+def _check_apart(model_type: str) -> dict[str, Any]:
+    """Check a type in a process of its own, with limits on time and memory."""
+    context = multiprocessing.get_context("fork")  # what is imported is imported once
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send_check, args=(model_type, there))
+    process.start()
+    there.close()
+    try:
+        found = here.recv() if here.poll(SECONDS) else {"error": f"more than {SECONDS} seconds"}
+    except EOFError:
+        found = {"error": "the process died"}
+    process.kill()
+    process.join()
+    return {"type": model_type, "stage": "process", **found}
+
+
+def _send_check(model_type: str, there: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+    there.send(check(model_type))
+
+
+def main(path: Path, types: list[str]) -> None:
+    """Check types, one line each, and keep the results; those in the file are not checked again."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    torch.set_num_threads(1)
+    done = path.read_text().splitlines() if path.exists() else []
+    seen = {json.loads(line)["type"] for line in done}
+    for warm in ("llama", "vit", "whisper", "qwen2_vl"):
+        build(warm)
+    with path.open("a") as file:
+        for model_type in types or model_types():
+            if model_type not in seen:
+                result = _check_apart(model_type)
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                told = result.get("error", "") or f"equal={result['equal']}"
+                print(model_type, result["stage"], result.get("class", ""), told)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
