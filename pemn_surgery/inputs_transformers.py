@@ -97,12 +97,14 @@ def _arguments(model: nn.Module) -> dict[str, bool]:
 def _make_all(asked: Asked) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name in _wanted(asked):
-        if name in MAKERS and name not in made:
-            made[name] = MAKERS[name](asked)
-    if "input_ids" in made and "pixel_values" in made:
-        _add_placeholders(asked, made, "image", ("pixel_values", "image_grid_thw", "image_sizes"))
-    if "input_ids" in made and "input_features" in made:
-        _add_placeholders(asked, made, "audio", ("input_features", "input_features_mask"))
+        maker = OF_TYPE.get((asked.kind, name), MAKERS.get(name))
+        if maker is not None and name not in made:
+            made[name] = maker(asked)
+    if "input_ids" in made:
+        _add_placeholders(asked, made, "image")
+        _add_placeholders(asked, made, "audio")
+    elif "attention_mask" in made and not asked.arguments["attention_mask"]:
+        del made["attention_mask"]  # of the text
     return made
 
 
@@ -117,21 +119,26 @@ def _wanted(asked: Asked) -> list[str]:
     return [*required, *asked.main, *also]
 
 
-def _add_placeholders(asked: Asked, made: dict[str, Any], what: str, names: Sequence[str]) -> None:
+def _add_placeholders(asked: Asked, made: dict[str, Any], what: str) -> None:
     """Put as many placeholder tokens before the text as the model makes features."""
     token = _first(_values(asked.config, (f"{what}_token_id", f"{what}_token_index"), int))
-    encode = getattr(asked.model, f"get_{what}_features", None)
-    if token is None or encode is None:
+    encode = _method(asked.model, f"get_{what}_features")
+    if token is None or encode is None or not any(name in made for name in SENSES[what]):
         return
-    count = _count_features(asked.model, encode, {n: made[n] for n in names if n in made})
-    text = made["input_ids"]
+    taken = inspect.signature(encode).parameters
+    given = {name: value for name, value in made.items() if name in taken and name not in TEXT}
+    count = _count_features(asked.model, encode, given)
     marks = torch.full((asked.batch, count // asked.batch), token)
-    made["input_ids"] = torch.cat([marks, text], dim=1)
+    made["input_ids"] = torch.cat([marks, made["input_ids"]], dim=1)
     for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in made:
-            old = made[name]
-            value = 1 if name == "attention_mask" or what == "image" else 2
-            made[name] = torch.cat([torch.full_like(marks, value), old], dim=1)
+            kind = 1 if name == "attention_mask" or what == "image" else 2
+            made[name] = torch.cat([torch.full_like(marks, kind), made[name]], dim=1)
+
+
+def _method(model: nn.Module, name: str) -> Callable[..., Any] | None:
+    """Return a method of the model or of the first module inside it that has one."""
+    return next((getattr(part, name) for part in model.modules() if hasattr(part, name)), None)
 
 
 def _count_features(model: nn.Module, encode: Callable[..., Any], inputs: dict[str, Any]) -> int:
@@ -161,8 +168,9 @@ def _text(asked: Asked, length: int = TEXT_LENGTH) -> Tensor:
 
 
 def _vocabulary(asked: Asked) -> int:
-    get_text = getattr(asked.config, "get_text_config", None)
-    text = get_text() if callable(get_text) else asked.config
+    text = getattr(asked.config, "text_encoder", None) or asked.config  # what makes music of text
+    if text is asked.config and hasattr(text, "get_text_config"):
+        text = text.get_text_config()
     return _find(text, ("vocab_size",), int, None) or asked.number("vocab_size", default=200)
 
 
@@ -227,11 +235,66 @@ def _video(asked: Asked) -> Tensor:
 def _spectrogram(asked: Asked) -> Tensor:
     names = ("num_mel_bins", "feature_projection_input_dim", "n_mels", "input_feat_per_channel")
     bins = asked.number(*names, "input_dim", default=80)
+    positions = asked.number("max_source_positions", default=0)
+    if positions:  # Whisper's encoder and its heirs: channels first, of one length
+        return asked.normal(asked.batch, bins, 2 * positions)
     return asked.normal(asked.batch, FRAMES, bins)
+
+
+def _spectrogram_mask(asked: Asked) -> Tensor:
+    positions = asked.number("max_source_positions", default=0)
+    return _ones(asked, 2 * positions or FRAMES)
 
 
 def _wave(asked: Asked) -> Tensor:
     return asked.normal(asked.batch, SAMPLES)
+
+
+def _mono(asked: Asked) -> Tensor:
+    """Return waveforms (batch, one channel, samples)."""
+    return asked.normal(asked.batch, 1, 9600)  # divisible by the codecs' hops
+
+
+def _forecast(asked: Asked) -> dict[str, Tensor]:
+    """Return a past with its times, and the times to predict (the forecasting transformers)."""
+    config, batch = asked.config, asked.batch
+    length = config.context_length + max(config.lags_sequence)
+    times = config.num_time_features
+    made = {
+        "past_values": asked.normal(batch, length),
+        "past_time_features": asked.normal(batch, length, times),
+        "past_observed_mask": torch.ones(batch, length),
+        "future_values": asked.normal(batch, config.prediction_length),
+        "future_time_features": asked.normal(batch, config.prediction_length, times),
+    }
+    if config.num_static_categorical_features:
+        shape = (batch, config.num_static_categorical_features)
+        made["static_categorical_features"] = torch.zeros(shape, dtype=torch.int64)
+    return made
+
+
+def _trajectory(asked: Asked) -> dict[str, Tensor]:
+    """Return states, actions and rewards of a few steps (Decision Transformer)."""
+    batch, steps = asked.batch, TARGET_LENGTH
+    return {
+        "states": asked.normal(batch, steps, asked.config.state_dim),
+        "actions": asked.normal(batch, steps, asked.config.act_dim),
+        "rewards": asked.normal(batch, steps, 1),
+        "returns_to_go": asked.normal(batch, steps, 1),
+        "timesteps": torch.arange(steps).repeat(batch, 1),
+        "attention_mask": _ones(asked, steps),
+    }
+
+
+def _image_pair(asked: Asked) -> Tensor:
+    """Return pairs of images to match (batch, 2, channels, height, width)."""
+    return asked.normal(asked.batch, 2, 3, 128, 128).abs()
+
+
+def _codes(asked: Asked) -> Tensor:
+    """Return (batch, steps, codebooks) ids of a codec."""
+    config = asked.config.decoder_config
+    return asked.integers(0, 1000, asked.batch, TARGET_LENGTH, config.num_channels)
 
 
 def _states(asked: Asked) -> Tensor:
@@ -243,7 +306,19 @@ def _past(asked: Asked) -> Tensor:
     return asked.normal(asked.batch, length, asked.number("num_input_channels", default=1))
 
 
-ALWAYS = ("attention_mask", "bbox", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+SENSES = {"image": ("pixel_values",), "audio": ("input_features", "input_values")}
+TEXT = ("input_ids", "attention_mask")
+ALWAYS = (
+    *TEXT,
+    "bbox",
+    "pixel_values",
+    "image_grid_thw",
+    "mm_token_type_ids",
+    "input_features",
+    "input_features_mask",
+    "feature_attention_mask",
+    "input_values",
+)
 MAKERS: dict[str, Callable[[Asked], Any]] = {
     "input_ids": _text,
     "decoder_input_ids": lambda asked: _text(asked, TARGET_LENGTH),
@@ -255,12 +330,36 @@ MAKERS: dict[str, Callable[[Asked], Any]] = {
     "image_grid_thw": _grid,
     "grid_thw": _grid,
     "input_features": _spectrogram,
+    "input_features_mask": _spectrogram_mask,
+    "feature_attention_mask": _spectrogram_mask,
     "input_values": _wave,
     "past_values": _past,
     "hidden_states": _states,
     "inputs_embeds": _states,
 }
-WHOLE: dict[str, Callable[[Asked], dict[str, Any]]] = {}
+MONO = (
+    *("mimi", "mimi_encoder", "encodec", "dac", "xcodec", "xcodec2", "neucodec"),
+    *("pe_audio", "pe_audio_encoder", "pe_audio_video", "pe_audio_video_encoder"),
+    *("pocket_tts_audio_tokenizer", "pocket_tts_audio_tokenizer_encoder"),
+    *("higgs_audio_v2_tokenizer", "vibevoice_acoustic_tokenizer"),
+)
+OF_TYPE: dict[tuple[str, str], Callable[[Asked], Any]] = {
+    **{(kind, "input_values"): _mono for kind in MONO},  # codecs: with a dimension of channels
+    **{
+        (kind, "pixel_values"): _image_pair for kind in ("efficientloftr", "lightglue", "superglue")
+    },
+    ("audio-spectrogram-transformer", "input_values"): lambda asked: asked.normal(
+        asked.batch, asked.config.max_length, asked.config.num_mel_bins
+    ),
+    ("clap", "input_features"): lambda asked: asked.normal(asked.batch, 1, 1001, 64),
+    ("dia", "decoder_input_ids"): _codes,
+    ("timesfm", "past_values"): lambda asked: list(asked.normal(asked.batch, 64)),
+    ("timesfm2_5", "past_values"): lambda asked: list(asked.normal(asked.batch, 64)),
+}
+WHOLE: dict[str, Callable[[Asked], dict[str, Any]]] = {
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _forecast),
+    "decision_transformer": _trajectory,
+}
 
 
 # ---------------------------------------------------------------------------------- reading configs

@@ -123,7 +123,7 @@ def _levels_that_build(model_type: str, model_class: type[nn.Module]) -> list[tu
     Stops at the first level that is small enough; building on the meta device costs nothing.
     """
     found, problems = [], []
-    for level in LEVELS:
+    for level in LEVELS[LEVELS.index(FIRST_LEVEL.get(model_type, LEVELS[0])) :]:
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 model = model_class(tiny_config(model_type, level))
@@ -204,6 +204,8 @@ def _shrink_layers(config: PreTrainedConfig) -> None:
             _set(config, name, len(kept))
         elif isinstance(value, (list, tuple)) and name in _lists_of_layers(values):
             _set(config, name, type(value)([value[place] for place in kept]))
+    if _is_count(values.get("num_kv_shared_layers")):
+        _set(config, "num_kv_shared_layers", 0)  # the layers that share are gone
     dense = values.get("first_k_dense_replace")
     if _is_count(dense) and dense >= len(kept):
         _set(config, "first_k_dense_replace", 1)
@@ -264,6 +266,11 @@ def _shrink_widths(config: PreTrainedConfig) -> None:
             _lower(config, name, KEY_VALUE_HEADS if grouped else HEADS)
         elif name in SMALL_NUMBERS:
             _lower(config, name, SMALL_NUMBERS[name])
+        elif name == "upsample_groups":  # of a convolution that has one group a channel
+            _lower(config, name, WIDTH)
+    for name, small in (("head_dim", HEAD_WIDTH), ("num_key_value_heads", HEADS)):
+        if name in values and values[name] is None:
+            _set(config, name, small)
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(values.get(name), dict):
             _shrink_rotary_sections(values[name], values)
@@ -282,25 +289,27 @@ def _shrink_rotary_sections(rope: dict[str, Any], before: dict[str, Any]) -> Non
 
 def _keep_tokens_in_vocabulary(config: PreTrainedConfig) -> None:
     """Give special tokens that the smaller vocabulary has lost a new, distinct number."""
-    text = config.get_text_config()
-    vocabulary = getattr(text, "vocab_size", None)
-    if not _is_count(vocabulary):
-        return
+    sizes = [getattr(part, "vocab_size", None) for part in _parts(config)]
+    shared = min((size for size in sizes if _is_count(size)), default=None)
     renamed: dict[int, int] = {}
 
-    def fit(token: int) -> int:
+    def fit(token: int, vocabulary: int) -> int:
         if token < vocabulary:
             return token
         return renamed.setdefault(token, max(vocabulary - 1 - len(renamed), 0))
 
     for part in _parts(config):
+        own = getattr(part, "vocab_size", None)
+        size = own if _is_count(own) else shared
+        if size is None:
+            continue
         for name, value in list(vars(part).items()):
             if not re.search(r"_(token_id|token_index|token|id)$", name):
                 continue
             if _is_count(value):
-                _set(part, name, fit(value))
+                _set(part, name, fit(value, size))
             elif isinstance(value, list) and value and all(_is_count(item) for item in value):
-                _set(part, name, [fit(item) for item in value])
+                _set(part, name, [fit(item, size) for item in value])
 
 
 def _lower(config: PreTrainedConfig, name: str, most: int) -> None:
@@ -347,11 +356,54 @@ COMPOSED = {
     ),
 }
 
+# Types that build but do not run when they are shrunk further: widths that have to fit each other.
+FIRST_LEVEL: dict[str, str] = {}
+
 # What a type needs beside the general rules, and why.
 _FORECAST = {"prediction_length": 8, "context_length": 24}  # has no default
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_BY_LAYER = {"full_attention": dict(_ROPE), "sliding_attention": dict(_ROPE)}
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 2,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "ngram_vocab_size_base": 1000,
+}
+_MOE = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
 SETTINGS: dict[str, dict[str, Any]] = {
+    # no default, or one that does not build
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _FORECAST),
-    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},  # no default
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6}},
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|visual token 000000|>": 6}},
+    "cohere_compass": {"text_config.rope_parameters": _BY_LAYER},
+    "cohere_compass_text": {"rope_parameters": _BY_LAYER},
+    "dbrx": {"attn_config.rope_theta": 1e4},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma": {f"text_config.{name}": value for name, value in _MOE.items()},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_local_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "qwen4_exp": {f"text_config.{name}": value for name, value in _INDEXER.items()},
+    "qwen4_exp_text": _INDEXER,
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "timm_backbone": {"backbone": "resnet18"},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
+    # numbers that have to fit others which the general rules have changed
+    "gemma3": {"mm_tokens_per_image": 49},
+    "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "data2vec-vision": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "aria": {"projector_patch_to_query_dict": {49: 16}},
+    "reformer": {"axial_pos_embds_dim": (16, 48)},
 }
 
 
