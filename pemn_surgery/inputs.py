@@ -5,25 +5,26 @@ what a model takes is read from its ``config`` or ``pretrained_cfg`` and its for
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pemn_surgery import inputs_transformers
 from pemn_surgery.errors import ExampleInputsError
+from pemn_surgery.inputs_by_type import OF_TYPE
+from pemn_surgery.inputs_transformers import ALWAYS, MAKERS, SENSES, TEXT, Asked, listed, method
 
-SMALL_IMAGE = 128  # pixels a side; every timm architecture without a fixed size takes it
+SMALL_IMAGE = 128  # pixels a side, for architectures that take images of any size
 
 
 def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
     """Make small inputs that a timm or transformers model can be called with.
 
-    A timm model of a fixed input size gets that size, any other its smallest documented size or
+    A timm model of a fixed input size gets that size; any other its smallest documented one, or
     128 pixels a side. A transformers model gets what its ``config`` and its forward ask for; a
-    multimodal one as many placeholder tokens as its own ``get_image_features`` makes features,
-    so that this part of the model is run once, without gradients and in eval mode.
+    multimodal one as many placeholder tokens as its own ``get_image_features`` (audio: likewise)
+    makes features, so that this part of the model is run once, without gradients, in eval mode.
 
     Args:
         model: The model; its weights, buffers and mode are left as they are.
@@ -31,25 +32,37 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
 
     Returns:
         Keyword arguments for ``model(**inputs)``: float32 and int64 tensors on the CPU, equal
-        for every call. The global random state is not used.
+        for every call. The global random state is left alone.
 
     Raises:
-        ExampleInputsError: The model has no configuration to read, or an argument of its forward
-            is of an unknown kind.
+        ExampleInputsError: The model has no configuration to read, or its forward needs an
+            argument that there is no rule for.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
     if isinstance(getattr(getattr(base, "config", None), "model_type", None), str):
-        return inputs_transformers.make_inputs(base, batch)
+        return _transformers_inputs(Asked(base, batch, _arguments(base)))
     timm_config = getattr(base, "pretrained_cfg", None) or getattr(base, "default_cfg", None)
     if isinstance(timm_config, Mapping) and timm_config.get("input_size"):
         return _timm_inputs(base, timm_config, batch)
-    name = type(base).__name__
-    arguments = ", ".join(inspect.signature(base.forward).parameters) or "none"
     message = (
-        f"{name} has neither a transformers `config` nor a timm `pretrained_cfg` to read what it "
-        f"takes (arguments of its forward: {arguments}); give `inputs=` yourself"
+        f"{type(base).__name__} has neither a transformers `config` nor a timm `pretrained_cfg` "
+        "that tells what it takes (arguments of its forward: "
+        f"{', '.join(_arguments(base)) or 'none'}); give `inputs=` yourself"
     )
     raise ExampleInputsError(message)
+
+
+def _arguments(model: nn.Module) -> dict[str, bool]:
+    """Return the names of forward's arguments, True for those without a default."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name: parameter.default is inspect.Parameter.empty
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.kind not in variadic
+    }
+
+
+# ------------------------------------------------------------------------------------ timm
 
 
 def _timm_inputs(model: nn.Module, config: Mapping[str, Any], batch: int) -> dict[str, Any]:
@@ -57,19 +70,104 @@ def _timm_inputs(model: nn.Module, config: Mapping[str, Any], batch: int) -> dic
     built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if built_for:  # create_model(..., img_size=...) leaves the configuration as it was
         height, width = built_for
-    elif config.get("min_input_size"):
-        _, height, width = config["min_input_size"]
     elif not config.get("fixed_input_size"):
-        height, width = min(height, SMALL_IMAGE), min(width, SMALL_IMAGE)
-    generator = torch.Generator().manual_seed(0)
+        small = (channels, min(height, SMALL_IMAGE), min(width, SMALL_IMAGE))
+        _, height, width = config.get("min_input_size") or small
     channels = _first_channels(model, config) or channels
+    generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, channels, height, width, generator=generator)
-    return {next(iter(inspect.signature(model.forward).parameters)): image}
+    return {next(iter(_arguments(model))): image}
 
 
 def _first_channels(model: nn.Module, config: Mapping[str, Any]) -> int | None:
     """Return the channels that the first convolution takes: ``in_chans=`` is not in the config."""
-    first = config.get("first_conv")
-    name = first[0] if isinstance(first, (list, tuple)) and first else first
-    module = dict(model.named_modules()).get(name) if isinstance(name, str) else None
+    first = listed(config.get("first_conv"))[:1]
+    module = dict(model.named_modules()).get(first[0]) if first else None
     return getattr(module, "in_channels", None)
+
+
+# ------------------------------------------------------------------------------------ transformers
+
+
+def _transformers_inputs(asked: Asked) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    makers = {**MAKERS, **OF_TYPE.get(asked.kind, {})}
+    for name in _wanted(asked):
+        maker = makers.get(name)
+        if maker is not None and name not in made:
+            made[name] = maker(asked)
+    if "input_ids" in made:
+        for sense in SENSES:
+            _add_placeholders(asked, made, sense)
+    elif "attention_mask" in made and makers["attention_mask"] is MAKERS["attention_mask"]:
+        del made["attention_mask"]  # of the text, which is not there
+    _refuse_missing(asked, made)
+    return {**made, "use_cache": False} if "use_cache" in asked.arguments else made
+
+
+def _refuse_missing(asked: Asked, made: dict[str, Any]) -> None:
+    missing = [name for name, required in asked.arguments.items() if required and name not in made]
+    if missing or not made:
+        what = ", ".join(missing) or "something that no rule knows"
+        message = (
+            f"{type(asked.model).__name__} needs {what}, for which there is no rule; "
+            "give `inputs=` yourself"
+        )
+        raise ExampleInputsError(message)
+
+
+def _wanted(asked: Asked) -> list[str]:
+    """Return the arguments to make: required ones, the main one, and what makes the model whole."""
+    required = [name for name, needed in asked.arguments.items() if needed]
+    also = [*ALWAYS, *OF_TYPE.get(asked.kind, {})]
+    for sense in SENSES:
+        encode = method(asked.model, f"get_{sense}_features")
+        also += _required_of(encode) if encode is not None else []
+    if getattr(asked.config, "is_encoder_decoder", False):
+        also.append("decoder_input_ids")
+    absent = [name for sense in SENSES if asked.lacks(sense) for name in SENSES[sense]]
+    names = [*required, *asked.main, *also]
+    return [name for name in names if name in asked.arguments and name not in absent]
+
+
+def _required_of(function: Callable[..., Any]) -> list[str]:
+    return [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is inspect.Parameter.empty
+    ]
+
+
+def _add_placeholders(asked: Asked, made: dict[str, Any], sense: str) -> None:
+    """Put as many placeholder tokens before the text as the model makes features."""
+    token = asked.placeholder(sense)
+    encode = method(asked.model, f"get_{sense}_features")
+    if token is None or encode is None or not any(name in made for name in SENSES[sense]):
+        return
+    taken = inspect.signature(encode).parameters
+    given = {name: value for name, value in made.items() if name in taken and name not in TEXT}
+    count = _count_features(asked.model, encode, given) // asked.batch
+    marks = torch.full((asked.batch, count), token)
+    made["input_ids"] = torch.cat([marks, made["input_ids"]], dim=1)
+    kinds = {"attention_mask": 1, "mm_token_type_ids": list(SENSES).index(sense) * 2 + 1}
+    for name, kind in kinds.items():  # 1 is an image, 2 a video, 3 audio
+        if name in made:
+            made[name] = torch.cat([torch.full_like(marks, kind), made[name]], dim=1)
+
+
+def _count_features(model: nn.Module, encode: Callable[..., Any], inputs: dict[str, Any]) -> int:
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    try:
+        model.eval()  # dropout would use the global random state, a batch norm would move
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            found = encode(**{name: value.to(device) for name, value in inputs.items()})
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    features = getattr(found, "pooler_output", found)
+    return sum(_rows(one) for one in listed(features))
+
+
+def _rows(features: Tensor) -> int:
+    return features.numel() // features.shape[-1]

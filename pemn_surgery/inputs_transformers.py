@@ -1,14 +1,14 @@
-"""What transformers models take: from the name of an argument to a tensor, as tables."""
+"""What transformers models take: from the name of an argument to a tensor.
 
-import inspect
+``MAKERS`` is the table; what only one type needs is in ``inputs_by_type``.
+"""
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from pemn_surgery.errors import ExampleInputsError
 
 TEXT_LENGTH, TARGET_LENGTH = 12, 6
 FRAMES = 128  # of a spectrogram
@@ -45,12 +45,20 @@ class Asked:
     @property
     def main(self) -> list[str]:
         """The names of what the model calls its main input."""
-        main = getattr(self.model, "main_input_name", "input_ids")
-        return [name for name in _listed(main) if name in self.arguments]
+        return listed(getattr(self.model, "main_input_name", "input_ids"))
 
-    def number(self, *names: str, default: int | None = None) -> int:
+    def lacks(self, sense: str) -> bool:
+        """Tell whether the model could have a part for images or audio, but has none."""
+        names = {"image": ("vision_config",), "audio": ("audio_config",)}[sense]
+        return any(getattr(self.config, name, self) is None for name in names)
+
+    def placeholder(self, sense: str) -> int | None:
+        """Return the token that stands for a feature of an image or of audio in a text."""
+        return find(self.config, (f"{sense}_token_id", f"{sense}_token_index"), int, None)
+
+    def number(self, *names: str, default: int = 0) -> int:
         """Return the first of the named numbers in the config or in a config inside it."""
-        return _find(self.config, names, int, default)
+        return next((n for name in names if (n := find(self.config, (name,), int, None))), default)
 
     def normal(self, *shape: int) -> Tensor:
         """Return normal random numbers of a shape."""
@@ -61,337 +69,197 @@ class Asked:
         return torch.randint(low, high, shape, generator=self.random)
 
 
-def make_inputs(model: nn.Module, batch: int) -> dict[str, Any]:
-    """Return keyword arguments for a transformers model's forward.
-
-    Args:
-        model: The model.
-        batch: Number of examples.
-
-    Raises:
-        ExampleInputsError: A required argument is of an unknown kind.
-    """
-    asked = Asked(model, batch, _arguments(model))
-    made = WHOLE[asked.kind](asked) if asked.kind in WHOLE else _make_all(asked)
-    missing = [name for name, required in asked.arguments.items() if required and name not in made]
-    if missing:
-        message = (
-            f"{type(model).__name__} needs {', '.join(missing)}, for which there is no rule; "
-            "give `inputs=` yourself"
-        )
-        raise ExampleInputsError(message)
-    if "use_cache" in asked.arguments:
-        made["use_cache"] = False
-    return made
+# ------------------------------------------------------------------------------------ text
 
 
-def _arguments(model: nn.Module) -> dict[str, bool]:
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {
-        name: parameter.default is inspect.Parameter.empty
-        for name, parameter in inspect.signature(model.forward).parameters.items()
-        if parameter.kind not in variadic
-    }
-
-
-def _make_all(asked: Asked) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for name in _wanted(asked):
-        maker = OF_TYPE.get((asked.kind, name), MAKERS.get(name))
-        if maker is not None and name not in made:
-            made[name] = maker(asked)
-    if "input_ids" in made:
-        _add_placeholders(asked, made, "image")
-        _add_placeholders(asked, made, "audio")
-    elif "attention_mask" in made and not asked.arguments["attention_mask"]:
-        del made["attention_mask"]  # of the text
-    return made
-
-
-def _wanted(asked: Asked) -> list[str]:
-    required = [name for name, needed in asked.arguments.items() if needed]
-    also = [name for name in ALWAYS if name in asked.arguments]
-    if (
-        getattr(asked.config, "is_encoder_decoder", False)
-        and "decoder_input_ids" in asked.arguments
-    ):
-        also.append("decoder_input_ids")
-    return [*required, *asked.main, *also]
-
-
-def _add_placeholders(asked: Asked, made: dict[str, Any], what: str) -> None:
-    """Put as many placeholder tokens before the text as the model makes features."""
-    token = _first(_values(asked.config, (f"{what}_token_id", f"{what}_token_index"), int))
-    encode = _method(asked.model, f"get_{what}_features")
-    if token is None or encode is None or not any(name in made for name in SENSES[what]):
-        return
-    taken = inspect.signature(encode).parameters
-    given = {name: value for name, value in made.items() if name in taken and name not in TEXT}
-    count = _count_features(asked.model, encode, given)
-    marks = torch.full((asked.batch, count // asked.batch), token)
-    made["input_ids"] = torch.cat([marks, made["input_ids"]], dim=1)
-    for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
-        if name in made:
-            kind = 1 if name == "attention_mask" or what == "image" else 2
-            made[name] = torch.cat([torch.full_like(marks, kind), made[name]], dim=1)
-
-
-def _method(model: nn.Module, name: str) -> Callable[..., Any] | None:
-    """Return a method of the model or of the first module inside it that has one."""
-    return next((getattr(part, name) for part in model.modules() if hasattr(part, name)), None)
-
-
-def _count_features(model: nn.Module, encode: Callable[..., Any], inputs: dict[str, Any]) -> int:
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    try:
-        model.eval()  # dropout would use the global random state, a batch norm would move
-        with torch.no_grad():
-            found = encode(**{name: value.to(device) for name, value in inputs.items()})
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    features = getattr(found, "pooler_output", found)
-    return sum(one.numel() // one.shape[-1] for one in _listed(features))
-
-
-# ---------------------------------------------------------------------------------- text
-
-
-def _text(asked: Asked, length: int = TEXT_LENGTH) -> Tensor:
+def text(asked: Asked, length: int = TEXT_LENGTH) -> Tensor:
     """Return (batch, length) ids of ordinary tokens: none that the config names as special."""
-    size = _vocabulary(asked)
-    special = {value for value in _special_tokens(asked.config) if value < size}
+    sizes = [size for size in values(asked.config, ("vocab_size",), int) if size > 0]
+    size = min(sizes, default=200)  # several parts may have their own vocabulary
+    special = set(_special_tokens(asked.config))
     ordinary = [token for token in range(min(size, 1000)) if token not in special] or [0]
     places = asked.integers(min(4, len(ordinary) - 1), len(ordinary), asked.batch, length)
     return torch.tensor(ordinary)[places]
 
 
-def _vocabulary(asked: Asked) -> int:
-    text = getattr(asked.config, "text_encoder", None) or asked.config  # what makes music of text
-    if text is asked.config and hasattr(text, "get_text_config"):
-        text = text.get_text_config()
-    return _find(text, ("vocab_size",), int, None) or asked.number("vocab_size", default=200)
-
-
 def _special_tokens(config: Any) -> Iterator[int]:
-    for part in _parts(config):
+    for part in parts(config):
         for name, value in vars(part).items():
             if name.endswith(("_token_id", "_token_index", "_id")):
-                yield from (token for token in _listed(value) if _is_count(token))
+                yield from (token for token in listed(value) if isinstance(token, int))
 
 
-def _ones(asked: Asked, length: int = TEXT_LENGTH) -> Tensor:
-    return torch.ones(asked.batch, length, dtype=torch.int64)
+def ones(asked: Asked, *shape: int) -> Tensor:
+    """Return (batch, ...) int64 ones; as long as a text, if no shape is given."""
+    return torch.ones(asked.batch, *(shape or (TEXT_LENGTH,)), dtype=torch.int64)
 
 
-# ---------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------ images
 
 
-def _vision(config: Any) -> Any:
+def vision_of(config: Any) -> Any:
+    """Return the part of a config that is about images, or the config itself."""
     names = ("vision_config", "visual_config", "image_config", "vision_encoder_config")
     found = (getattr(config, name, None) for name in (*names, "encoder", "backbone_config"))
     return next((part for part in found if hasattr(part, "model_type")), config)
 
 
-def _image(asked: Asked) -> Tensor:
-    """Return images (batch, channels, height, width), or a list of patches where grids are given."""
-    if "image_grid_thw" in asked.arguments or "grid_thw" in asked.arguments:
-        return _patches(asked)
-    return asked.normal(asked.batch, *_image_shape(asked))
-
-
-def _image_shape(asked: Asked) -> tuple[int, int, int]:
-    vision = _vision(asked.config)
+def image_shape(asked: Asked) -> tuple[int, int, int]:
+    """Return channels, height and width of an image."""
+    vision = vision_of(asked.config)
     channels = ("num_channels", "in_channels", "in_chans", "n_channels")
-    sizes = _values(vision, ("image_size", "img_size", "input_size"), (int, list, tuple, dict))
-    size = next((size for size in sizes if size), 224)
-    sides = list(size.values()) if isinstance(size, dict) else _listed(size)
-    return _find(vision, channels, int, 3), int(sides[0]), int(sides[-1])
+    names = ("image_size", "img_size", "input_size")
+    sizes = [*values(vision, names, object), *values(asked.config, names, object), 224]
+    size = next(size for size in sizes if size)
+    sides = list(size.values()) if isinstance(size, dict) else listed(size)
+    return find(vision, channels, int, 3), int(sides[0]), int(sides[-1])
 
 
-def _patches(asked: Asked) -> Tensor:
+def image(asked: Asked) -> Tensor:
+    """Return images (batch, channels, height, width), or patches where a grid says their order."""
+    if any(name in asked.arguments for name in ("image_grid_thw", "grid_thw")):
+        return patches(asked)
+    if "spatial_shapes" in asked.arguments:
+        return patches(asked).reshape(asked.batch, GRID[1] * GRID[2], -1)
+    if getattr(asked.config, "image_grid_pinpoints", None):
+        return tiles(asked)
+    return asked.normal(asked.batch, *image_shape(asked))
+
+
+def patches(asked: Asked) -> Tensor:
     """Return flat patches (batch x patches, channels x time x height x width)."""
-    vision = _vision(asked.config)
-    channels = _find(vision, ("in_channels", "num_channels", "in_chans"), int, 3)
-    side = _find(vision, ("patch_size", "spatial_patch_size"), int, 14)
-    time = _find(vision, ("temporal_patch_size",), int, 1)
+    vision = vision_of(asked.config)
+    channels = find(vision, ("in_channels", "num_channels", "in_chans"), int, 3)
+    side = find(vision, ("patch_size", "spatial_patch_size"), object, 14)
+    time = find(vision, ("temporal_patch_size", "patch_temporal"), object, 1)
     count = asked.batch * GRID[0] * GRID[1] * GRID[2]
-    return asked.normal(count, channels * time * side * side)
+    return asked.normal(count, channels * listed(time)[0] * listed(side)[0] ** 2)
 
 
-def _grid(asked: Asked) -> Tensor:
-    return torch.tensor([GRID] * asked.batch)
+def tiles(asked: Asked) -> Tensor:
+    """Return an overview and the tiles of images of the first known size (batch, tiles, ...)."""
+    channels, height, width = image_shape(asked)
+    size = asked.config.image_grid_pinpoints[0]
+    count = 1 + (size[0] // height) * (size[1] // width)
+    return asked.normal(asked.batch, count, channels, height, width)
 
 
-def _video(asked: Asked) -> Tensor:
+def image_sizes(asked: Asked) -> Tensor:
+    """Return height and width of each image before it was cut (batch, 2)."""
+    known = getattr(asked.config, "image_grid_pinpoints", None)
+    return torch.tensor([known[0] if known else image_shape(asked)[1:]] * asked.batch)
+
+
+def image_list(asked: Asked) -> Tensor:
+    """Return one image an example, where several are possible (batch, 1, channels, ...)."""
+    return asked.normal(asked.batch, 1, *image_shape(asked))
+
+
+def video(asked: Asked) -> Tensor:
+    """Return videos (batch, frames, channels, height, width)."""
     frames = asked.number("num_frames", "frames_per_clip", default=8)
-    return asked.normal(asked.batch, frames, *_image_shape(asked))
+    return asked.normal(asked.batch, frames, *image_shape(asked))
 
 
-# ---------------------------------------------------------------------------------- audio, series
+# ------------------------------------------------------------------------------------ audio, states
 
 
-def _spectrogram(asked: Asked) -> Tensor:
-    names = ("num_mel_bins", "feature_projection_input_dim", "n_mels", "input_feat_per_channel")
-    bins = asked.number(*names, "input_dim", default=80)
-    positions = asked.number("max_source_positions", default=0)
-    if positions:  # Whisper's encoder and its heirs: channels first, of one length
-        return asked.normal(asked.batch, bins, 2 * positions)
-    return asked.normal(asked.batch, FRAMES, bins)
+def spectrogram(asked: Asked) -> Tensor:
+    """Return spectrograms (batch, frames, bins); Whisper's encoder has channels first."""
+    names = ("input_dim", "num_mel_bins", "feature_projection_input_dim", "n_mels")
+    bins = asked.number(*names, "input_feat_per_channel", "feature_size", default=80)
+    frames = _frames(asked)
+    whisper = asked.number("max_source_positions") and asked.number("num_mel_bins")
+    return asked.normal(asked.batch, *((bins, frames) if whisper else (frames, bins)))
 
 
-def _spectrogram_mask(asked: Asked) -> Tensor:
-    positions = asked.number("max_source_positions", default=0)
-    return _ones(asked, 2 * positions or FRAMES)
+def _frames(asked: Asked) -> int:
+    return 2 * asked.number("max_source_positions") or FRAMES  # a convolution halves them
 
 
-def _wave(asked: Asked) -> Tensor:
+def wave(asked: Asked) -> Tensor:
+    """Return waveforms (batch, samples)."""
     return asked.normal(asked.batch, SAMPLES)
 
 
-def _mono(asked: Asked) -> Tensor:
-    """Return waveforms (batch, one channel, samples)."""
-    return asked.normal(asked.batch, 1, 9600)  # divisible by the codecs' hops
-
-
-def _forecast(asked: Asked) -> dict[str, Tensor]:
-    """Return a past with its times, and the times to predict (the forecasting transformers)."""
-    config, batch = asked.config, asked.batch
-    length = config.context_length + max(config.lags_sequence)
-    times = config.num_time_features
-    made = {
-        "past_values": asked.normal(batch, length),
-        "past_time_features": asked.normal(batch, length, times),
-        "past_observed_mask": torch.ones(batch, length),
-        "future_values": asked.normal(batch, config.prediction_length),
-        "future_time_features": asked.normal(batch, config.prediction_length, times),
-    }
-    if config.num_static_categorical_features:
-        shape = (batch, config.num_static_categorical_features)
-        made["static_categorical_features"] = torch.zeros(shape, dtype=torch.int64)
-    return made
-
-
-def _trajectory(asked: Asked) -> dict[str, Tensor]:
-    """Return states, actions and rewards of a few steps (Decision Transformer)."""
-    batch, steps = asked.batch, TARGET_LENGTH
-    return {
-        "states": asked.normal(batch, steps, asked.config.state_dim),
-        "actions": asked.normal(batch, steps, asked.config.act_dim),
-        "rewards": asked.normal(batch, steps, 1),
-        "returns_to_go": asked.normal(batch, steps, 1),
-        "timesteps": torch.arange(steps).repeat(batch, 1),
-        "attention_mask": _ones(asked, steps),
-    }
-
-
-def _image_pair(asked: Asked) -> Tensor:
-    """Return pairs of images to match (batch, 2, channels, height, width)."""
-    return asked.normal(asked.batch, 2, 3, 128, 128).abs()
-
-
-def _codes(asked: Asked) -> Tensor:
-    """Return (batch, steps, codebooks) ids of a codec."""
-    config = asked.config.decoder_config
-    return asked.integers(0, 1000, asked.batch, TARGET_LENGTH, config.num_channels)
-
-
-def _states(asked: Asked) -> Tensor:
+def states(asked: Asked) -> Tensor:
+    """Return hidden states (batch, length, width), or patches where a grid says their order."""
+    if "grid_thw" in asked.arguments:
+        return patches(asked)
     return asked.normal(asked.batch, TEXT_LENGTH, asked.number("hidden_size", "d_model"))
 
 
-def _past(asked: Asked) -> Tensor:
+def past(asked: Asked) -> Tensor:
+    """Return time series (batch, time, channels)."""
     length = asked.number("context_length", default=32)
     return asked.normal(asked.batch, length, asked.number("num_input_channels", default=1))
 
 
-SENSES = {"image": ("pixel_values",), "audio": ("input_features", "input_values")}
+Maker = Callable[[Asked], Any]
 TEXT = ("input_ids", "attention_mask")
-ALWAYS = (
-    *TEXT,
-    "bbox",
-    "pixel_values",
-    "image_grid_thw",
-    "mm_token_type_ids",
-    "input_features",
-    "input_features_mask",
-    "feature_attention_mask",
-    "input_values",
-)
-MAKERS: dict[str, Callable[[Asked], Any]] = {
-    "input_ids": _text,
-    "decoder_input_ids": lambda asked: _text(asked, TARGET_LENGTH),
-    "attention_mask": _ones,
-    "mm_token_type_ids": lambda asked: torch.zeros(asked.batch, TEXT_LENGTH, dtype=torch.int64),
-    "bbox": lambda asked: torch.zeros(asked.batch, TEXT_LENGTH, 4, dtype=torch.int64),
-    "pixel_values": _image,
-    "pixel_values_videos": _video,
-    "image_grid_thw": _grid,
-    "grid_thw": _grid,
-    "input_features": _spectrogram,
-    "input_features_mask": _spectrogram_mask,
-    "feature_attention_mask": _spectrogram_mask,
-    "input_values": _wave,
-    "past_values": _past,
-    "hidden_states": _states,
-    "inputs_embeds": _states,
+SENSES = {
+    "image": ("pixel_values", "image_grid_thw", "mm_token_type_ids"),
+    "audio": ("input_features", "input_features_mask", "feature_attention_mask", "input_values"),
 }
-MONO = (
-    *("mimi", "mimi_encoder", "encodec", "dac", "xcodec", "xcodec2", "neucodec"),
-    *("pe_audio", "pe_audio_encoder", "pe_audio_video", "pe_audio_video_encoder"),
-    *("pocket_tts_audio_tokenizer", "pocket_tts_audio_tokenizer_encoder"),
-    *("higgs_audio_v2_tokenizer", "vibevoice_acoustic_tokenizer"),
-)
-OF_TYPE: dict[tuple[str, str], Callable[[Asked], Any]] = {
-    **{(kind, "input_values"): _mono for kind in MONO},  # codecs: with a dimension of channels
-    **{
-        (kind, "pixel_values"): _image_pair for kind in ("efficientloftr", "lightglue", "superglue")
-    },
-    ("audio-spectrogram-transformer", "input_values"): lambda asked: asked.normal(
-        asked.batch, asked.config.max_length, asked.config.num_mel_bins
-    ),
-    ("clap", "input_features"): lambda asked: asked.normal(asked.batch, 1, 1001, 64),
-    ("dia", "decoder_input_ids"): _codes,
-    ("timesfm", "past_values"): lambda asked: list(asked.normal(asked.batch, 64)),
-    ("timesfm2_5", "past_values"): lambda asked: list(asked.normal(asked.batch, 64)),
-}
-WHOLE: dict[str, Callable[[Asked], dict[str, Any]]] = {
-    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _forecast),
-    "decision_transformer": _trajectory,
+ALWAYS = (*TEXT, "bbox", *SENSES["image"], *SENSES["audio"])  # made wherever they are taken
+MAKERS: dict[str, Maker] = {
+    "input_ids": text,
+    "qformer_input_ids": text,
+    "decoder_input_ids": lambda asked: text(asked, TARGET_LENGTH),
+    "attention_mask": ones,
+    "qformer_attention_mask": ones,
+    "mm_token_type_ids": lambda asked: 0 * ones(asked),
+    "bbox": lambda asked: 0 * ones(asked, TEXT_LENGTH, 4),
+    "pixel_values": image,
+    "pixel_values_videos": video,
+    "image_grid_thw": lambda asked: torch.tensor([GRID] * asked.batch),
+    "grid_thw": lambda asked: torch.tensor([GRID] * asked.batch),
+    "spatial_shapes": lambda asked: torch.tensor([GRID[1:]] * asked.batch),
+    "pixel_attention_mask": lambda asked: ones(asked, GRID[1] * GRID[2]),
+    "image_sizes": image_sizes,
+    "high_res_pixel_values": lambda asked: asked.normal(asked.batch, 3, 1024, 1024),
+    "image_merge_sizes": lambda asked: 2 * torch.ones(asked.batch, dtype=torch.int64),
+    "merge_sizes": lambda asked: 2 * torch.ones(asked.batch, dtype=torch.int64),
+    "input_features": spectrogram,
+    "input_features_mask": lambda asked: ones(asked, _frames(asked)),
+    "feature_attention_mask": lambda asked: ones(asked, _frames(asked)),
+    "input_values": wave,
+    "past_values": past,
+    "hidden_states": states,
+    "inputs_embeds": states,
 }
 
 
-# ---------------------------------------------------------------------------------- reading configs
+# ------------------------------------------------------------------------------------ reading configs
 
 
-def _parts(config: Any) -> Iterator[Any]:
+def parts(config: Any) -> Iterator[Any]:
     """Yield a config and every config inside it."""
     yield config
     for value in vars(config).values():
         if hasattr(value, "model_type"):
-            yield from _parts(value)
+            yield from parts(value)
 
 
-def _values(config: Any, names: Sequence[str], kind: Any) -> Iterator[Any]:
-    for part in _parts(config):
+def values(config: Any, names: Sequence[str], kind: type) -> Iterator[Any]:
+    """Yield the values of a kind that a config, or one inside it, has under the names."""
+    for part in parts(config):
         for name in names:
             value = getattr(part, name, None)
-            if isinstance(value, kind) and not isinstance(value, bool):
+            if isinstance(value, kind) and value is not None and not isinstance(value, bool):
                 yield value
 
 
-def _find(config: Any, names: Sequence[str], kind: Any, default: Any) -> Any:
-    return next(_values(config, names, kind), default)
+def find(config: Any, names: Sequence[str], kind: type, default: Any) -> Any:
+    """Return the first of ``values``, or a default."""
+    return next(values(config, names, kind), default)
 
 
-def _first(values: Iterator[Any]) -> Any:
-    return next(values, None)
-
-
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """Return a list or tuple as a list, anything else as a list of one."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def method(model: nn.Module, name: str) -> Callable[..., Any] | None:
+    """Return a method of the model or of the first module inside it that has one."""
+    return next((getattr(part, name) for part in model.modules() if hasattr(part, name)), None)

@@ -91,10 +91,16 @@ def find_class(model_type: str) -> type[nn.Module]:
         found = mappings[name].get(model_type)
         if found is not None:
             model_class = getattr(transformers, found if isinstance(found, str) else found[0], None)
-            if isinstance(model_class, type) and issubclass(model_class, nn.Module):
+            if _can_run(model_class):
                 return model_class
     message = f"transformers has no model of type {model_type!r}"
     raise KeyError(message)
+
+
+def _can_run(model_class: Any) -> bool:
+    """Tell whether a class is there (its packages are installed) and has a forward."""
+    there = isinstance(model_class, type) and issubclass(model_class, nn.Module)
+    return there and model_class.forward is not nn.Module.forward
 
 
 def tiny_config(model_type: str, level: str = "widths") -> PreTrainedConfig:
@@ -178,6 +184,7 @@ SMALL_NUMBERS = {  # by name, at the first level
     **dict.fromkeys(("linear_num_value_heads",), 4),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), HEAD_WIDTH),
 }
+STAGES = re.compile(r"depths|hidden_sizes|.*embed_dims|.*_per_stage|.*channel_list|.*_channels")
 SHAPES_OF_STAGES = re.compile(r"kernel|stride|patch|size|channel|dilation|upsampl|conv_dim|ratio")
 
 
@@ -198,7 +205,8 @@ def _shrink_layers(config: PreTrainedConfig) -> None:
     if isinstance(values.get("depths"), (list, tuple)):  # stages: one block each
         _set(config, "depths", type(values["depths"])([1] * len(values["depths"])))
         return
-    kept = _layers_to_keep(values)
+    taken = _layers_taken(config, values)
+    kept = list(range(taken)) if taken else _layers_to_keep(values)
     for name, value in values.items():
         if _is_count(value) and LAYERS.fullmatch(name) and value > len(kept):
             _set(config, name, len(kept))
@@ -209,6 +217,16 @@ def _shrink_layers(config: PreTrainedConfig) -> None:
     dense = values.get("first_k_dense_replace")
     if _is_count(dense) and dense >= len(kept):
         _set(config, "first_k_dense_replace", 1)
+
+
+def _layers_taken(config: PreTrainedConfig, values: dict[str, Any]) -> int:
+    """Let a neck take its inputs from the first layers, and return how many it takes (or 0)."""
+    name = next((n for n in ("backbone_out_indices", "_out_indices") if values.get(n)), "")
+    count = len(values[name]) if name else 0
+    if count > 1:
+        _set(config, name.removeprefix("_"), list(range(1, count + 1)))
+        return count + 1
+    return 0
 
 
 def _layers_to_keep(values: dict[str, Any]) -> list[int]:
@@ -258,6 +276,8 @@ def _shrink_experts(config: PreTrainedConfig) -> None:
 
 def _shrink_widths(config: PreTrainedConfig) -> None:
     values = dict(vars(config))
+    if any(STAGES.fullmatch(name) and isinstance(values[name], (list, tuple)) for name in values):
+        return  # the widths of stages fit each other
     grouped = values.get("num_key_value_heads") != values.get("num_attention_heads")
     for name in values:
         if WIDTHS.fullmatch(name):
@@ -357,7 +377,17 @@ COMPOSED = {
 }
 
 # Types that build but do not run when they are shrunk further: widths that have to fit each other.
-FIRST_LEVEL: dict[str, str] = {}
+FIRST_LEVEL: dict[str, str] = dict.fromkeys(
+    """
+    align bros clap d_fine deimv2 dots3_note_text edgetam_video encodec layoutlmv3 lilt
+    lightglue efficientloftr mamba2 mobilebert pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4
+    pp_ocrv5_mobile_rec pp_ocrv5_server_rec pp_ocrv6_small_det pp_ocrv6_small_rec
+    pp_ocrv6_tiny_rec rf_detr rt_detr rt_detr_v2 sam sam_hq sam2 sam2_video sam2_vision_model
+    sam2_hiera_det_model sew sew-d siglip uvdoc vision-text-dual-encoder emu3 falcon_h1 zamba2
+    mistral4 nemotron3_diarization minimax_m3_vl blt clvp
+    """.split(),
+    "experts",
+)
 
 # What a type needs beside the general rules, and why.
 _FORECAST = {"prediction_length": 8, "context_length": 24}  # has no default
@@ -380,7 +410,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": {"<image>": 5, "<|visual token 000000|>": 6}},
     "cohere_compass": {"text_config.rope_parameters": _BY_LAYER},
     "cohere_compass_text": {"rope_parameters": _BY_LAYER},
-    "dbrx": {"attn_config.rope_theta": 1e4},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma": {f"text_config.{name}": value for name, value in _MOE.items()},
@@ -396,6 +425,48 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "timm_backbone": {"backbone": "resnet18"},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
+    "wav2vec2-conformer": {"vocab_size": 32},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "moonshine_streaming": {"num_key_value_heads": 4, "num_attention_heads": 4},
+    "step3p7": {"text_config.sliding_window": 64},
+    "blip-2": {"image_token_index": 1100},
+    "instructblip": {"image_token_index": 1100},
+    "instructblipvideo": {"video_token_index": 1100},
+    "xmod": {"default_language": "en_XX"},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 1100},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 1100},
+    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 64},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_vl": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
+    **{
+        kind: {f"{part}rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}}
+        for part, kinds in (
+            ("", "qwen2_vl_text qwen2_5_vl_text glm4v_text glm_ocr_text glm_image_text"),
+            ("text_config.", "qwen2_vl qwen2_5_vl glm4v glm46v glmga glm_ocr glm_image"),
+        )
+        for kind in kinds.split()
+    },
+    **{
+        kind: {
+            f"{part}rope_parameters": {
+                **_ROPE,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+            }
+        }
+        for part, kind in (("", "glm4v_moe_text"), ("text_config.", "glm4v_moe"))
+    },
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
+    "blt": {"encoder_hash_byte_group_vocab": 1000},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
+    "aya_vision": {"vision_config.image_size": 364},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "image_size": 64},
+    "vjepa2": {"frames_per_clip": 8, "crop_size": 64, "image_size": 64},
+    "t5gemma2": {"encoder.mm_tokens_per_image": 49},
+    "edgetam_vision_model": {"backbone_channel_list": [2048, 1024, 512, 256]},
+    "edgetam": {"vision_config.backbone_channel_list": [2048, 1024, 512, 256]},
+    "depth_pro": {"patch_size": 64, "image_model_config.image_size": 64},
     # numbers that have to fit others which the general rules have changed
     "gemma3": {"mm_tokens_per_image": 49},
     "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},

@@ -1,0 +1,241 @@
+"""What single transformers types take differently, or more than their signature says.
+
+A maker for an argument of a type replaces the general one; None: the argument is not given.
+"""
+
+import torch
+from torch import Tensor
+
+from pemn_surgery.inputs_transformers import (
+    FRAMES,
+    GRID,
+    TARGET_LENGTH,
+    TEXT_LENGTH,
+    Asked,
+    Maker,
+    image,
+    image_list,
+    image_shape,
+    ones,
+    patches,
+    text,
+    video,
+    vision_of,
+)
+
+CODEC_SAMPLES = 9600  # divisible by the codecs' hops
+STEPS = TARGET_LENGTH
+
+
+def _mono(asked: Asked) -> Tensor:
+    """Return waveforms (batch, one channel, samples)."""
+    return asked.normal(asked.batch, 1, CODEC_SAMPLES)
+
+
+def _square_patches(asked: Asked) -> Tensor:
+    """Return patches (batch x patches, channels, height, width)."""
+    side = vision_of(asked.config).patch_size
+    return patches(asked).reshape(-1, 3, side, side)
+
+
+def _patch_row(asked: Asked) -> Tensor:
+    """Return all patches of all images side by side (1, channels, height, patches x width)."""
+    side = vision_of(asked.config).patch_size
+    return asked.normal(1, 3, side, side * asked.batch * GRID[1] * GRID[2])
+
+
+def _merged_patches(asked: Asked) -> Tensor:
+    """Return squares of 2 x 2 patches (batch x squares, height, width, channels)."""
+    side = 2 * vision_of(asked.config).patch_size
+    return asked.normal(asked.batch * GRID[1] * GRID[2] // 4, side, side, 3)
+
+
+def _sizes(asked: Asked) -> Tensor:
+    return torch.tensor([GRID[1:]] * asked.batch)
+
+
+def _latents(asked: Asked) -> Tensor:
+    """Return what a codec decodes (batch, width, steps)."""
+    return asked.normal(asked.batch, asked.number("hidden_size"), STEPS)
+
+
+def _codebook_rows(asked: Asked) -> Tensor:
+    """Return ids of each codebook of each example (batch x codebooks, steps)."""
+    return text(asked, STEPS).repeat(asked.number("num_codebooks", default=4), 1)
+
+
+def _codes(asked: Asked, name: str) -> Tensor:
+    """Return (batch, steps, codebooks) ids of an audio codec."""
+    return asked.integers(0, 20, asked.batch, STEPS, asked.number(name))
+
+
+def _image_pair(asked: Asked) -> Tensor:
+    """Return pairs of images to match (batch, 2, channels, height, width)."""
+    return asked.normal(asked.batch, 2, 3, 128, 128).abs()
+
+
+def _question(asked: Asked) -> Tensor:
+    """Return a text with a question token, which this type asks for (batch, length)."""
+    found = text(asked)
+    found[:, 1] = asked.config.question_token_id
+    return found
+
+
+def _flattened_patches(asked: Asked) -> Tensor:
+    """Return row, column and pixels of each patch (batch, patches, 2 + pixels)."""
+    places = asked.integers(1, 9, asked.batch, 16, 2).float()
+    side = asked.number("patch_size", default=16)
+    return torch.cat([places, asked.normal(asked.batch, 16, 3 * side**2)], dim=-1)
+
+
+def _forecast_past(asked: Asked, width: int | None = None) -> Tensor:
+    length = asked.config.context_length + max(asked.config.lags_sequence)
+    return asked.normal(asked.batch, length, *(() if width is None else (width,)))
+
+
+def _categories(asked: Asked) -> Tensor | None:
+    count = asked.config.num_static_categorical_features
+    return 0 * ones(asked, count) if count else None
+
+
+_FORECAST: dict[str, Maker] = {
+    "past_values": _forecast_past,
+    "past_time_features": lambda asked: _forecast_past(asked, asked.config.num_time_features),
+    "past_observed_mask": lambda asked: torch.ones_like(_forecast_past(asked)),
+    "future_values": lambda asked: asked.normal(asked.batch, asked.config.prediction_length),
+    "future_time_features": lambda asked: asked.normal(
+        asked.batch, asked.config.prediction_length, asked.config.num_time_features
+    ),
+    "static_categorical_features": _categories,
+}
+
+Rules = dict[str, Maker | None]
+
+
+def _each(kinds: str, **rules: Maker | None) -> dict[str, Rules]:
+    return {kind: dict(rules) for kind in kinds.split()}
+
+
+OF_TYPE: dict[str, Rules] = {
+    # images: videos under the name of images, several images, pairs, patches in other shapes
+    **_each("timesformer videomae vivit xclip tvp", pixel_values=video),
+    **_each(
+        "idefics2 idefics3 smolvlm modernvbert ultravbert colmodernvbert", pixel_values=image_list
+    ),
+    **_each("efficientloftr lightglue superglue", pixel_values=_image_pair),
+    **_each("kimi_k25 kimi_k25_vision paddleocr_vl", pixel_values=_square_patches),
+    **_each("inkling2 inkling2_vision", pixel_values=_merged_patches),
+    **_each("minicpm_ocr_vision minicpmv4_7_vision", pixel_values=_patch_row, target_sizes=_sizes),
+    **_each("neomme molmo2 fuyu", pixel_values=None),  # need indices of patches in the text
+    "idefics": {
+        "pixel_values": image_list,
+        "image_attention_mask": lambda asked: ones(asked, TEXT_LENGTH, 1),
+    },
+    "granite_docling": {
+        "pixel_values": image_list,
+        "pixel_attention_mask": lambda asked: ones(asked, 1).bool(),
+    },
+    "instructblipvideo": {"pixel_values": lambda asked: image_list(asked).repeat(1, 4, 1, 1, 1)},
+    "colqwen2": {"pixel_values": lambda asked: patches(asked).reshape(asked.batch, 64, -1)},
+    "mllama": {
+        "pixel_values": lambda asked: asked.normal(asked.batch, 1, 4, *image_shape(asked)),
+        "aspect_ratio_ids": lambda asked: ones(asked, 1),
+        "aspect_ratio_mask": lambda asked: ones(asked, 1, 4),
+        "cross_attention_mask": lambda asked: ones(asked, TEXT_LENGTH, 1, 4),
+    },
+    "gemma4_vision": {
+        "pixel_values": lambda asked: patches(asked).reshape(asked.batch, 64, -1),
+        "pixel_position_ids": lambda asked: torch.cartesian_prod(
+            torch.arange(GRID[1]), torch.arange(GRID[2])
+        ).repeat(asked.batch, 1, 1),
+    },
+    "kosmos-2": {
+        "input_ids": lambda asked: text(asked, 80),
+        "attention_mask": lambda asked: ones(asked, 80),
+        "image_embeds_position_mask": lambda asked: (
+            (torch.arange(80) < asked.number("latent_query_num")).long().repeat(asked.batch, 1)
+        ),
+    },
+    "flava": {"codebook_pixel_values": lambda asked: asked.normal(asked.batch, 3, 112, 112)},
+    "seggpt": {"prompt_pixel_values": image, "prompt_masks": image},
+    "pix2struct": {"flattened_patches": _flattened_patches},
+    "lxmert": {
+        "visual_feats": lambda asked: asked.normal(asked.batch, 5, asked.config.visual_feat_dim),
+        "visual_pos": lambda asked: asked.normal(asked.batch, 5, asked.config.visual_pos_dim),
+    },
+    "oneformer": {
+        "task_inputs": lambda asked: asked.normal(asked.batch, asked.config.task_seq_len)
+    },
+    "omdet-turbo": {
+        "classes_input_ids": lambda asked: text(asked).repeat(2, 1),
+        "classes_attention_mask": lambda asked: ones(asked).repeat(2, 1),
+        "tasks_input_ids": text,
+        "tasks_attention_mask": ones,
+        "classes_structure": lambda asked: 2 * torch.ones(asked.batch, dtype=torch.int64),
+    },
+    "blip_2_qformer": {
+        "query_embeds": lambda asked: asked.normal(asked.batch, 8, asked.config.hidden_size),
+        "encoder_hidden_states": lambda asked: asked.normal(
+            asked.batch, 8, asked.config.encoder_hidden_size
+        ),
+    },
+    # audio: a dimension of channels, features of another shape, codes of a codec
+    **_each("mimi mimi_encoder encodec dac xcodec xcodec2 neucodec", input_values=_mono),
+    **_each("pe_audio pe_audio_encoder pe_audio_video pe_audio_video_encoder", input_values=_mono),
+    **_each("vibevoice_acoustic_tokenizer higgs_audio_v2_tokenizer", input_values=_mono),
+    **_each("pocket_tts_audio_tokenizer pocket_tts_audio_tokenizer_encoder", input_values=_mono),
+    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": _mono},
+    "vibevoice_acoustic_tokenizer_decoder": {"hidden_states": _latents},
+    **_each("mimi_decoder pocket_tts_audio_tokenizer_decoder", latents=_latents),
+    "muse_spark_audio": {"input_values": lambda asked: asked.normal(asked.batch, 4 * 1920)},
+    "audio-spectrogram-transformer": {
+        "input_values": lambda asked: asked.normal(
+            asked.batch, asked.config.max_length, asked.config.num_mel_bins
+        )
+    },
+    "clap": {"input_features": lambda asked: asked.normal(asked.batch, 1, 1001, 64)},
+    "clvp": {
+        "input_features": lambda asked: asked.normal(
+            asked.batch, asked.number("feature_size", default=80), FRAMES
+        )
+    },
+    "gemma3n_audio": {
+        "audio_mel": lambda asked: asked.normal(
+            asked.batch, FRAMES, asked.number("input_feat_size")
+        ),
+        "audio_mel_mask": lambda asked: torch.zeros(asked.batch, FRAMES, dtype=torch.bool),
+    },
+    "dia": {"decoder_input_ids": lambda asked: _codes(asked, "num_channels")},
+    "csm": {"input_ids": lambda asked: _codes(asked, "num_codebooks"), "attention_mask": None},
+    "kyutai_speech_to_text": {
+        "input_ids": lambda asked: _codes(asked, "num_codebooks").repeat(1, 1, 2)[:, :, :33],
+        "attention_mask": None,
+    },
+    **_each("musicgen musicgen_melody", decoder_input_ids=_codebook_rows),
+    "voxtral_realtime": {
+        "input_features": lambda asked: asked.normal(asked.batch, 128, 8 * TEXT_LENGTH)
+    },
+    # time
+    **_each("autoformer informer time_series_transformer", **_FORECAST),
+    **_each("timesfm timesfm2_5", past_values=lambda asked: list(asked.normal(asked.batch, 64))),
+    "decision_transformer": {
+        "states": lambda asked: asked.normal(asked.batch, STEPS, asked.config.state_dim),
+        "actions": lambda asked: asked.normal(asked.batch, STEPS, asked.config.act_dim),
+        "rewards": lambda asked: asked.normal(asked.batch, STEPS, 1),
+        "returns_to_go": lambda asked: asked.normal(asked.batch, STEPS, 1),
+        "timesteps": lambda asked: torch.arange(STEPS).repeat(asked.batch, 1),
+        "attention_mask": lambda asked: ones(asked, STEPS),
+    },
+    # text
+    "splinter": {"input_ids": _question},
+    "perceiver": {"inputs": text},
+    # robots
+    "pi0": {
+        "pixel_values": image_list,
+        "state": lambda asked: asked.normal(asked.batch, asked.config.max_state_dim),
+        "noise": lambda asked: asked.normal(
+            asked.batch, asked.config.chunk_size, asked.config.max_action_dim
+        ),
+        "timestep": lambda asked: torch.ones(asked.batch),
+    },
+}
