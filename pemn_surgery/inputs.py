@@ -165,7 +165,8 @@ def _count_features(model: nn.Module, encode: Callable[..., Any], inputs: dict[s
     finally:
         for module, mode in modes:
             module.training = mode
-    features = getattr(found, "pooler_output", found)
+    features = getattr(found, "pooler_output", None)
+    features = getattr(found, "last_hidden_state", found) if features is None else features
     return sum(_rows(one) for one in listed(features))
 
 
