@@ -38,7 +38,8 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
         ExampleInputsError: The model has no configuration to read, or its forward needs an
             argument that there is no rule for.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+    unwrap = getattr(model, "get_base_model", None)  # a PeftModel's forward tells nothing
+    base: Any = unwrap() if callable(unwrap) else model
     if isinstance(getattr(getattr(base, "config", None), "model_type", None), str):
         return _transformers_inputs(Asked(base, batch, _arguments(base)))
     timm_config = getattr(base, "pretrained_cfg", None) or getattr(base, "default_cfg", None)

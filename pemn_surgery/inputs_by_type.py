@@ -13,6 +13,7 @@ from pemn_surgery.inputs_transformers import (
     TEXT_LENGTH,
     Asked,
     Maker,
+    find,
     image,
     image_list,
     image_shape,
@@ -66,7 +67,8 @@ def _codebook_rows(asked: Asked) -> Tensor:
 
 def _timm_video(asked: Asked) -> Tensor:
     """Return videos of the size that the timm network inside was built for."""
-    return asked.normal(asked.batch, 4, 3, *asked.config.vision_config.model_args["img_size"])
+    options = find(asked.config, ("model_args",), dict, {})
+    return asked.normal(asked.batch, 4, 3, *options["img_size"])
 
 
 def _codes(asked: Asked, name: str) -> Tensor:
