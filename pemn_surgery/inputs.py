@@ -38,8 +38,8 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
         ExampleInputsError: The model has no configuration to read, or its forward needs an
             argument that there is no rule for.
     """
-    unwrap: Any = getattr(model, "get_base_model", None)  # PEFT
-    base = unwrap() if unwrap is not None else model
+    unwrap = getattr(model, "get_base_model", None)  # a PeftModel's forward tells nothing
+    base: Any = unwrap() if callable(unwrap) else model
     if isinstance(getattr(getattr(base, "config", None), "model_type", None), str):
         return _transformers_inputs(Asked(base, batch, _arguments(base)))
     timm_config = getattr(base, "pretrained_cfg", None) or getattr(base, "default_cfg", None)
@@ -166,7 +166,8 @@ def _count_features(model: nn.Module, encode: Callable[..., Any], inputs: dict[s
     finally:
         for module, mode in modes:
             module.training = mode
-    features = getattr(found, "pooler_output", found)
+    features = getattr(found, "pooler_output", None)
+    features = getattr(found, "last_hidden_state", found) if features is None else features
     return sum(_rows(one) for one in listed(features))
 
 

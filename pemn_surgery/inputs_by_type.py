@@ -13,6 +13,7 @@ from pemn_surgery.inputs_transformers import (
     TEXT_LENGTH,
     Asked,
     Maker,
+    find,
     image,
     image_list,
     image_shape,
@@ -62,6 +63,12 @@ def _latents(asked: Asked) -> Tensor:
 def _codebook_rows(asked: Asked) -> Tensor:
     """Return ids of each codebook of each example (batch x codebooks, steps)."""
     return text(asked, STEPS).repeat(asked.number("num_codebooks", default=4), 1)
+
+
+def _timm_video(asked: Asked) -> Tensor:
+    """Return videos of the size that the timm network inside was built for."""
+    options = find(asked.config, ("model_args",), dict, {})
+    return asked.normal(asked.batch, 4, 3, *options["img_size"])
 
 
 def _codes(asked: Asked, name: str) -> Tensor:
@@ -127,6 +134,15 @@ OF_TYPE: dict[str, Rules] = {
     **_each("inkling2 inkling2_vision", pixel_values=_merged_patches),
     **_each("minicpm_ocr_vision minicpmv4_7_vision", pixel_values=_patch_row, target_sizes=_sizes),
     **_each("neomme molmo2 fuyu", pixel_values=None),  # need indices of patches in the text
+    **_each(
+        "pp_ocrv5_server_rec pp_ocrv6_small_rec pp_ocrv6_tiny_rec",
+        pixel_values=lambda asked: asked.normal(asked.batch, 3, 48, 320),  # a line of text
+    ),
+    "pp_ocrv5_mobile_rec": {"pixel_values": lambda asked: asked.normal(asked.batch, 3, 96, 320)},
+    "muse_spark": {"input_values": None},  # images need the same placeholders
+    "glm_image": {"pixel_values": None, "image_grid_thw": None},  # wants a grid to draw, too
+    **_each("pe_video pe_video_encoder", pixel_values_videos=_timm_video),
+    "inkling_mm_model": {"pixel_values": lambda asked: asked.normal(asked.batch, 2, 40, 40, 3)},
     "idefics": {
         "pixel_values": image_list,
         "image_attention_mask": lambda asked: ones(asked, TEXT_LENGTH, 1),
@@ -144,9 +160,11 @@ OF_TYPE: dict[str, Rules] = {
         "cross_attention_mask": lambda asked: ones(asked, TEXT_LENGTH, 1, 4),
     },
     "gemma4_vision": {
-        "pixel_values": lambda asked: patches(asked).reshape(asked.batch, 64, -1),
+        "pixel_values": lambda asked: asked.normal(
+            asked.batch, 9 * 9, 3 * asked.number("patch_size") ** 2
+        ),  # pooled in squares of 3 x 3
         "pixel_position_ids": lambda asked: torch.cartesian_prod(
-            torch.arange(GRID[1]), torch.arange(GRID[2])
+            torch.arange(9), torch.arange(9)
         ).repeat(asked.batch, 1, 1),
     },
     "kosmos-2": {
@@ -187,7 +205,6 @@ OF_TYPE: dict[str, Rules] = {
     "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": _mono},
     "vibevoice_acoustic_tokenizer_decoder": {"hidden_states": _latents},
     **_each("mimi_decoder pocket_tts_audio_tokenizer_decoder", latents=_latents),
-    "muse_spark_audio": {"input_values": lambda asked: asked.normal(asked.batch, 4 * 1920)},
     "audio-spectrogram-transformer": {
         "input_values": lambda asked: asked.normal(
             asked.batch, asked.config.max_length, asked.config.num_mel_bins
@@ -199,6 +216,14 @@ OF_TYPE: dict[str, Rules] = {
             asked.batch, asked.number("feature_size", default=80), FRAMES
         )
     },
+    "gemma4_audio": {"input_features": lambda asked: asked.normal(asked.batch, FRAMES, 128)},
+    "fun_asr_nano_encoder": {
+        "input_features": lambda asked: asked.normal(asked.batch, FRAMES, 560)
+    },
+    **_each(
+        "granite_speech5_ctc granite_speech5_encoder",
+        input_features=lambda asked: asked.normal(asked.batch, FRAMES, 320),
+    ),
     "gemma3n_audio": {
         "audio_mel": lambda asked: asked.normal(
             asked.batch, FRAMES, asked.number("input_feat_size")
@@ -228,7 +253,7 @@ OF_TYPE: dict[str, Rules] = {
     },
     # text
     "splinter": {"input_ids": _question},
-    "perceiver": {"inputs": text},
+    "perceiver": {"inputs": text, "input_ids": None},
     # robots
     "pi0": {
         "pixel_values": image_list,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 TEXT_LENGTH, TARGET_LENGTH = 12, 6
 FRAMES = 128  # of a spectrogram
-SAMPLES = 8000  # of a waveform
+SAMPLES = 7680  # of a waveform; divisible by the frames that some encoders cut it into
 GRID = (1, 8, 8)  # patches of an image that is given as a list of patches: time, height, width
 
 
@@ -54,6 +54,9 @@ class Asked:
 
     def placeholder(self, sense: str) -> int | None:
         """Return the token that stands for a feature of an image or of audio in a text."""
+        words = getattr(self.config, "vocabulary_map", None) or {}
+        if f"<{sense}>" in words:
+            return words[f"<{sense}>"]
         return find(self.config, (f"{sense}_token_id", f"{sense}_token_index"), int, None)
 
     def number(self, *names: str, default: int = 0) -> int:
@@ -107,6 +110,8 @@ def vision_of(config: Any) -> Any:
 def image_shape(asked: Asked) -> tuple[int, int, int]:
     """Return channels, height and width of an image."""
     vision = vision_of(asked.config)
+    if vision.model_type == "pixtral":  # takes any size up to the one of its configuration
+        return (vision.num_channels, 8 * vision.patch_size, 8 * vision.patch_size)
     channels = ("num_channels", "in_channels", "in_chans", "n_channels")
     names = ("image_size", "img_size", "input_size")
     sizes = [*values(vision, names, object), *values(asked.config, names, object), 224]
@@ -230,7 +235,7 @@ MAKERS: dict[str, Maker] = {
 }
 
 
-# ------------------------------------------------------------------------------------ reading configs
+# ------------------------------------------------------------------------------------ configs
 
 
 def parts(config: Any) -> Iterator[Any]:

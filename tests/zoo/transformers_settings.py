@@ -1,0 +1,242 @@
+"""What single transformers types need beside the general rules of shrinking, and why."""
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+
+def _compose(method, first, second, **kwargs):
+    """Return what makes the config of a type that is made of two others."""
+
+    def compose():
+        kind, name = method.split(".")
+        make = getattr(CONFIG_MAPPING[kind], name)
+        return make(CONFIG_MAPPING[first](), CONFIG_MAPPING[second](**kwargs))
+
+    return compose
+
+
+_DECODER = {"is_decoder": True, "add_cross_attention": True}
+COMPOSED = {
+    "encoder-decoder": _compose(
+        "encoder-decoder.from_encoder_decoder_configs", "bert", "bert", **_DECODER
+    ),
+    "vision-encoder-decoder": _compose(
+        "vision-encoder-decoder.from_encoder_decoder_configs", "vit", "gpt2", **_DECODER
+    ),
+    "speech-encoder-decoder": _compose(
+        "speech-encoder-decoder.from_encoder_decoder_configs", "wav2vec2", "bert", **_DECODER
+    ),
+    "vision-text-dual-encoder": _compose(
+        "vision-text-dual-encoder.from_vision_text_configs", "vit", "bert"
+    ),
+}
+
+# Types that build but do not run when they are shrunk further: widths that have to fit each other.
+_KEEP_WIDTHS = (
+    "align",
+    "bros",
+    "clap",
+    "d_fine",
+    "deimv2",
+    "edgetam_video",
+    "encodec",
+    "layoutlmv3",
+    "lilt",
+    "lightglue",
+    "efficientloftr",
+    "mobilebert",
+    "pp_doclayout_v2",
+    "pp_doclayout_v3",
+    "pp_doclayout_v4",
+    "pp_ocrv5_mobile_rec",
+    "pp_ocrv5_server_rec",
+    "pp_ocrv6_small_det",
+    "pp_ocrv6_small_rec",
+    "pp_ocrv6_tiny_rec",
+    "rf_detr",
+    "rt_detr",
+    "rt_detr_v2",
+    "sam",
+    "sam_hq",
+    "sam2",
+    "sam2_video",
+    "sam2_vision_model",
+    "sam2_hiera_det_model",
+    "sew",
+    "sew-d",
+    "siglip",
+    "uvdoc",
+    "vision-text-dual-encoder",
+    "emu3",
+    "nemotron3_diarization",
+    "blt",
+    "clvp",
+    "omdet-turbo",
+)
+FIRST_LEVEL: dict[str, str] = dict.fromkeys(_KEEP_WIDTHS, "experts")
+
+# Types whose most complete class wants targets even in eval mode, or is not in its mapping.
+CLASSES = {
+    "flava": "FlavaModel",
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+}
+
+# What a type needs beside the general rules, and why.
+_FORECAST = {"prediction_length": 8, "context_length": 24}  # has no default
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_BY_LAYER = {"full_attention": dict(_ROPE), "sliding_attention": dict(_ROPE)}
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "ngram_vocab_size_base": 1000,
+}
+_LLAMA4_PROJECTOR = ("projector_input_dim", "projector_output_dim", "vision_output_dim")
+_MERGED = {"out_hidden_size": 256}  # four patches side by side
+_EVEN_PATCHES = {"vision_config.image_size": 256}  # pixels are shuffled in squares
+_INTRACLASS = {
+    "kernel_list": [3, 2, 2],
+    "intraclass_block_config": {
+        "reduce_channel": [1, 1, 0],
+        "return_channel": [1, 1, 0],
+        **{
+            f"{name}_{ratio}ratio": [
+                (1 if name.startswith("h") else side, 1 if name.startswith("v") else side),
+                (1, 1),
+                (
+                    0 if name.startswith("h") else side // 2,
+                    0 if name.startswith("v") else side // 2,
+                ),
+            ]
+            for name in (
+                "vertical_long_to_small_conv",
+                "horizontal_small_to_long_conv",
+                "symmetric_conv_long",
+            )
+            for ratio, side in (("long", 7), ("mid", 5), ("short", 3))
+        },
+    },
+}
+_MOE = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
+SETTINGS: dict[str, dict[str, Any]] = {
+    # no default, or one that does not build
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _FORECAST),
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "chameleon": {
+        "vq_config.num_embeddings": 10,
+        "vocabulary_map": {
+            "<image>": 5,
+            **{f"IMGIMG{'ABCDEFGHIJ'[n]}Z": 200 + n for n in range(10)},
+        },
+    },
+    "emu3": {
+        "vq_config.codebook_size": 10,
+        "vocabulary_map": {
+            "<image>": 5,
+            **{f"<|visual token {n:06d}|>": 200 + n for n in range(10)},
+        },
+    },
+    "cohere_compass": {"text_config.rope_parameters": _BY_LAYER},
+    "cohere_compass_text": {"rope_parameters": _BY_LAYER},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffusion_gemma": {f"text_config.{name}": value for name, value in _MOE.items()},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_local_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "qwen4_exp": {f"text_config.{name}": value for name, value in _INDEXER.items()},
+    "qwen4_exp_text": _INDEXER,
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
+    "timm_backbone": {"backbone": "resnet18"},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
+    "wav2vec2-conformer": {"vocab_size": 32},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "moonshine_streaming": {"num_key_value_heads": 4, "num_attention_heads": 4},
+    "step3p7": {"text_config.sliding_window": 64},
+    "blip-2": {"image_token_index": 1100},
+    "instructblip": {"image_token_index": 1100},
+    "instructblipvideo": {"video_token_index": 1100},
+    "xmod": {"default_language": "en_XX"},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 1100},
+    "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 64},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_vl": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
+    **{
+        kind: {f"{part}rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}}
+        for part, kinds in (
+            ("", "qwen2_vl_text qwen2_5_vl_text glm4v_text glm_ocr_text glm_image_text"),
+            (
+                "text_config.",
+                "qwen2_vl qwen2_5_vl glm4v glm46v glmga glm_ocr glm_image paddleocr_vl",
+            ),
+        )
+        for kind in kinds.split()
+    },
+    **{
+        kind: {
+            f"{part}rope_parameters": {
+                **_ROPE,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+            }
+        }
+        for part, kind in (("", "glm4v_moe_text"), ("text_config.", "glm4v_moe"))
+    },
+    "llama4": {
+        "vision_config.intermediate_size": 256,
+        **{f"vision_config.{name}": 64 for name in _LLAMA4_PROJECTOR},
+    },
+    "qwen2_5_omni_thinker": {
+        "vision_start_token_id": 1100,
+        "text_config.rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]},
+    },
+    "mamba2": {"num_heads": 8},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "hybrid_layer_ids": [1],
+    },
+    "mistral4": {"qk_rope_head_dim": 8, "qk_head_dim": 24},
+    "rf_detr": {"backbone_config.image_size": 448},
+    "lw_detr": {
+        "projector_scale_factors": [1.0],
+        "projector_in_channels": [64],
+        "num_feature_levels": 1,
+    },
+    **dict.fromkeys(("muse_spark", "muse_glimmer"), _MERGED),
+    "minimax_m3_vl": {"merged_hidden_size": 256},
+    "fast_vlm": {"vision_config.hidden_size": 3072},
+    **dict.fromkeys(
+        ("idefics3", "smolvlm", "modernvbert", "ultravbert", "colmodernvbert"), _EVEN_PATCHES
+    ),
+    **dict.fromkeys(("pp_ocrv6_medium_det", "pp_ocrv5_server_det"), _INTRACLASS),
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
+    "blt": {"encoder_hash_byte_group_vocab": 1000},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
+    "aya_vision": {"vision_config.image_size": 364},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "image_size": 64},
+    "vjepa2": {"frames_per_clip": 8, "crop_size": 64, "image_size": 64},
+    "t5gemma2": {"encoder.mm_tokens_per_image": 49},
+    "edgetam_vision_model": {"backbone_channel_list": [2048, 1024, 512, 256]},
+    "edgetam": {"vision_config.backbone_channel_list": [2048, 1024, 512, 256]},
+    "depth_pro": {"patch_size": 64, "image_model_config.image_size": 64},
+    # numbers that have to fit others which the general rules have changed
+    "gemma3": {"mm_tokens_per_image": 49},
+    "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "data2vec-vision": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "aria": {"projector_patch_to_query_dict": {49: 16}},
+    "reformer": {"axial_pos_embds_dim": (16, 48)},
+}
