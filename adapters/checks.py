@@ -1,5 +1,6 @@
 """What is refused before anything changes, and in which words."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Set
 
@@ -14,6 +15,7 @@ from pemn_surgery.errors import (
     ArchitectureError,
     BankMismatchError,
     GraphModeError,
+    LowCoverageWarning,
     NothingToMaskError,
     UnsupportedModelError,
 )
@@ -163,6 +165,29 @@ def check_mode(model: nn.Module, *, training: bool, why: str) -> None:
                 f"model.{wanted}(), or leave the mode alone."
             )
             raise GraphModeError(message)
+
+
+def warn_of_low_coverage(plan: Plan, config: PemnConfig) -> None:
+    """Say loudly that much stays unmasked, where the user has not chosen the targets.
+
+    Args:
+        plan: What will be masked.
+        config: What was asked for; an adapter that is loaded has been warned of.
+    """
+    chosen = (
+        config.target_modules,
+        config.exclude_modules,
+        config.target_parameters,
+        config.layers_to_transform,
+        config.modules_to_save,
+        config.file,
+    )
+    if plan.warning and all(value is None for value in chosen):
+        warnings.warn(
+            f"{plan.warning}. print(plan(model, ...)) shows every weight.",
+            LowCoverageWarning,
+            stacklevel=2,
+        )
 
 
 def check_same_bank(held: BankSpec, wanted: BankSpec) -> None:

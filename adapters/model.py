@@ -18,6 +18,7 @@ from pemn_surgery.adapters.checks import (
     check_model,
     check_name_is_free,
     check_targets,
+    warn_of_low_coverage,
 )
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX
@@ -53,9 +54,12 @@ class PemnModel(BaseTuner):
         """Plan and check everything; the model is still as it was when this raises."""
         check_model(model)
         set_default_head(peft_config, model)
-        follow_forward(model, peft_config)
-        plan = plan_for(model, peft_config)
+        followed = None
+        if peft_config.functional_weights is None or peft_config.rewritten_weights is None:
+            followed = follow_forward(model, peft_config)
+        plan = plan_for(model, peft_config, followed)
         check_targets(plan, peft_config)
+        warn_of_low_coverage(plan, peft_config)
         if plan.frozen_norms:
             check_mode(model, training=False, why='rest="freeze"')
         self._pending = Operation(model, peft_config, plan)
@@ -146,6 +150,13 @@ class PemnModel(BaseTuner):
         """Put back what PEFT wrapped whole; a masking child has taken itself out already."""
         if new_module is not None:
             setattr(parent, child_name, new_module)
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """Nothing for models that tie weights and have no embedding, where PEFT would fail."""
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:
+            return []
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         """Nothing that PEFT has to warn of: `PemnConfig.tied` says what happens to tied weights."""

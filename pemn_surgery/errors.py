@@ -71,3 +71,7 @@ class ExampleInputsError(PemnError, ValueError):
 
 class TraceError(PemnError, RuntimeError):
     """A model's forward cannot be followed on shapes alone."""
+
+
+class LowCoverageWarning(UserWarning):
+    """Less than nine tenths of the weights that a model multiplies with were masked."""

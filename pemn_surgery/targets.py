@@ -241,15 +241,22 @@ class Plan:
             table.caption += f"\nuses not seen: {self.untraced}"
         return table
 
+    @property
+    def warning(self) -> str:
+        """What stays unmasked and why, if that is a tenth of the maskable weights or more."""
+        if self.coverage >= _LOW_COVERAGE:
+            return ""
+        unmasked = self.maskable_weights - self.masked_weights
+        largest = max((item for item in self.left if item.maskable), key=lambda item: item.weights)
+        return (
+            f"{unmasked:,} of {self.maskable_weights:,} maskable weights stay unmasked "
+            f"({1 - self.coverage:.0%}); the largest is {largest.name}: {largest.reason}"
+        )
+
     def __str__(self) -> str:
         """Return the plan as a table in plain text, with a warning where much stays unmasked."""
         text = report.as_text(self.table())
-        if self.coverage < _LOW_COVERAGE:
-            unmasked = self.maskable_weights - self.masked_weights
-            text += (
-                f"WARNING: {unmasked:,} maskable weights stay unmasked; see the reasons above.\n"
-            )
-        return text
+        return f"{text}WARNING: {self.warning}\n" if self.warning else text
 
 
 def _row(key: tuple[Any, ...]) -> dict[str, Any]:

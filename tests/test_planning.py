@@ -271,7 +271,17 @@ def test_quantised_weight():
     assert names(made) == ["2.weight", "3.weight"]
     assert reasons(made) == {"0.weight": "is stored as torch.int8 (quantised)"}
     assert made.coverage == 40 / 70
-    assert "WARNING: 30 maskable weights stay unmasked" in str(made)
+    said = "30 of 70 maskable weights stay unmasked (43%); the largest is 0.weight: is stored as"
+    assert f"WARNING: {said} torch.int8" in str(made).replace("\n", " ")
+    assert made.warning.startswith(said)
+    with pytest.warns(LowCoverageWarning, match="30 of 70 maskable weights stay unmasked"):
+        pemnify(net, bank="own")
+    net[0].weight.requires_grad_(requires_grad=False)
+
+
+def test_chosen_targets_are_not_warned_of():
+    pemnify(mlp(), bank="own", target_modules=["2"])
+    pemnify(mlp(), bank="own", exclude_modules=["0"])
 
 
 def test_parametrised_weight():

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from pemn_surgery import pemnify, plan
-from pemn_surgery.errors import ConfigError
+from pemn_surgery.errors import ConfigError, LowCoverageWarning
 from pemn_surgery.masked import MaskedWeight
 
 pytestmark = pytest.mark.filterwarnings(
@@ -66,7 +66,8 @@ def test_leave_is_the_default():
     left = {item.name: item for item in made.left}
     assert 'see tied="both" and tied="untie"' in left[HEAD].reason
     assert made.coverage < 0.91
-    masked = pemnify(gpt2(), **OWN).get_base_model()
+    with pytest.warns(LowCoverageWarning, match="lm_head.weight: tied to transformer.wte.weight"):
+        masked = pemnify(gpt2(), **OWN).get_base_model()
     assert masked.lm_head.weight is masked.transformer.wte.weight
 
 

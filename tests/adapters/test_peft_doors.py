@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.errors import LowCoverageWarning
 from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers
@@ -198,7 +199,8 @@ def test_two_tasks_on_a_tied_language_model_merge_and_stay_tied():
     config = GPT2Config(
         vocab_size=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
     )
-    model = pemnify(GPT2LMHeadModel(config).eval(), bank="rp", ratio=0.1)
+    with pytest.warns(LowCoverageWarning, match="lm_head.weight: tied to transformer.wte.weight"):
+        model = pemnify(GPT2LMHeadModel(config).eval(), bank="rp", ratio=0.1)
     model.add_adapter("second", PemnConfig(bank="rp", ratio=0.1))
     model.set_adapter("second")
     task = model.base_model.model.transformer.wte.task_tensors.pemn_tensors["second"]

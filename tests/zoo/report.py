@@ -23,7 +23,7 @@ outputs; load, which must give the trained outputs bit for bit; merge, which mus
 a model of the original's classes, attributes and state-dict keys.
 
 Coverage is the share of masked weights among all weights that the forward multiplies or convolves
-its input with. transformers' models are tiny; timm's are as published, but those above 40 million
+its input with. transformers' models are tiny; timm's are as published, but those above 12 million
 parameters have fewer of their repeated blocks where their constructor allows it (column *made
 smaller*), and images of more than 256 pixels a side are made smaller likewise.
 """

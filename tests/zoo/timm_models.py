@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 # Above this many parameters a model is built with fewer of its repeated blocks, if it can be.
-LARGE = 40_000_000
+LARGE = 12_000_000
 
 # Arguments that reduce the number of repeated blocks; the first that a model takes is used.
 _FEWER_BLOCKS = (

@@ -442,7 +442,7 @@ def main(path: Path, types: list[str]) -> None:
                 file.write(json.dumps(result) + "\n")
                 file.flush()
                 told = result.get("error", "") or f"equal={result['equal']}"
-                print(model_type, result["stage"], result.get("class", ""), told)  # noqa: T201
+                print(model_type, result["stage"], result.get("class", ""), told)
 
 
 if __name__ == "__main__":
