@@ -224,7 +224,13 @@ OF_TYPE: dict[str, Rules] = {
         ),
     },
     # audio: a dimension of channels, features of another shape, codes of a codec
-    **_each("mimi mimi_encoder encodec dac xcodec xcodec2 neucodec", input_values=_mono),
+    **_each("mimi mimi_encoder encodec dac xcodec vibevoice_asr", input_values=_mono),
+    **_each(
+        "xcodec2 neucodec",
+        input_values=_mono,
+        input_features=lambda asked: asked.normal(asked.batch, CODEC_SAMPLES // 320, 160),
+        input_features_mask=None,
+    ),
     **_each("pe_audio pe_audio_encoder", input_values=_mono),
     **_each("vibevoice_acoustic_tokenizer higgs_audio_v2_tokenizer", input_values=_mono),
     **_each("pocket_tts_audio_tokenizer pocket_tts_audio_tokenizer_encoder", input_values=_mono),
@@ -243,8 +249,28 @@ OF_TYPE: dict[str, Rules] = {
         )
     },
     "gemma4_audio": {"input_features": lambda asked: asked.normal(asked.batch, FRAMES, 128)},
-    "fun_asr_nano_encoder": {
-        "input_features": lambda asked: asked.normal(asked.batch, FRAMES, 560)
+    "gemma3n": {
+        "input_features": lambda asked: asked.normal(asked.batch, FRAMES, 128),
+        "input_features_mask": lambda asked: ones(asked, FRAMES).bool(),
+    },
+    **_each(
+        "fun_asr_nano fun_asr_nano_encoder",
+        input_features=lambda asked: asked.normal(asked.batch, FRAMES, 560),
+    ),
+    **_each(
+        "qwen3_asr qwen3_asr_encoder",  # channels first
+        input_features=lambda asked: asked.normal(asked.batch, 128, FRAMES),
+    ),
+    **_each(
+        "granite_speech moss_transcribe_diarize qwen2_audio",  # lengths of the audio beside it
+        input_features=None,
+        input_features_mask=None,
+        feature_attention_mask=None,
+    ),
+    "pop2piano": {
+        "input_ids": None,
+        "attention_mask": None,
+        "input_features": lambda asked: asked.normal(asked.batch, FRAMES, asked.number("d_model")),
     },
     **_each(
         "granite_speech5_ctc granite_speech5_encoder",

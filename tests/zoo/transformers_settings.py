@@ -35,6 +35,11 @@ COMPOSED = {
 # Types that build but do not run when they are shrunk further: widths that have to fit each other.
 _KEEP_WIDTHS = (
     "align",
+    "xcodec",
+    "xcodec2",
+    "neucodec",
+    "edgetam",
+    "sapiens2",
     "zoedepth",
     "bros",
     "clap",
@@ -133,6 +138,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vq_config.num_embeddings": 10,
         "vocabulary_map": {
             "<image>": 5,
+            "<|extra_200|>": 6,
             **{f"IMGIMG{'ABCDEFGHIJ'[n]}Z": 200 + n for n in range(10)},
         },
     },
@@ -140,12 +146,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vq_config.codebook_size": 10,
         "vocabulary_map": {
             "<image>": 5,
+            "<|extra_200|>": 6,
             **{f"<|visual token {n:06d}|>": 200 + n for n in range(10)},
         },
     },
     "cohere_compass": {"text_config.rope_parameters": _BY_LAYER},
     "cohere_compass_text": {"rope_parameters": _BY_LAYER},
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.num_experts_per_tok": 2,
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma": {f"text_config.{name}": value for name, value in _MOE.items()},
     "dots1": {
@@ -203,7 +213,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
-    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],  # they share weights
+    },
     "zamba2": {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
@@ -217,7 +232,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vitmatte": {"fusion_hidden_sizes": [256, 128, 64, 32]},
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0, 1]},
     "voxtral": {"audio_token_id": 1100},
-    "tvp": {"num_frames": 2},
+    "florence2": {"vision_config.projection_dim": 64},
     "gemma3n": {"vision_config.hidden_size": 2048},
     "mllama": {
         "vision_config.intermediate_layers_indices": [0, 1],
@@ -248,7 +263,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "t5gemma2": {"encoder.mm_tokens_per_image": 49},
     "edgetam_vision_model": {"backbone_channel_list": [1024, 512, 256, 64]},
     "edgetam": {"vision_config.backbone_channel_list": [1024, 512, 256, 64]},
-    "depth_pro": {"patch_size": 64, "image_model_config.image_size": 64},
+    "depth_pro": {
+        "intermediate_hook_ids": [1, 0],
+        "patch_size": 64,
+        "image_model_config.image_size": 64,
+    },
     # numbers that have to fit others which the general rules have changed
     **dict.fromkeys(("gemma3", "shieldgemma2"), _SEVEN_BY_SEVEN),
     "t5gemma2_encoder": {"text_config.dropout_rate": 0.0, **_SEVEN_BY_SEVEN},
