@@ -108,6 +108,7 @@ def _transformers_inputs(asked: Asked) -> dict[str, Any]:
         maker = makers.get(name)
         if maker is not None and name not in made:
             made[name] = maker(asked)
+    made = {name: value for name, value in made.items() if value is not None}
     if "input_ids" in made:
         for sense in SENSES:
             _add_placeholders(asked, made, sense)
