@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from pemn_surgery.errors import ExampleInputsError
 from pemn_surgery.inputs_by_type import OF_TYPE
-from pemn_surgery.inputs_transformers import ALWAYS, MAKERS, SENSES, TEXT, Asked, listed, method
+from pemn_surgery.inputs_transformers import (
+    ALWAYS,
+    DATA,
+    MAKERS,
+    SENSES,
+    TEXT,
+    Asked,
+    listed,
+    method,
+)
 
 SMALL_IMAGE = 128  # pixels a side, for architectures that take images of any size
 
@@ -74,7 +83,9 @@ def _timm_inputs(model: nn.Module, config: Mapping[str, Any], batch: int) -> dic
     elif not config.get("fixed_input_size"):
         small = (channels, min(height, SMALL_IMAGE), min(width, SMALL_IMAGE))
         _, height, width = config.get("min_input_size") or small
-    channels = _first_channels(model, config) or channels
+    first = _first_channels(model, config)
+    if first and first != 16 * channels:  # TResNet's first convolution sees 4 x 4 pixels as one
+        channels = first
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, channels, height, width, generator=generator)
     return {next(iter(_arguments(model))): image}
@@ -97,6 +108,7 @@ def _transformers_inputs(asked: Asked) -> dict[str, Any]:
         maker = makers.get(name)
         if maker is not None and name not in made:
             made[name] = maker(asked)
+    made = {name: value for name, value in made.items() if value is not None}
     if "input_ids" in made:
         for sense in SENSES:
             _add_placeholders(asked, made, sense)
@@ -136,17 +148,25 @@ def _required_of(function: Callable[..., Any]) -> list[str]:
         name
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.default is inspect.Parameter.empty
+        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
+
+
+def _taken_by(function: Callable[..., Any], sense: str) -> list[str]:
+    """Return the arguments to give to what makes features: required ones and those of a sense."""
+    parameters = inspect.signature(function).parameters
+    takes_more = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    optional = [name for name in parameters if name not in TEXT]
+    return [*_required_of(function), *optional, *(SENSES[sense] if takes_more else ())]
 
 
 def _add_placeholders(asked: Asked, made: dict[str, Any], sense: str) -> None:
     """Put as many placeholder tokens before the text as the model makes features."""
     token = asked.placeholder(sense)
     encode = method(asked.model, f"get_{sense}_features")
-    if token is None or encode is None or not any(name in made for name in SENSES[sense]):
+    if token is None or encode is None or not any(name in made for name in DATA[sense]):
         return
-    taken = inspect.signature(encode).parameters
-    given = {name: value for name, value in made.items() if name in taken and name not in TEXT}
+    given = {name: made[name] for name in _taken_by(encode, sense) if name in made}
     count = _count_features(asked.model, encode, given) // asked.batch
     marks = torch.full((asked.batch, count), token)
     made["input_ids"] = torch.cat([marks, made["input_ids"]], dim=1)

@@ -13,10 +13,9 @@ from pemn_surgery.inputs_transformers import (
     TEXT_LENGTH,
     Asked,
     Maker,
-    find,
-    image,
     image_list,
     image_shape,
+    image_sizes,
     ones,
     patches,
     text,
@@ -48,7 +47,7 @@ def _patch_row(asked: Asked) -> Tensor:
 def _merged_patches(asked: Asked) -> Tensor:
     """Return squares of 2 x 2 patches (batch x squares, height, width, channels)."""
     side = 2 * vision_of(asked.config).patch_size
-    return asked.normal(asked.batch * GRID[1] * GRID[2] // 4, side, side, 3)
+    return asked.normal(asked.batch * GRID[1] * GRID[2], side, side, 3)
 
 
 def _sizes(asked: Asked) -> Tensor:
@@ -67,8 +66,15 @@ def _codebook_rows(asked: Asked) -> Tensor:
 
 def _timm_video(asked: Asked) -> Tensor:
     """Return videos of the size that the timm network inside was built for."""
-    options = find(asked.config, ("model_args",), dict, {})
-    return asked.normal(asked.batch, 4, 3, *options["img_size"])
+    embeds = (getattr(part, "patch_embed", None) for part in asked.model.modules())
+    side = next(size for embed in embeds if (size := getattr(embed, "img_size", None)))
+    return asked.normal(asked.batch, 4, 3, *side)
+
+
+def _half_image(asked: Asked) -> Tensor:
+    """Return images that make one of the configuration's size when two are put together."""
+    channels, height, width = image_shape(asked)
+    return asked.normal(asked.batch, channels, height // 2, width)
 
 
 def _codes(asked: Asked, name: str) -> Tensor:
@@ -91,8 +97,8 @@ def _question(asked: Asked) -> Tensor:
 def _flattened_patches(asked: Asked) -> Tensor:
     """Return row, column and pixels of each patch (batch, patches, 2 + pixels)."""
     places = asked.integers(1, 9, asked.batch, 16, 2).float()
-    side = asked.number("patch_size", default=16)
-    return torch.cat([places, asked.normal(asked.batch, 16, 3 * side**2)], dim=-1)
+    pixels = asked.normal(asked.batch, 16, asked.number("patch_embed_hidden_size"))
+    return torch.cat([places, pixels], dim=-1)
 
 
 def _forecast_past(asked: Asked, width: int | None = None) -> Tensor:
@@ -125,7 +131,8 @@ def _each(kinds: str, **rules: Maker | None) -> dict[str, Rules]:
 
 OF_TYPE: dict[str, Rules] = {
     # images: videos under the name of images, several images, pairs, patches in other shapes
-    **_each("timesformer videomae vivit xclip tvp", pixel_values=video),
+    **_each("timesformer videomae vivit xclip", pixel_values=video),
+    "tvp": {"pixel_values": lambda asked: asked.normal(asked.batch, 2, 3, *[448] * 2)},
     **_each(
         "idefics2 idefics3 smolvlm modernvbert ultravbert colmodernvbert", pixel_values=image_list
     ),
@@ -133,12 +140,31 @@ OF_TYPE: dict[str, Rules] = {
     **_each("kimi_k25 kimi_k25_vision paddleocr_vl", pixel_values=_square_patches),
     **_each("inkling2 inkling2_vision", pixel_values=_merged_patches),
     **_each("minicpm_ocr_vision minicpmv4_7_vision", pixel_values=_patch_row, target_sizes=_sizes),
-    **_each("neomme molmo2 fuyu", pixel_values=None),  # need indices of patches in the text
+    **_each("neomme molmo2 fuyu nemotron_h_omni", pixel_values=None),  # need places in the text
+    **_each("deepseek_ocr2 unlimited_ocr", pixel_values=None),  # two towers, views, separators
     **_each(
         "pp_ocrv5_server_rec pp_ocrv6_small_rec pp_ocrv6_tiny_rec",
         pixel_values=lambda asked: asked.normal(asked.batch, 3, 48, 320),  # a line of text
     ),
     "pp_ocrv5_mobile_rec": {"pixel_values": lambda asked: asked.normal(asked.batch, 3, 96, 320)},
+    "vibevoice": {"input_values": None},  # a diffusion head makes the audio
+    "speech-encoder-decoder": {"input_features": None},
+    "musicgen_melody": {
+        "input_features": lambda asked: asked.normal(asked.batch, FRAMES, 12),
+        "decoder_input_ids": _codebook_rows,
+    },
+    "pe_audio_video": {"input_values": _mono, "pixel_values_videos": _timm_video},
+    "pe_audio_video_encoder": {"input_values": _mono, "pixel_values_videos": _timm_video},
+    "emu3": {"image_sizes": image_sizes},
+    "siglip2": {
+        "pixel_attention_mask": lambda asked: ones(asked, GRID[1] * GRID[2]),
+        "spatial_shapes": _sizes,
+    },
+    "depth_pro": {
+        "pixel_values": lambda asked: asked.normal(
+            asked.batch, 3, 4 * asked.config.patch_size, 4 * asked.config.patch_size
+        )
+    },
     "muse_spark": {"input_values": None},  # images need the same placeholders
     "glm_image": {"pixel_values": None, "image_grid_thw": None},  # wants a grid to draw, too
     **_each("pe_video pe_video_encoder", pixel_values_videos=_timm_video),
@@ -175,7 +201,7 @@ OF_TYPE: dict[str, Rules] = {
         ),
     },
     "flava": {"codebook_pixel_values": lambda asked: asked.normal(asked.batch, 3, 112, 112)},
-    "seggpt": {"prompt_pixel_values": image, "prompt_masks": image},
+    "seggpt": dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), _half_image),
     "pix2struct": {"flattened_patches": _flattened_patches},
     "lxmert": {
         "visual_feats": lambda asked: asked.normal(asked.batch, 5, asked.config.visual_feat_dim),
@@ -198,8 +224,14 @@ OF_TYPE: dict[str, Rules] = {
         ),
     },
     # audio: a dimension of channels, features of another shape, codes of a codec
-    **_each("mimi mimi_encoder encodec dac xcodec xcodec2 neucodec", input_values=_mono),
-    **_each("pe_audio pe_audio_encoder pe_audio_video pe_audio_video_encoder", input_values=_mono),
+    **_each("mimi mimi_encoder encodec dac xcodec vibevoice_asr", input_values=_mono),
+    **_each(
+        "xcodec2 neucodec",
+        input_values=_mono,
+        input_features=lambda asked: asked.normal(asked.batch, CODEC_SAMPLES // 320, 160),
+        input_features_mask=None,
+    ),
+    **_each("pe_audio pe_audio_encoder", input_values=_mono),
     **_each("vibevoice_acoustic_tokenizer higgs_audio_v2_tokenizer", input_values=_mono),
     **_each("pocket_tts_audio_tokenizer pocket_tts_audio_tokenizer_encoder", input_values=_mono),
     "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": _mono},
@@ -217,8 +249,28 @@ OF_TYPE: dict[str, Rules] = {
         )
     },
     "gemma4_audio": {"input_features": lambda asked: asked.normal(asked.batch, FRAMES, 128)},
-    "fun_asr_nano_encoder": {
-        "input_features": lambda asked: asked.normal(asked.batch, FRAMES, 560)
+    "gemma3n": {
+        "input_features": lambda asked: asked.normal(asked.batch, FRAMES, 128),
+        "input_features_mask": lambda asked: ones(asked, FRAMES).bool(),
+    },
+    **_each(
+        "fun_asr_nano fun_asr_nano_encoder",
+        input_features=lambda asked: asked.normal(asked.batch, FRAMES, 560),
+    ),
+    **_each(
+        "qwen3_asr qwen3_asr_encoder",  # channels first
+        input_features=lambda asked: asked.normal(asked.batch, 128, FRAMES),
+    ),
+    **_each(
+        "granite_speech moss_transcribe_diarize qwen2_audio",  # lengths of the audio beside it
+        input_features=None,
+        input_features_mask=None,
+        feature_attention_mask=None,
+    ),
+    "pop2piano": {
+        "input_ids": None,
+        "attention_mask": None,
+        "input_features": lambda asked: asked.normal(asked.batch, FRAMES, asked.number("d_model")),
     },
     **_each(
         "granite_speech5_ctc granite_speech5_encoder",
@@ -236,7 +288,7 @@ OF_TYPE: dict[str, Rules] = {
         "input_ids": lambda asked: _codes(asked, "num_codebooks").repeat(1, 1, 2)[:, :, :33],
         "attention_mask": None,
     },
-    **_each("musicgen musicgen_melody", decoder_input_ids=_codebook_rows),
+    **_each("musicgen", decoder_input_ids=_codebook_rows),
     "voxtral_realtime": {
         "input_features": lambda asked: asked.normal(asked.batch, 128, 8 * TEXT_LENGTH)
     },

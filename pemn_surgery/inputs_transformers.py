@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 TEXT_LENGTH, TARGET_LENGTH = 12, 6
-FRAMES = 128  # of a spectrogram
+FRAMES = 400  # of a spectrogram; divisible by the windows that encoders cut it into
 SAMPLES = 7680  # of a waveform; divisible by the frames that some encoders cut it into
 GRID = (1, 8, 8)  # patches of an image that is given as a list of patches: time, height, width
 
@@ -103,7 +103,7 @@ def ones(asked: Asked, *shape: int) -> Tensor:
 def vision_of(config: Any) -> Any:
     """Return the part of a config that is about images, or the config itself."""
     names = ("vision_config", "visual_config", "image_config", "vision_encoder_config")
-    found = (getattr(config, name, None) for name in (*names, "encoder", "backbone_config"))
+    found = values(config, (*names, "encoder", "backbone_config"), object)
     return next((part for part in found if hasattr(part, "model_type")), config)
 
 
@@ -174,12 +174,17 @@ def spectrogram(asked: Asked) -> Tensor:
     names = ("input_dim", "num_mel_bins", "feature_projection_input_dim", "n_mels")
     bins = asked.number(*names, "input_feat_per_channel", "feature_size", default=80)
     frames = _frames(asked)
-    whisper = asked.number("max_source_positions") and asked.number("num_mel_bins")
-    return asked.normal(asked.batch, *((bins, frames) if whisper else (frames, bins)))
+    shape = (bins, frames) if _is_whisper(asked) else (frames, bins)
+    return asked.normal(asked.batch, *shape)
+
+
+def _is_whisper(asked: Asked) -> bool:
+    """Tell whether the encoder is Whisper's, which wants one length: two frames a position."""
+    return bool(asked.number("max_source_positions") and asked.number("num_mel_bins"))
 
 
 def _frames(asked: Asked) -> int:
-    return 2 * asked.number("max_source_positions") or FRAMES  # a convolution halves them
+    return 2 * asked.number("max_source_positions") if _is_whisper(asked) else FRAMES
 
 
 def wave(asked: Asked) -> Tensor:
@@ -202,8 +207,14 @@ def past(asked: Asked) -> Tensor:
 
 Maker = Callable[[Asked], Any]
 TEXT = ("input_ids", "attention_mask")
+DATA = {"image": ("pixel_values",), "audio": ("input_features", "input_values")}
 SENSES = {
-    "image": ("pixel_values", "image_grid_thw", "mm_token_type_ids"),
+    "image": (
+        "pixel_values",
+        "image_grid_thw",
+        "image_merge_sizes",
+        "mm_token_type_ids",
+    ),
     "audio": ("input_features", "input_features_mask", "feature_attention_mask", "input_values"),
 }
 ALWAYS = (*TEXT, "bbox", *SENSES["image"], *SENSES["audio"])  # made wherever they are taken

@@ -34,7 +34,7 @@ TRANSFORMERS = {
     "clip": {**TEXT, "pixel_values": (B, 3, 224, 224)},
     "detr": {"pixel_values": (B, 3, 224, 224)},
     "videomae": {"pixel_values": (B, 16, 3, 224, 224)},
-    "wav2vec2": {"input_values": (B, 8000)},
+    "wav2vec2": {"input_values": (B, 7680)},
     "whisper": {"input_features": (B, 80, 3000), **TARGET},
     "audio-spectrogram-transformer": {"input_values": (B, 1024, 128)},
     "encodec": {"input_values": (B, 1, 9600)},
@@ -182,6 +182,22 @@ def test_unknown_argument_is_refused():
 
     with pytest.raises(ExampleInputsError, match=r"Odd needs gizmo.*give `inputs=` yourself"):
         example_inputs(Odd())
+
+
+def test_wrapped_model_is_asked_for_its_base():
+    class Wrapper(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def get_base_model(self):
+            return self.base
+
+        def forward(self, *args, **kwargs):
+            return self.base(*args, **kwargs)
+
+    base = timm.create_model("test_resnet").eval()
+    assert torch.equal(example_inputs(Wrapper(base))["x"], example_inputs(base)["x"])
 
 
 def test_import_needs_neither_transformers_nor_timm():

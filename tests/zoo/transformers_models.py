@@ -212,6 +212,8 @@ def _shrink_layers(config: PreTrainedConfig) -> None:
     taken = _layers_taken(config, values)
     kept = list(range(taken)) if taken else _layers_to_keep(values)
     for name, value in values.items():
+        if name == "num_feat_extract_layers":  # convolutions, which make a sequence short
+            continue
         if _is_count(value) and LAYERS.fullmatch(name) and value > len(kept):
             _set(config, name, len(kept))
         elif isinstance(value, (list, tuple)) and name in _lists_of_layers(values):
@@ -230,6 +232,8 @@ def _layers_taken(config: PreTrainedConfig, values: dict[str, Any]) -> int:
     if count > 1:
         _set(config, name.removeprefix("_"), list(range(1, count + 1)))
         return count + 1
+    if count and values[name][0] > 2 and "depths" not in values:
+        _set(config, name.removeprefix("_"), [2])
     return 0
 
 

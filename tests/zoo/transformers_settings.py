@@ -35,6 +35,12 @@ COMPOSED = {
 # Types that build but do not run when they are shrunk further: widths that have to fit each other.
 _KEEP_WIDTHS = (
     "align",
+    "xcodec",
+    "xcodec2",
+    "neucodec",
+    "edgetam",
+    "sapiens2",
+    "zoedepth",
     "bros",
     "clap",
     "d_fine",
@@ -43,7 +49,6 @@ _KEEP_WIDTHS = (
     "encodec",
     "layoutlmv3",
     "lilt",
-    "lightglue",
     "efficientloftr",
     "mobilebert",
     "pp_doclayout_v2",
@@ -51,7 +56,6 @@ _KEEP_WIDTHS = (
     "pp_doclayout_v4",
     "pp_ocrv5_mobile_rec",
     "pp_ocrv5_server_rec",
-    "pp_ocrv6_small_det",
     "pp_ocrv6_small_rec",
     "pp_ocrv6_tiny_rec",
     "rf_detr",
@@ -63,10 +67,7 @@ _KEEP_WIDTHS = (
     "sam2_video",
     "sam2_vision_model",
     "sam2_hiera_det_model",
-    "sew",
-    "sew-d",
     "siglip",
-    "uvdoc",
     "vision-text-dual-encoder",
     "emu3",
     "nemotron3_diarization",
@@ -74,10 +75,15 @@ _KEEP_WIDTHS = (
     "clvp",
     "omdet-turbo",
 )
-FIRST_LEVEL: dict[str, str] = dict.fromkeys(_KEEP_WIDTHS, "experts")
+FIRST_LEVEL: dict[str, str] = {
+    **dict.fromkeys(_KEEP_WIDTHS, "experts"),
+    **dict.fromkeys(("lightglue", "superglue"), "layers"),
+    **dict.fromkeys(("uvdoc", "pp_ocrv6_small_det"), "nothing"),
+}
 
 # Types whose most complete class wants targets even in eval mode, or is not in its mapping.
 CLASSES = {
+    "sapiens2": "Sapiens2Model",
     "flava": "FlavaModel",
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
@@ -97,9 +103,11 @@ _INDEXER = {
 }
 _LLAMA4_PROJECTOR = ("projector_input_dim", "projector_output_dim", "vision_output_dim")
 _MERGED = {"out_hidden_size": 256}  # four patches side by side
+_SEVEN_BY_SEVEN = {"mm_tokens_per_image": 49}
 _EVEN_PATCHES = {"vision_config.image_size": 256}  # pixels are shuffled in squares
 _INTRACLASS = {
     "kernel_list": [3, 2, 2],
+    "scale_factor_list": [1, 2, 4, 8],
     "intraclass_block_config": {
         "reduce_channel": [1, 1, 0],
         "return_channel": [1, 1, 0],
@@ -130,6 +138,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vq_config.num_embeddings": 10,
         "vocabulary_map": {
             "<image>": 5,
+            "<|extra_200|>": 6,
             **{f"IMGIMG{'ABCDEFGHIJ'[n]}Z": 200 + n for n in range(10)},
         },
     },
@@ -137,12 +146,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "vq_config.codebook_size": 10,
         "vocabulary_map": {
             "<image>": 5,
+            "<|extra_200|>": 6,
             **{f"<|visual token {n:06d}|>": 200 + n for n in range(10)},
         },
     },
     "cohere_compass": {"text_config.rope_parameters": _BY_LAYER},
     "cohere_compass_text": {"rope_parameters": _BY_LAYER},
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse"],
+        "text_config.num_experts_per_tok": 2,
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffusion_gemma": {f"text_config.{name}": value for name, value in _MOE.items()},
     "dots1": {
@@ -154,7 +167,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "qwen4_exp": {f"text_config.{name}": value for name, value in _INDEXER.items()},
     "qwen4_exp_text": _INDEXER,
-    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0},
     "timm_backbone": {"backbone": "resnet18"},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
     "wav2vec2-conformer": {"vocab_size": 32},
@@ -201,7 +213,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
-    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],  # they share weights
+    },
     "zamba2": {
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
@@ -209,6 +226,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "mistral4": {"qk_rope_head_dim": 8, "qk_head_dim": 24},
     "rf_detr": {"backbone_config.image_size": 448},
+    "colmodernvbert": {"vlm_config.vision_config.image_size": 256},
+    "colqwen2": {"vlm_config.text_config.rope_parameters": {**_ROPE, "mrope_section": [4, 2, 2]}},
+    "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
+    "vitmatte": {"fusion_hidden_sizes": [256, 128, 64, 32]},
+    "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0, 1]},
+    "voxtral": {"audio_token_id": 1100},
+    "florence2": {"vision_config.projection_dim": 64},
+    "gemma3n": {"vision_config.hidden_size": 2048},
+    "mllama": {
+        "vision_config.intermediate_layers_indices": [0, 1],
+        "vision_config.vision_output_dim": 192,
+        "text_config.cross_attention_layers": [1],
+    },
     "lw_detr": {
         "projector_scale_factors": [1.0],
         "projector_in_channels": [64],
@@ -217,22 +247,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("muse_spark", "muse_glimmer"), _MERGED),
     "minimax_m3_vl": {"merged_hidden_size": 256},
     "fast_vlm": {"vision_config.hidden_size": 3072},
-    **dict.fromkeys(
-        ("idefics3", "smolvlm", "modernvbert", "ultravbert", "colmodernvbert"), _EVEN_PATCHES
-    ),
+    **dict.fromkeys(("idefics3", "smolvlm", "modernvbert", "ultravbert"), _EVEN_PATCHES),
     **dict.fromkeys(("pp_ocrv6_medium_det", "pp_ocrv5_server_det"), _INTRACLASS),
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "blt": {"encoder_hash_byte_group_vocab": 1000},
     "vipllava": {"vision_feature_layers": [-2, -1]},
     "aya_vision": {"vision_config.image_size": 364},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "image_size": 64},
+    "efficientnet": {
+        "width_coefficient": 0.25,
+        "hidden_dim": 320,
+        "depth_coefficient": 0.1,
+        "image_size": 64,
+    },
     "vjepa2": {"frames_per_clip": 8, "crop_size": 64, "image_size": 64},
     "t5gemma2": {"encoder.mm_tokens_per_image": 49},
-    "edgetam_vision_model": {"backbone_channel_list": [2048, 1024, 512, 256]},
-    "edgetam": {"vision_config.backbone_channel_list": [2048, 1024, 512, 256]},
-    "depth_pro": {"patch_size": 64, "image_model_config.image_size": 64},
+    "edgetam_vision_model": {"backbone_channel_list": [1024, 512, 256, 64]},
+    "edgetam": {"vision_config.backbone_channel_list": [1024, 512, 256, 64]},
+    "depth_pro": {
+        "intermediate_hook_ids": [1, 0],
+        "patch_size": 64,
+        "image_model_config.image_size": 64,
+    },
     # numbers that have to fit others which the general rules have changed
-    "gemma3": {"mm_tokens_per_image": 49},
+    **dict.fromkeys(("gemma3", "shieldgemma2"), _SEVEN_BY_SEVEN),
+    "t5gemma2_encoder": {"text_config.dropout_rate": 0.0, **_SEVEN_BY_SEVEN},
     "beit": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
     "data2vec-vision": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
     "codegen": {"rotary_dim": 8},
