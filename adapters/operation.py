@@ -98,12 +98,9 @@ class Operation:
                 adapter_name, items, keeps_eval=frozen, shared=self.is_lean
             )
         for item in shared:
-            first = self.modules[item.tied_to.rpartition(".")[0]]
-            surgery.share_tensor(
-                self.modules[item.path],
-                item.tensor,
-                cast("PemnTaskLayer", surgery.find_task(first)),
-            )
+            path, _, source = item.tied_to.rpartition(".")
+            owner = cast("PemnTaskLayer", surgery.find_task(self.modules[path]))
+            surgery.share_tensor(self.modules[item.path], item.tensor, owner, source)
 
     def _own(self, path: str) -> PemnTaskLayer:
         return PemnTaskLayer(self.modules[path], path)

@@ -108,17 +108,18 @@ def own_tensors(child: TaskTensors, names: tuple[str, ...]) -> None:
     _swap(child.owner, tensors=names)
 
 
-def share_tensor(module: nn.Module, name: str, child: TaskTensors) -> None:
+def share_tensor(module: nn.Module, name: str, child: TaskTensors, source: str) -> None:
     """Let a second module that is tied to an owned tensor read the owner's copy.
 
     Args:
         module: The second module.
-        name: Name of the tensor on both modules.
+        name: Name of the tensor on it.
         child: Holds the tasks' copies.
+        source: Name of the tensor on the owner.
     """
     shared = module.__dict__.setdefault(_SHARED, {})
     if name not in shared:
-        shared[name] = child
+        shared[name] = (child, source)
         child.shared_with.append((module, name))
         _swap(module, tensors=(name,))
 
@@ -223,9 +224,11 @@ def _maker(owner: nn.Module, name: str) -> MaskedWeight | TaskTensors | None:
     masked = find_masked(owner, name)
     if masked is not None:
         return masked
-    shared = owner.__dict__.get(_SHARED, {}).get(name)
+    shared, source = owner.__dict__.get(_SHARED, {}).get(name, (None, name))
     owned = name in getattr(type(owner), "_pemn_tensors", ())
-    return shared or (find_task(owner) if owned else None)
+    if shared is not None:
+        return shared if source == name else None  # a node's argument is the name that it reads
+    return find_task(owner) if owned else None
 
 
 def _release(module: nn.Module, name: str) -> None:
@@ -395,12 +398,12 @@ def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
 
 def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
     def getter(self: nn.Module) -> Tensor | None:
-        child = cast("TaskTensors | None", self._modules.get(TASK_CHILD))
+        child, source = cast("TaskTensors | None", self._modules.get(TASK_CHILD)), name
         if child is None or name in self.__dict__.get(_SHARED, {}):
-            child = cast("TaskTensors", self.__dict__[_SHARED][name])
+            child, source = cast("tuple[TaskTensors, str]", self.__dict__[_SHARED][name])
         if not torch.compiler.is_compiling() and _called_by_fsdp():
-            return child.base(name)
-        return child.read(name)
+            return child.base(source)
+        return child.read(source)
 
     return getter
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM
 
 from pemn_surgery import pemnify, plan
-from pemn_surgery.errors import TraceError
+from pemn_surgery.errors import LowCoverageWarning, TraceError
 from pemn_surgery.graph import Block, Use, repeated_blocks, trace
 from pemn_surgery.masked import MaskedWeight
 
@@ -165,7 +165,8 @@ def test_raw_parameters_that_multiply_are_masked_and_kept_in_the_configuration(t
     assert reasons["clamped.weight"].startswith("the forward changes it in place")
     assert made.coverage == pytest.approx((18 + 16 + 24 + 16) / (18 + 16 + 24 + 16 + 9))
 
-    masked = pemnify(model, bank="own", selector="threshold", inputs=inputs)
+    with pytest.warns(LowCoverageWarning, match="clamped.weight: the forward changes it in place"):
+        masked = pemnify(model, bank="own", selector="threshold", inputs=inputs)
     config = masked.peft_config["default"]
     assert config.functional_weights == ["projection"]
     assert config.rewritten_weights == ["clamped.weight"]

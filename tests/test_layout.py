@@ -175,7 +175,8 @@ def test_every_named_error_has_a_test():
     assert len(names) >= 11
     texts = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
     raised = "\n".join(
-        line for text in texts for line in text.splitlines() if "raises(" in line or "warns(" in line
+        line for text in texts for line in text.splitlines()
+        if "raises(" in line or "warns(" in line
     )  # fmt: skip
     assert [name for name in names if name not in raised] == []
 

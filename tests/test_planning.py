@@ -16,6 +16,7 @@ from pemn_surgery import PemnConfig, pemnify, plan
 from pemn_surgery.errors import (
     AlreadyPemnifiedError,
     ConfigError,
+    LowCoverageWarning,
     NothingToMaskError,
     UnsupportedModelError,
 )

@@ -149,3 +149,39 @@ def test_linear_layers_tied_to_each_other_share_one_mask_under_every_policy():
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ConfigError, match="tied='split'"):
         plan(gpt2(), **OWN, tied="split")
+
+
+class TwoNames(nn.Module):
+    """One trained bias under two names on two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+        self.norm = nn.LayerNorm(3)
+        self.shift = nn.Parameter(self.norm.bias.detach() + 0.5)
+        self.norm.bias = self.shift
+
+    def forward(self, x):
+        return self.norm(self.body(x)) + self.shift
+
+
+def test_owned_tensors_may_be_tied_under_different_names(tmp_path):
+    torch.manual_seed(0)
+    model, x = TwoNames(), torch.randn(2, 3)
+    expected = model(x)
+    masked = pemnify(model, bank="own", selector="threshold", rest="train")
+    assert torch.allclose(masked(x), expected)
+    masked(x).sum().backward()
+    trained = [p for n, p in masked.named_parameters() if p.requires_grad and "shift" in n]
+    assert len(trained) == 1
+    assert torch.equal(trained[0].grad, torch.full((3,), 4.0))  # two rows through both names
+    trained[0].data.add_(1.0)
+    moved = masked(x).detach()
+    assert torch.allclose(moved, expected + 2.0)
+    masked.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(TwoNames(), tmp_path)
+    assert torch.equal(loaded(x), moved)
+    merged = loaded.merge_and_unload()
+    assert torch.equal(merged(x), moved)
+    assert merged.norm.bias is merged.shift

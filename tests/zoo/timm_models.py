@@ -50,21 +50,29 @@ def _smaller(name: str) -> dict[str, object]:
     """Return the arguments that make an architecture small enough to be walked."""
     options: dict[str, object] = {}
     model = _on_meta(name)
-    height = model.pretrained_cfg.get("input_size", (3, 224, 224))[1]
-    if height > 256 and _parameters(name, _SMALLER_IMAGES) is not None:
+    if _side(model) > 256 and _runs(name, _SMALLER_IMAGES):
         options.update(_SMALLER_IMAGES)
     if sum(parameter.numel() for parameter in model.parameters()) > LARGE:
         for fewer in _FEWER_BLOCKS:
-            if _parameters(name, {**options, **fewer}) is not None:
+            if _runs(name, {**options, **fewer}):
                 return {**options, **fewer}
     return options
 
 
-def _parameters(name: str, options: dict[str, object]) -> int | None:
+def _runs(name: str, options: dict[str, object]) -> bool:
+    """Tell whether an architecture takes the arguments, and still fits together with them."""
     try:
-        return sum(parameter.numel() for parameter in _on_meta(name, **options).parameters())
+        model = _on_meta(name, **options).eval()
+        side = options.get("img_size", _side(model))
+        with torch.no_grad():
+            model(torch.zeros(1, 3, side, side, device="meta"))
     except Exception:  # an architecture refuses arguments in its own way
-        return None
+        return False
+    return True
+
+
+def _side(model: nn.Module) -> int:
+    return model.pretrained_cfg.get("input_size", (3, 224, 224))[1]
 
 
 def _on_meta(name: str, **options: object) -> nn.Module:
