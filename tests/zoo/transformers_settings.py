@@ -69,7 +69,6 @@ _KEEP_WIDTHS = (
     "sam2_hiera_det_model",
     "siglip",
     "vision-text-dual-encoder",
-    "emu3",
     "nemotron3_diarization",
     "blt",
     "clvp",
