@@ -258,8 +258,8 @@ OF_TYPE: dict[str, Rules] = {
         input_features=lambda asked: asked.normal(asked.batch, FRAMES, 560),
     ),
     **_each(
-        "qwen3_asr qwen3_asr_encoder glmasr glmasr_encoder",  # channels first
-        input_features=lambda asked: asked.normal(asked.batch, 128, FRAMES),
+        "qwen3_asr qwen3_asr_encoder glmasr glmasr_encoder voxtral_realtime_encoder",
+        input_features=lambda asked: asked.normal(asked.batch, 128, FRAMES),  # channels first
     ),
     **_each(
         "granite_speech granite_speech_plus moss_transcribe_diarize qwen2_audio musicflamingo",
