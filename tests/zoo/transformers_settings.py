@@ -231,7 +231,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
     "vitmatte": {"fusion_hidden_sizes": [256, 128, 64, 32]},
     "deepseek_vl_hybrid": {"high_res_vision_config.global_attn_indexes": [0, 1]},
-    "pp_doclayout_v2": {"class_thresholds": [0.5] * 30},
     "voxtral": {"audio_token_id": 1100},
     "florence2": {"vision_config.projection_dim": 64},
     "gemma3n": {"vision_config.hidden_size": 2048},
