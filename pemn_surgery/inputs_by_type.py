@@ -15,7 +15,6 @@ from pemn_surgery.inputs_transformers import (
     Maker,
     image_list,
     image_shape,
-    image_sizes,
     ones,
     patches,
     text,
@@ -155,7 +154,7 @@ OF_TYPE: dict[str, Rules] = {
     },
     "pe_audio_video": {"input_values": _mono, "pixel_values_videos": _timm_video},
     "pe_audio_video_encoder": {"input_values": _mono, "pixel_values_videos": _timm_video},
-    "emu3": {"image_sizes": image_sizes},
+    "emu3": {"pixel_values": None},  # a tokenizer of a fixed width makes tokens of images
     "siglip2": {
         "pixel_attention_mask": lambda asked: ones(asked, GRID[1] * GRID[2]),
         "spatial_shapes": _sizes,
@@ -249,21 +248,22 @@ OF_TYPE: dict[str, Rules] = {
         )
     },
     "gemma4_audio": {"input_features": lambda asked: asked.normal(asked.batch, FRAMES, 128)},
-    "gemma3n": {
-        "input_features": lambda asked: asked.normal(asked.batch, FRAMES, 128),
-        "input_features_mask": lambda asked: ones(asked, FRAMES).bool(),
+    "gemma3n": {  # the vocabularies of images and audio begin at fixed numbers
+        "pixel_values": None,
+        "input_features": None,
+        "input_features_mask": None,
     },
     **_each(
         "fun_asr_nano fun_asr_nano_encoder",
         input_features=lambda asked: asked.normal(asked.batch, FRAMES, 560),
     ),
     **_each(
-        "qwen3_asr qwen3_asr_encoder",  # channels first
-        input_features=lambda asked: asked.normal(asked.batch, 128, FRAMES),
+        "qwen3_asr qwen3_asr_encoder glmasr glmasr_encoder voxtral_realtime_encoder",
+        input_features=lambda asked: asked.normal(asked.batch, 128, FRAMES),  # channels first
     ),
     **_each(
-        "granite_speech moss_transcribe_diarize qwen2_audio",  # lengths of the audio beside it
-        input_features=None,
+        "granite_speech granite_speech_plus moss_transcribe_diarize qwen2_audio musicflamingo",
+        input_features=None,  # need the lengths of the audio beside it
         input_features_mask=None,
         feature_attention_mask=None,
     ),
