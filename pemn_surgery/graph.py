@@ -44,6 +44,9 @@ _WEIGHT_PLACE: dict[str, int | None] = {
 # What takes one of its parts from a tensor, by places that may come from the input.
 _PARTS = ("__getitem__", "index_select", "gather", "take_along_dim", "select")
 
+# What takes from its second tensor only the form, so that the first keeps its values.
+_AS = ("expand_as", "view_as", "reshape_as", "type_as", "to")
+
 _JOINS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 
 # Factories whose values are known although they were asked for on the meta device.
@@ -337,8 +340,10 @@ class _Call:
         """Return the operator's result."""
         if not self.on_meta or self.name in _LIKE:
             return self._call(self._move(_device_cpu))
-        if self._writes_shapes_into_values():
-            return self.leaves[0]
+        if self._has_values() and _is_in_place(self.name):
+            return self.leaves[0]  # what it would write has a shape only
+        if self._has_values() and self.name in _AS:
+            return self._call(self._as_zeros())
         problems = []
         for prepare in (self._as_shapes, self._as_given, self._as_made_up, self._as_zeros):
             try:
@@ -359,7 +364,7 @@ class _Call:
         return self._move(_device_cpu, self._make_up)
 
     def _as_zeros(self) -> list[Any]:
-        return self._move(_device_cpu, lambda tensor: torch.zeros_like(tensor, device="cpu"))
+        return self._move(_device_cpu, _zeros_for_shapes)
 
     def _call(self, leaves: Sequence[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
@@ -383,11 +388,13 @@ class _Call:
             return tensor
         return torch.full(tensor.shape, self.made_up, dtype=tensor.dtype, device="cpu")
 
-    def _writes_shapes_into_values(self) -> bool:
-        """Whether an in-place call would put tensors without values into one that has some."""
+    def _has_values(self) -> bool:
         first = self.leaves[0]
-        has_values = isinstance(first, Tensor) and not first.is_meta
-        return has_values and _is_in_place(self.name)
+        return isinstance(first, Tensor) and not first.is_meta
+
+
+def _zeros_for_shapes(tensor: Tensor) -> Tensor:
+    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ TiedName = Literal["leave", "untie", "both"]
 
 # Raw parameters of these names are tables of positions, tokens or queries that a forward multiplies
 # with as it would with activations; masks have no meaning there.
-_TABLES = re.compile(r"pos|tok|embed|quer|latent|bias|table|cls|prompt|prototype|codebook")
+_TABLES = re.compile(
+    r"pos|tok|embed|quer|probe|latent|bias|table|cls|prompt|prototype|codebook|_rel$"
+)
 _ROUTER = re.compile(r"router|gate$|gating", re.IGNORECASE)
 
 

@@ -309,3 +309,28 @@ def test_repeated_blocks():
     mixed = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 3))
     assert repeated_blocks(mixed) == [Block("*", "Linear", 2)]
     assert "repeated blocks: encoder.layer.* = 2 x BertLayer" in str(plan(bert()))
+
+
+class Places(nn.Module):
+    """Puts features where the ids say, and counts them first, as multimodal models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+        self.project = nn.Linear(3, 4)
+
+    def forward(self, ids, features):
+        hidden = self.table(ids)
+        features = self.project(features)
+        places = (ids == 8).unsqueeze(-1).expand_as(hidden).to(hidden.device)
+        if hidden[places].numel() != features.numel():
+            raise ValueError("features and their places do not match")
+        return hidden.masked_scatter(places, features)
+
+
+def test_masks_keep_their_values_beside_shapes():
+    ids = torch.tensor([[1, 8, 8], [8, 2, 3]])
+    found = trace(Places(), {"ids": ids, "features": torch.randn(3, 3)})
+    assert by_name(found) == {"table.weight": [("embedding", 1)], "project.weight": [("linear", 1)]}
+    with pytest.raises(TraceError, match="do not match"):
+        trace(Places(), {"ids": ids, "features": torch.randn(2, 3)})
