@@ -117,4 +117,4 @@ def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.strip()]
-    return {(row["library"], row["name"]): row for row in rows}
+    return {(row["library"], row["name"]): row for row in rows if "library" in row}
