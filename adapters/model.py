@@ -59,7 +59,8 @@ class PemnModel(BaseTuner):
             followed = follow_forward(model, peft_config)
         plan = plan_for(model, peft_config, followed)
         check_targets(plan, peft_config)
-        warn_of_low_coverage(plan, peft_config)
+        if not any(isinstance(module, PemnLayer) for module in model.modules()):
+            warn_of_low_coverage(plan, peft_config)
         if plan.frozen_norms:
             check_mode(model, training=False, why='rest="freeze"')
         self._pending = Operation(model, peft_config, plan)
