@@ -6,9 +6,11 @@ Every check runs in `_prepare_model`, before the first module changes.
 # PEFT declares every hook with its base configuration class; each tuner narrows it to its own.
 # pyright: reportIncompatibleMethodOverride=false
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
 from pemn_surgery import surgery
@@ -32,6 +34,8 @@ from pemn_surgery.adapters.matching import (
 from pemn_surgery.adapters.operation import Operation
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
+
+_UNLOAD = "unload_and_optionally_merge_module"
 
 
 class PemnModel(BaseTuner):
@@ -166,7 +170,8 @@ class PemnModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         check_in_place(self.model, "merge or unload")
         reads = surgery.graph_reads(self.model)
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        with _not_taken_for_layers(self.model):
+            model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         surgery.restore_graphs(reads)
         return model
 
@@ -203,3 +208,23 @@ class PemnModel(BaseTuner):
                 return {KEY_PREFIX + key: value for key, value in remapped.items()}
             return remapped
         return {key.removeprefix(KEY_PREFIX): value for key, value in remapped.items()}
+
+
+@contextmanager
+def _not_taken_for_layers(model: nn.Module) -> Iterator[None]:
+    """Let PEFT pass by a model's own modules that have a child named ``base_layer`` (timm's DLA).
+
+    It takes them for layers of its own, but asks for this method first.
+    """
+    own = [
+        module
+        for module in model.modules()
+        if "base_layer" in module._modules and not isinstance(module, BaseTunerLayer)
+    ]
+    for module in own:
+        module.__dict__[_UNLOAD] = lambda **_: None
+    try:
+        yield
+    finally:
+        for module in own:
+            module.__dict__.pop(_UNLOAD, None)

@@ -26,6 +26,7 @@ TIMM = [
     "cait_xxs24_224",
     "coat_lite_tiny",
     "convmixer_768_32",
+    "dla34",
     "crossvit_9_240",
     "edgenext_xx_small",
     "efficientformer_l1",
