@@ -72,3 +72,18 @@ def test_cifar_table(name):
 
 def test_there_are_cifar_results():
     assert len(CIFAR) >= 1
+
+
+def test_planning_figures():
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "docs/results/planning.json").read_text(encoding="utf-8"))
+    rows = {row["model"]: row for row in result["rows"]}
+    vit, llama = rows["vit_base_patch16_224"], rows["llama 7 B shape, meta"]
+    said = [
+        f"took {vit['plan']:.2f} s for ViT-B beside {vit['meta_forward']:.2f} s",
+        f"{llama['plan']:.2f} s for a 7 B Llama",
+        f"pemnifying ViT-B took {vit['pemnify']:.2f} s",
+    ]
+    shown = " ".join(page.split())
+    for text in said:
+        assert text.replace("0.", ".") in shown, text

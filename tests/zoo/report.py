@@ -25,7 +25,8 @@ a model of the original's classes, attributes and state-dict keys.
 Coverage is the share of masked weights among all weights that the forward multiplies or convolves
 its input with. transformers' models are tiny; timm's are as published, but those above 12 million
 parameters have fewer of their repeated blocks where their constructor allows it (column *made
-smaller*), and images of more than 256 pixels a side are made smaller likewise.
+smaller*), and images of more than 256 pixels a side are made smaller likewise. What is not walked
+yet is walked by `python -m tests.zoo run --results docs/results/zoo.jsonl`.
 """
 
 
@@ -51,7 +52,9 @@ def page(rows: Sequence[Row]) -> str:
         _INTRO,
         f"{made['date']}; {versions}.\n",
         "## In short\n",
-        _table(("", "walked", "do not build", "pass", "of those that build"), _totals(rows)),
+        _table(
+            ("", "models", "walked", "do not build", "pass", "of those that build"), _totals(rows)
+        ),
         "## What fails, and why\n",
         _table(
             ("library", "model", "step", "error"),
@@ -124,7 +127,14 @@ def _totals(rows: Sequence[Row]) -> Iterable[list[Any]]:
         built = [row for row in ours if did_build(row)]
         passed = sum(not row["failed"] for row in built)
         share = f"{passed / len(built):.1%}" if built else ""
-        yield [library, len(ours), len(ours) - len(built), passed, share]
+        yield [
+            library,
+            len(run.names(library)),
+            len(ours),
+            len(ours) - len(built),
+            passed,
+            share,
+        ]
 
 
 def _left(rows: Sequence[Row]) -> list[list[Any]]:
