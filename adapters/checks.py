@@ -21,8 +21,8 @@ from pemn_surgery.errors import (
 )
 from pemn_surgery.graph_modules import fixed_modes, graph_modules
 from pemn_surgery.masked import MaskedWeight
-from pemn_surgery.surgery import TASK_CHILD
 from pemn_surgery.targets import Plan
+from pemn_surgery.task import TASK_CHILD
 
 _WRAPPERS = (
     "DistributedDataParallel",

@@ -12,7 +12,7 @@ from pemn_surgery.adapters.file import AdapterFile, read_adapter_file
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.bank import BankName, BankSpec, InitName
 from pemn_surgery.errors import AdapterFileError, ConfigError
-from pemn_surgery.planning import RestName, TiedName
+from pemn_surgery.request import RestName, TiedName
 from pemn_surgery.selector import Selector, SelectorName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from pemn_surgery import bits
 from pemn_surgery.bits import StoredMask
 from pemn_surgery.errors import AdapterFileError
-from pemn_surgery.surgery import masked_child_name
+from pemn_surgery.masked import masked_child_name
 
 KEY_PREFIX = "base_model.model."
 MASKS = "pemn_masks"

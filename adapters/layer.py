@@ -14,10 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import Tensor, nn
 
 from pemn_surgery import bits, rng, surgery
+from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
 from pemn_surgery.errors import NonFiniteScoresError
-from pemn_surgery.masked import AdapterMask, MaskedWeight
+from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.selector import check_finite
 from pemn_surgery.targets import Owned, Target
 from pemn_surgery.task import TaskTensors, TensorSet

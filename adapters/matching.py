@@ -16,13 +16,9 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.errors import TraceError
 from pemn_surgery.graph import Trace, trace
 from pemn_surgery.masked import MaskedWeight
-from pemn_surgery.planning import (
-    Request,
-    base_modules,
-    functional_weights,
-    make_plan,
-    rewritten_weights,
-)
+from pemn_surgery.planning import functional_weights, make_plan, rewritten_weights
+from pemn_surgery.request import Request
+from pemn_surgery.roles import base_modules
 from pemn_surgery.targets import Plan
 
 

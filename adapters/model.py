@@ -13,7 +13,7 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
-from pemn_surgery import surgery
+from pemn_surgery import graph_surgery
 from pemn_surgery.adapters.checks import (
     check_in_place,
     check_mode,
@@ -128,7 +128,7 @@ class PemnModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             config.target_parameters = asked
-        surgery.rewrite_graphs(model)
+        graph_surgery.rewrite_graphs(model)
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -169,10 +169,10 @@ class PemnModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         check_in_place(self.model, "merge or unload")
-        reads = surgery.graph_reads(self.model)
+        reads = graph_surgery.graph_reads(self.model)
         with _not_taken_for_layers(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        surgery.restore_graphs(reads)
+        graph_surgery.restore_graphs(reads)
         return model
 
     @classmethod

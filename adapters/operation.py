@@ -19,7 +19,8 @@ from pemn_surgery.adapters.checks import (
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
 from pemn_surgery.bank import Bank
-from pemn_surgery.planning import base_modules
+from pemn_surgery.roles import base_modules
+from pemn_surgery.swapping import find_masked, find_task
 from pemn_surgery.targets import Owned, Plan, Target
 
 
@@ -57,7 +58,7 @@ class Operation:
         self.done.add(path)
         for target in self.by_path[path]:
             module = self.modules[path]
-            layer = surgery.find_masked(module, target.parameter)
+            layer = find_masked(module, target.parameter)
             if layer is None:
                 layer = self._operate(target, module)
             cast("PemnLayer", layer).add_mask(adapter_name, self.config, self.fingerprint)
@@ -91,7 +92,7 @@ class Operation:
         for item in self.plan.owned:
             (shared if item.tied_to else owned[item.path]).append(item)
         for path, items in owned.items():
-            layer = surgery.find_task(self.modules[path]) or self._own(path)
+            layer = find_task(self.modules[path]) or self._own(path)
             surgery.own_tensors(layer, tuple(item.tensor for item in items))
             frozen = path in self.plan.frozen_norms
             cast("PemnTaskLayer", layer).add_tensors(
@@ -99,7 +100,7 @@ class Operation:
             )
         for item in shared:
             path, _, source = item.tied_to.rpartition(".")
-            owner = cast("PemnTaskLayer", surgery.find_task(self.modules[path]))
+            owner = cast("PemnTaskLayer", find_task(self.modules[path]))
             surgery.share_tensor(self.modules[item.path], item.tensor, owner, source)
 
     def _own(self, path: str) -> PemnTaskLayer:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery import bits
+from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, mask_key
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.errors import ArchitectureError
-from pemn_surgery.masked import AdapterMask
 from pemn_surgery.selector import check_finite
 
 StateDict = dict[str, Tensor]

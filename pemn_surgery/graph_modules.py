@@ -18,27 +18,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.operators import LAYERS, PRODUCTS, is_at, is_in_place
 from pemn_surgery.task import TaskTensors
 
 # Where surgery keeps the name that a node read, in the node's `meta`. Pickles drop it.
 READ = "pemn_read"
 
-# Operators by their name in torch.nn.functional, torch, operator and torch.ops.aten, and the places
-# (in those, the same) of what they multiply their input with.
-_LAYERS = {
-    "linear": (1, "weight"),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), (1, "weight")),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (1, "weight")),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), (2, "params")),
-    **dict.fromkeys(
-        ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), (2, 3, "w_ih", "w_hh")
-    ),
-}
-# Matrix products: either factor may be a weight; (left, right) by place and by keyword.
-_PRODUCTS = {
-    **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm"), ((0, "self"), (1, "mat2", "other"))),
-    **dict.fromkeys(("addmm", "baddbmm", "addbmm"), ((1, "mat1", "batch1"), (2, "mat2", "batch2"))),
-}
 # fmt: off
 _RESHAPES = {
     "t", "transpose", "permute", "swapaxes", "movedim", "T", "mT", "numpy_T", "view",
@@ -270,7 +255,7 @@ def _viewed(user: Node, operator: str, view: Any, whole: Tensor) -> Any:
 
 
 def _use(user: Node, operator: str, node: Node, view: Any, dims: int) -> GraphUse:
-    written = operator.endswith("_") and not operator.endswith("__") and user.args[0] is node
+    written = is_in_place(operator) and user.args[0] is node
     use = GraphUse(
         is_embedding=operator in ("embedding", "embedding_bag"),
         is_norm=operator in _NORMS,
@@ -285,21 +270,13 @@ def _fan_in(user: Node, operator: str, node: Node, shape: Sequence[int]) -> int:
     """Return what one output sums over where an operator takes a node as its weight, else 0."""
     if operator == "einsum":
         return _einsum_fan_in(user, node, shape)
-    if operator in _LAYERS and _is_at(user, node, _LAYERS[operator]) and len(shape) > 1:
+    layer = LAYERS.get(operator, ())
+    if is_at(user.args, user.kwargs, node, layer) and len(shape) > 1:
         return max(math.prod(shape[1:]), 1)
-    left, right = _PRODUCTS.get(operator, ((), ()))
-    if _is_at(user, node, right):
+    left, right = PRODUCTS.get(operator, ((), ()))
+    if is_at(user.args, user.kwargs, node, right):
         return shape[-2] if len(shape) > 1 else shape[-1]
-    return shape[-1] if _is_at(user, node, left) else 0
-
-
-def _is_at(user: Node, node: Node, places: Sequence[int | str]) -> bool:
-    """Tell whether a node is an argument, or in a list that is one, at one of these places."""
-    for place, value in [*enumerate(user.args), *user.kwargs.items()]:
-        values = value if isinstance(value, (list, tuple)) else (value,)
-        if place in places and any(item is node for item in values):
-            return True
-    return False
+    return shape[-1] if is_at(user.args, user.kwargs, node, left) else 0
 
 
 def _einsum_fan_in(user: Node, node: Node, shape: Sequence[int]) -> int:

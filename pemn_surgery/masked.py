@@ -9,124 +9,20 @@ The effective weight is made once and kept until anything that it depends on cha
 ``layer.weight.dtype`` costs nothing and a layer that runs twelve times per step is masked once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pemn_surgery import bits
+from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.bank import Bank
-from pemn_surgery.errors import MaskNotLoadedError
-from pemn_surgery.selector import Selector
-
-# Weights masked at a time where no gradient is needed: a multiple of 8, small beside large layers.
-_PIECE = 1 << 20
+from pemn_surgery.kept import Kept, Sources, is_untracked
 
 
 def masked_child_name(parameter: str) -> str:
     """Return the attribute that holds a parameter's `MaskedWeight` on its layer."""
     return f"masked_{parameter}"
-
-
-class AdapterMask(nn.Module):
-    """One adapter's mask of one weight: float scores while it trains, packed bits otherwise.
-
-    Attributes:
-        target: Name of the weight, for errors.
-        shape: Shape of the weight.
-        selector: Chooses the mask from the scores.
-        fingerprint: Identifies the base that the mask belongs to, by dtype.
-        scaled: Whether the masked weight is multiplied by 1 / sqrt(density of the mask).
-        scores: Float parameter of ``shape``, or None.
-        bits: Uint8 buffer, a stored mask (see `bits`), or None; one of the two is set.
-    """
-
-    scores: nn.Parameter | None
-    bits: Tensor | None
-
-    def __init__(
-        self,
-        target: str,
-        shape: tuple[int, ...],
-        selector: Selector,
-        fingerprint: Mapping[str, str] | None = None,
-        *,
-        scaled: bool,
-        scores: Tensor | None = None,
-        stored: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.target = target
-        self.shape = shape
-        self.selector = selector
-        self.fingerprint = dict(fingerprint or {})
-        self.scaled = scaled
-        self._verified: tuple[int, int] | None = None  # which bits were checked: id, version
-        self.register_parameter("scores", None if scores is None else nn.Parameter(scores))
-        self.register_buffer("bits", stored)
-
-    @property
-    def store(self) -> Tensor:
-        """The tensor that decides the mask: scores or bits."""
-        return cast("Tensor", self.scores if self.scores is not None else self.bits)
-
-    def mask(self) -> Tensor:
-        """Return the bool mask of ``shape``.
-
-        Raises:
-            MaskNotLoadedError: If the adapter was prepared for loading and never loaded.
-            MaskFormatError: If the stored mask is damaged.
-        """
-        if self.scores is not None:
-            return self.selector.mask(self.scores)
-        stored = cast("Tensor", self.bits)
-        if not torch.compiler.is_compiling():
-            self._verify(stored)
-        return bits.unpack(stored, self.shape)
-
-    def forward(self, weight: Tensor, *, is_scratch: bool = False) -> Tensor:
-        """Return ``weight`` with this mask (and scale) applied.
-
-        Args:
-            weight: Float tensor of ``shape``: a fill, or what another adapter left of it.
-            is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
-
-        Returns:
-            Tensor of the same shape and dtype. Gradients reach the scores straight through.
-        """
-        if self.scores is None:
-            return self._apply_bits(weight, is_scratch=is_scratch)
-        applied = _StraightThrough.apply(
-            weight, self.scores, self.mask(), self.selector.uses_magnitude, self.scaled
-        )
-        return cast("Tensor", applied)
-
-    def _apply_bits(self, weight: Tensor, *, is_scratch: bool) -> Tensor:
-        stored = cast("Tensor", self.bits)
-        if not _goes_by_pieces(weight, stored):
-            return masked(weight, self.mask(), scaled=self.scaled)
-        self._verify(stored)
-        return masked_by_pieces(weight, stored, scaled=self.scaled, in_place=is_scratch)
-
-    def _verify(self, stored: Tensor) -> None:
-        """Check bits once, whoever has loaded them: transformers passes PEFT's hooks by."""
-        version = 0 if stored.is_inference() else stored._version
-        if self._verified is not None and self._verified == (id(stored), version):
-            return
-        if not bits.is_loaded(stored):
-            message = (
-                f"The mask of {self.target!r} was never loaded: the adapter file that was read "
-                "has no such mask. Load the adapter again with PeftModel.from_pretrained."
-            )
-            raise MaskNotLoadedError(message)
-        bits.verify(stored, self.target)
-        self._verified = (id(stored), version)
-
-    def extra_repr(self) -> str:
-        """Show the selector and what is held."""
-        held = "scores" if self.scores is not None else "bits"
-        return f"{self.selector.name}, {held}, shape={tuple(self.shape)}"
 
 
 class MaskedWeight(nn.Module):
@@ -162,7 +58,7 @@ class MaskedWeight(nn.Module):
         self._owner = [owner]
         self.shared_with: list[tuple[nn.Module, str]] = []
         self.untied: list[nn.Parameter] = []
-        self._kept = _Kept()
+        self._kept = Kept()
         self.keeps = True
         self.target = target
         self.parameter = parameter
@@ -265,7 +161,7 @@ class MaskedWeight(nn.Module):
             return True
         return any("_hf_hook" in mask.__dict__ for mask in self.pemn_masks.values())
 
-    def _sources(self) -> "_Sources | None":
+    def _sources(self) -> Sources | None:
         """Return what the effective weight depends on, or None where it must not be kept.
 
         Trained scores are read anew without gradients: an optimizer that writes through ``.data``
@@ -278,57 +174,9 @@ class MaskedWeight(nn.Module):
             return None
         base = self.bank.values if self.bank is not None else self.own_weight()
         tensors = [tensor for tensor in (base, self.merged_weight, *stores) if tensor is not None]
-        if any(_is_untracked(tensor) for tensor in tensors):
+        if any(is_untracked(tensor) for tensor in tensors):
             return None
-        return _Sources(names, (grad, torch.is_inference_mode_enabled()), tensors)
-
-
-def _is_untracked(tensor: Tensor) -> bool:
-    """Whether changes of a tensor cannot be seen: no versions, no values, or a subclass."""
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return not plain or tensor.is_meta or tensor.is_inference()
-
-
-def masked(weight: Tensor, mask: Tensor, *, scaled: bool) -> Tensor:
-    """Return W * M, or W * M / sqrt(mean(M)) (Self-Masking Networks, section 3).
-
-    Args:
-        weight: Float tensor W.
-        mask: Bool tensor M of the same shape.
-        scaled: Whether to divide by the square root of the mask's density.
-
-    Returns:
-        Tensor like ``weight``.
-    """
-    kept = weight * mask.to(weight.dtype)
-    return kept * _scale(mask.sum(), mask.numel()) if scaled else kept
-
-
-def masked_by_pieces(weight: Tensor, stored: Tensor, *, scaled: bool, in_place: bool) -> Tensor:
-    """Return what `masked` returns for a stored mask, bit for bit, with little memory beside it.
-
-    The mask is unpacked a piece at a time, so that nothing of the weight's size is made but the
-    result. There are no gradients.
-
-    Args:
-        weight: Contiguous float tensor W.
-        stored: The mask as `bits` stores it.
-        scaled: As in `masked`.
-        in_place: Whether to write into ``weight``.
-
-    Returns:
-        Tensor like ``weight``.
-    """
-    with torch.no_grad():
-        kept = weight if in_place else torch.empty_like(weight)
-        ones = torch.zeros((), dtype=torch.int64, device=weight.device)
-        before, after, weights = weight.view(-1), kept.view(-1), weight.numel()
-        for start in range(0, weights, _PIECE):
-            stop = min(start + _PIECE, weights)
-            mask = bits.unpack_piece(stored, start, stop)
-            torch.mul(before[start:stop], mask.to(weight.dtype), out=after[start:stop])
-            ones += mask.sum()
-        return kept.mul_(_scale(ones, weights)) if scaled else kept
+        return Sources(names, (grad, torch.is_inference_mode_enabled()), tensors)
 
 
 def keep_weights(model: nn.Module, keep: bool) -> None:
@@ -347,92 +195,3 @@ def keep_weights(model: nn.Module, keep: bool) -> None:
         if isinstance(module, MaskedWeight):
             module.keeps = keep
             module.forget()
-
-
-def _goes_by_pieces(weight: Tensor, stored: Tensor) -> bool:
-    """Tell whether a large plain tensor is masked without gradients and outside of tracing."""
-    if torch.compiler.is_compiling() or weight.numel() <= _PIECE or not weight.is_contiguous():
-        return False
-    tracked = weight.requires_grad and torch.is_grad_enabled()
-    return not tracked and type(weight) in (Tensor, nn.Parameter) and type(stored) is Tensor
-
-
-def _scale(ones: Tensor, weights: int) -> Tensor:
-    """Return 1 / sqrt(density) as a float32 scalar; 1 for a mask without ones."""
-    return (weights / ones.clamp(min=1).to(torch.float32)).sqrt()
-
-
-class _StraightThrough(torch.autograd.Function):
-    """W * M * c with dL/dS = dL/dM (times sign(S) where the mask is chosen from |S|).
-
-    The tensors hang on the context as attributes rather than as saved tensors: they are leaves that
-    outlive the graph, so one effective weight may serve several backward passes.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, by_magnitude: bool, scaled: bool
-    ) -> Tensor:
-        ctx.weight, ctx.scores, ctx.mask = weight.detach(), scores, mask
-        ctx.by_magnitude, ctx.scaled = by_magnitude, scaled
-        return masked(weight, mask, scaled=scaled)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        need_weight, need_scores = ctx.needs_input_grad[:2]
-        grad_weight = masked(grad, ctx.mask, scaled=ctx.scaled) if need_weight else None
-        return grad_weight, (_score_grad(ctx, grad) if need_scores else None), None, None, None
-
-
-def _score_grad(ctx: Any, grad: Tensor) -> Tensor:
-    """Return dL/dS. With c = mean(M)^-1/2 not detached, dc/dM = -c^3 / (2n)."""
-    through = (grad * ctx.weight).to(ctx.scores.dtype)
-    if ctx.scaled:
-        scale = _scale(ctx.mask.sum(), ctx.mask.numel())
-        pull = (through * ctx.mask.to(through.dtype)).sum()
-        through = through * scale - pull * scale**3 / (2 * ctx.mask.numel())
-    return through * ctx.scores.sign() if ctx.by_magnitude else through
-
-
-class _Sources:
-    """What one effective weight was made from. It holds the tensors, so that no id is reused."""
-
-    def __init__(
-        self, names: tuple[str, ...], mode: tuple[bool, bool], tensors: list[Tensor]
-    ) -> None:
-        # The aliases keep replaced data from being freed and its address from being used again.
-        self.tensors = [(tensor, tensor.detach()) for tensor in tensors]
-        versions = [(id(t), t._version, t.data_ptr(), t.dtype, t.requires_grad) for t in tensors]
-        self.state = (names, mode, versions)
-
-
-class _Kept:
-    """The kept effective weight; never copied or pickled with its layer.
-
-    It goes when a gradient passes through it: whatever then changes the scores, it is made anew.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def serves(self, sources: _Sources) -> bool:
-        """Tell whether the kept weight was made from exactly these sources."""
-        return self.sources is not None and self.sources.state == sources.state
-
-    def keep(self, weight: Tensor, sources: _Sources) -> None:
-        """Keep a weight until its sources change or its gradient is computed."""
-        self.weight, self.sources = weight, sources
-        if weight.requires_grad and not weight.is_leaf:
-            weight.register_hook(self._gradient_passed)
-
-    def clear(self) -> None:
-        """Forget the kept weight."""
-        self.sources: _Sources | None = None
-        self.weight: Tensor | None = None
-
-    def _gradient_passed(self, _grad: Tensor) -> None:
-        self.clear()
-
-    def __reduce__(self) -> tuple[type["_Kept"], tuple[()]]:
-        return _Kept, ()

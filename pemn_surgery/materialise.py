@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery.errors import MetaTensorError
-from pemn_surgery.planning import base_modules
+from pemn_surgery.roles import base_modules
 from pemn_surgery.targets import Plan
 
 # In this order: what a layer draws for itself, what timm computes, what a model sets over both.

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pemn_surgery import bits, report
 from pemn_surgery.bank import BankSpec, Layout, Shape
-from pemn_surgery.graph import Block
+from pemn_surgery.blocks import Block
 
 # Below this share of masked weights a plan says so loudly.
 _LOW_COVERAGE = 0.9

@@ -13,7 +13,7 @@ from torch import nn
 from pemn_surgery import PemnConfig, bank, pemnify, rng
 from pemn_surgery.bank import BankSpec, build, draw, lay_out, rp_length
 from pemn_surgery.errors import BankMismatchError
-from pemn_surgery.surgery import find_masked
+from pemn_surgery.swapping import find_masked
 from tests import oracles
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pemn_surgery import bits, keep_weights, masked, pemnify, plan
+from pemn_surgery import adapter_mask, bits, keep_weights, masking, pemnify, plan
+from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.adapters import PemnConfig
 from pemn_surgery.errors import MetaTensorError
-from pemn_surgery.masked import AdapterMask
 from pemn_surgery.selector import Selector
 from tests import oracles
 from tests.adapters import models
@@ -489,13 +489,13 @@ def hard_values(dtype):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_masking_by_pieces_is_the_same(dtype, scaled, in_place, monkeypatch):
-    monkeypatch.setattr(masked, "_PIECE", 64)
+    monkeypatch.setattr(masking, "_PIECE", 64)
     weight, flags = hard_values(dtype)
     if scaled:
         weight[2:5] = 1.0
     stored = torch.tensor(list(oracles.stored_mask(flags.tolist())), dtype=torch.uint8)
     given = weight.clone()
-    made = masked.masked_by_pieces(given, stored, scaled=scaled, in_place=in_place)
+    made = masking.masked_by_pieces(given, stored, scaled=scaled, in_place=in_place)
     expected = weight * flags.to(dtype)
     if scaled:
         expected = expected * (WEIGHTS / flags.sum().float()) ** 0.5
@@ -518,10 +518,10 @@ def test_layers_by_pieces(bank, scaled, monkeypatch):
     bank_values = next(iter(models.mask_layers(model).values())).bank.values
     before, expected = bank_values.clone(), run(model)
     calls = []
-    whole = masked.masked_by_pieces
-    monkeypatch.setattr(masked, "_PIECE", 64)
+    whole = masking.masked_by_pieces
+    monkeypatch.setattr(masking, "_PIECE", 64)
     monkeypatch.setattr(
-        masked, "masked_by_pieces", lambda *a, **k: calls.append(1) or whole(*a, **k)
+        adapter_mask, "masked_by_pieces", lambda *a, **k: calls.append(1) or whole(*a, **k)
     )
     models.assert_equal(run(model), expected)
     assert len(calls) == 2 * len(models.mask_layers(model))
@@ -549,7 +549,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize(("name", "expected"), [("mp", 1), ("rp", 1), ("one_layer", 1)])
 def test_an_effective_weight_needs_no_second_tensor_of_its_size(name, expected, monkeypatch):
     """Not even one byte a weight beside it."""
-    monkeypatch.setattr(masked, "_PIECE", 64)
+    monkeypatch.setattr(masking, "_PIECE", 64)
     base = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96))
     model = pemnify(base, inference_mode=True, **BANKS[name])
     layer = models.mask_layers(model)["0.weight"]
@@ -563,7 +563,7 @@ def test_an_effective_weight_needs_no_second_tensor_of_its_size(name, expected, 
 
 def test_bits_with_gradients_stay_on_the_traced_path(monkeypatch):
     """Another adapter's scores need their gradient through the mask."""
-    monkeypatch.setattr(masked, "_PIECE", 8)
+    monkeypatch.setattr(masking, "_PIECE", 8)
     flags = torch.rand(5, 7, generator=torch.Generator().manual_seed(2)) < 0.5
     mask = AdapterMask(
         "w", (5, 7), Selector("topk", 0.5, 0.0), scaled=False, stored=bits.pack(flags)

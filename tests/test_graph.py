@@ -8,8 +8,9 @@ from torch import nn
 from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM
 
 from pemn_surgery import pemnify, plan
+from pemn_surgery.blocks import Block, repeated_blocks
 from pemn_surgery.errors import LowCoverageWarning, TraceError
-from pemn_surgery.graph import Block, Use, repeated_blocks, trace
+from pemn_surgery.graph import Use, trace
 from pemn_surgery.masked import MaskedWeight
 
 
@@ -76,7 +77,7 @@ class Stuck(nn.Module):
 
 
 def by_name(found):
-    return {name: [(u.operator, u.count) for u in uses] for name, uses in found.by_name().items()}
+    return {name: [(u.operator, u.count) for u in uses] for name, uses in found.by_name.items()}
 
 
 def test_every_kind_of_use():
@@ -220,7 +221,7 @@ def test_it_finds_what_export_finds(name):
     program = torch.export.export(model, (), inputs, strict=False)
     expected = multiplied_in(program)
     assert len(expected) > 5
-    found = {name for name, uses in trace(model, inputs).by_name().items() if multiplied(uses)}
+    found = {name for name, uses in trace(model, inputs).by_name.items() if multiplied(uses)}
     assert found == expected
 
 

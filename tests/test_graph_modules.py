@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Tracer, Transformer
 
 from pemn_surgery import PemnConfig, graph_modules, pemnify, plan
 from pemn_surgery.errors import ArchitectureError, GraphModeError
-from pemn_surgery.surgery import find_masked, original_class
+from pemn_surgery.swapping import find_masked, original_class
 from tests import oracles
 from tests.adapters import models
 

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pemn_surgery import PemnConfig, bits, pemnify, surgery
+from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.errors import MaskNotLoadedError
-from pemn_surgery.masked import AdapterMask, MaskedWeight, masked
+from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.masking import masked
 from pemn_surgery.selector import Selector
 from tests import oracles
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pemn_surgery import PemnConfig, pemnify
-from pemn_surgery.surgery import find_masked
+from pemn_surgery.swapping import find_masked
 from tests import oracles
 
 # ---- Self-Masking Networks, theorems 1 and 2 --------------------------------------------------

@@ -10,8 +10,8 @@ from timm import layers as timm_layers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pemn_surgery import PemnConfig, pemnify, surgery
-from pemn_surgery.surgery import find_masked, find_task, original_class
+from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.swapping import find_masked, find_task, original_class, swapped_class
 from tests import oracles
 
 OWN = {"bank": "own", "bank_init": "kaiming_normal"}
@@ -210,7 +210,7 @@ def test_unload_gives_back_the_same_parameter_and_class(name):
     oracles.assert_same(layer.weight.detach(), values)
     oracles.assert_same(layer(x).detach(), before)
     assert not any("masked" in key or "task" in key for key in layer.state_dict())
-    assert "_pemn_shared" not in layer.__dict__
+    assert "_pemn_shared_tensors" not in layer.__dict__
 
 
 @pytest.mark.parametrize("bank", BANKS)
@@ -316,7 +316,7 @@ def test_ties_come_back(bank, how):
     assert type(restored.first) is type(restored.second) is nn.Linear
     assert restored.first.weight is restored.second.weight
     oracles.assert_near(restored.first.weight, wanted, 2e-7)
-    assert "_pemn_shared" not in restored.second.__dict__
+    assert "_pemn_shared_masks" not in restored.second.__dict__
 
 
 def test_ties_survive_copies():
@@ -465,8 +465,8 @@ def test_tied_owned_tensors_stay_one():
 
 
 def test_swapped_class_is_cached_and_documented():
-    swapped = surgery.swapped_class(Scaled, ("weight",), ())
-    assert swapped is surgery.swapped_class(Scaled, ("weight",), ())
+    swapped = swapped_class(Scaled, ("weight",), ())
+    assert swapped is swapped_class(Scaled, ("weight",), ())
     assert swapped.__doc__ == Scaled.__doc__
     assert issubclass(swapped, Scaled)
     assert isinstance(swapped.weight, property)

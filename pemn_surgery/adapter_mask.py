@@ -1,0 +1,115 @@
+"""One adapter's mask of one weight: scores while it trains, bits otherwise."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pemn_surgery import bits
+from pemn_surgery.errors import MaskNotLoadedError
+from pemn_surgery.masking import goes_by_pieces, masked, masked_by_pieces, masked_straight_through
+from pemn_surgery.selector import Selector
+
+
+class AdapterMask(nn.Module):
+    """One adapter's mask of one weight: float scores while it trains, packed bits otherwise.
+
+    Attributes:
+        target: Name of the weight, for errors.
+        shape: Shape of the weight.
+        selector: Chooses the mask from the scores.
+        fingerprint: Identifies the base that the mask belongs to, by dtype.
+        scaled: Whether the masked weight is multiplied by 1 / sqrt(density of the mask).
+        scores: Float parameter of ``shape``, or None.
+        bits: Uint8 buffer, a stored mask (see `bits`), or None; one of the two is set.
+    """
+
+    scores: nn.Parameter | None
+    bits: Tensor | None
+
+    def __init__(
+        self,
+        target: str,
+        shape: tuple[int, ...],
+        selector: Selector,
+        fingerprint: Mapping[str, str] | None = None,
+        *,
+        scaled: bool,
+        scores: Tensor | None = None,
+        stored: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.target = target
+        self.shape = shape
+        self.selector = selector
+        self.fingerprint = dict(fingerprint or {})
+        self.scaled = scaled
+        self._verified: tuple[int, int] | None = None  # which bits were checked: id, version
+        self.register_parameter("scores", None if scores is None else nn.Parameter(scores))
+        self.register_buffer("bits", stored)
+
+    @property
+    def store(self) -> Tensor:
+        """The tensor that decides the mask: scores or bits."""
+        return cast("Tensor", self.scores if self.scores is not None else self.bits)
+
+    def mask(self) -> Tensor:
+        """Return the bool mask of ``shape``.
+
+        Raises:
+            MaskNotLoadedError: If the adapter was prepared for loading and never loaded.
+            MaskFormatError: If the stored mask is damaged.
+        """
+        if self.scores is not None:
+            return self.selector.mask(self.scores)
+        stored = cast("Tensor", self.bits)
+        if not torch.compiler.is_compiling():
+            self._verify(stored)
+        return bits.unpack(stored, self.shape)
+
+    def forward(self, weight: Tensor, *, is_scratch: bool = False) -> Tensor:
+        """Return ``weight`` with this mask (and scale) applied.
+
+        Args:
+            weight: Float tensor of ``shape``: a fill, or what another adapter left of it.
+            is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
+
+        Returns:
+            Tensor of the same shape and dtype. Gradients reach the scores straight through.
+        """
+        if self.scores is None:
+            return self._apply_bits(weight, is_scratch=is_scratch)
+        return masked_straight_through(
+            weight,
+            self.scores,
+            self.mask(),
+            by_magnitude=self.selector.uses_magnitude,
+            scaled=self.scaled,
+        )
+
+    def _apply_bits(self, weight: Tensor, *, is_scratch: bool) -> Tensor:
+        stored = cast("Tensor", self.bits)
+        if not goes_by_pieces(weight, stored):
+            return masked(weight, self.mask(), scaled=self.scaled)
+        self._verify(stored)
+        return masked_by_pieces(weight, stored, scaled=self.scaled, in_place=is_scratch)
+
+    def _verify(self, stored: Tensor) -> None:
+        """Check bits once, whoever has loaded them: transformers passes PEFT's hooks by."""
+        version = 0 if stored.is_inference() else stored._version
+        if self._verified is not None and self._verified == (id(stored), version):
+            return
+        if not bits.is_loaded(stored):
+            message = (
+                f"The mask of {self.target!r} was never loaded: the adapter file that was read "
+                "has no such mask. Load the adapter again with PeftModel.from_pretrained."
+            )
+            raise MaskNotLoadedError(message)
+        bits.verify(stored, self.target)
+        self._verified = (id(stored), version)
+
+    def extra_repr(self) -> str:
+        """Show the selector and what is held."""
+        held = "scores" if self.scores is not None else "bits"
+        return f"{self.selector.name}, {held}, shape={tuple(self.shape)}"

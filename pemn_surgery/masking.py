@@ -1,0 +1,121 @@
+"""The values and gradients of W * M * c: a weight, a mask and a scale.
+
+Pure functions of tensors; `masked` puts them on layers.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pemn_surgery import bits
+
+# Weights masked at a time where no gradient is needed: a multiple of 8, small beside large layers.
+_PIECE = 1 << 20
+
+
+def masked(weight: Tensor, mask: Tensor, *, scaled: bool) -> Tensor:
+    """Return W * M, or W * M / sqrt(mean(M)) (Self-Masking Networks, section 3).
+
+    Args:
+        weight: Float tensor W.
+        mask: Bool tensor M of the same shape.
+        scaled: Whether to divide by the square root of the mask's density.
+
+    Returns:
+        Tensor like ``weight``.
+    """
+    kept = weight * mask.to(weight.dtype)
+    return kept * _scale(mask.sum(), mask.numel()) if scaled else kept
+
+
+def masked_by_pieces(weight: Tensor, stored: Tensor, *, scaled: bool, in_place: bool) -> Tensor:
+    """Return what `masked` returns for a stored mask, bit for bit, with little memory beside it.
+
+    The mask is unpacked a piece at a time, so that nothing of the weight's size is made but the
+    result. There are no gradients.
+
+    Args:
+        weight: Contiguous float tensor W.
+        stored: The mask as `bits` stores it.
+        scaled: As in `masked`.
+        in_place: Whether to write into ``weight``.
+
+    Returns:
+        Tensor like ``weight``.
+    """
+    with torch.no_grad():
+        kept = weight if in_place else torch.empty_like(weight)
+        ones = torch.zeros((), dtype=torch.int64, device=weight.device)
+        before, after, weights = weight.view(-1), kept.view(-1), weight.numel()
+        for start in range(0, weights, _PIECE):
+            stop = min(start + _PIECE, weights)
+            mask = bits.unpack_piece(stored, start, stop)
+            torch.mul(before[start:stop], mask.to(weight.dtype), out=after[start:stop])
+            ones += mask.sum()
+        return kept.mul_(_scale(ones, weights)) if scaled else kept
+
+
+def masked_straight_through(
+    weight: Tensor, scores: Tensor, mask: Tensor, *, by_magnitude: bool, scaled: bool
+) -> Tensor:
+    """Return what `masked` returns, with gradients for the scores that the mask was chosen from.
+
+    Args:
+        weight: Float tensor W.
+        scores: Float tensor S of the same shape.
+        mask: Bool tensor M of the same shape, chosen from the scores.
+        by_magnitude: Whether it was chosen from |S|: dL/dS = dL/dM * sign(S), else dL/dM.
+        scaled: As in `masked`.
+
+    Returns:
+        Tensor like ``weight``.
+    """
+    applied = _StraightThrough.apply(weight, scores, mask, by_magnitude, scaled)
+    return cast("Tensor", applied)
+
+
+def goes_by_pieces(weight: Tensor, stored: Tensor) -> bool:
+    """Tell whether a large plain tensor is masked without gradients and outside of tracing."""
+    if torch.compiler.is_compiling() or weight.numel() <= _PIECE or not weight.is_contiguous():
+        return False
+    tracked = weight.requires_grad and torch.is_grad_enabled()
+    return not tracked and type(weight) in (Tensor, nn.Parameter) and type(stored) is Tensor
+
+
+class _StraightThrough(torch.autograd.Function):
+    """W * M * c with dL/dS = dL/dM (times sign(S) where the mask is chosen from |S|).
+
+    The tensors hang on the context as attributes rather than as saved tensors: they are leaves that
+    outlive the graph, so one effective weight may serve several backward passes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, by_magnitude: bool, scaled: bool
+    ) -> Tensor:
+        ctx.weight, ctx.scores, ctx.mask = weight.detach(), scores, mask
+        ctx.by_magnitude, ctx.scaled = by_magnitude, scaled
+        return masked(weight, mask, scaled=scaled)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        need_weight, need_scores = ctx.needs_input_grad[:2]
+        grad_weight = masked(grad, ctx.mask, scaled=ctx.scaled) if need_weight else None
+        return grad_weight, (_score_grad(ctx, grad) if need_scores else None), None, None, None
+
+
+def _score_grad(ctx: Any, grad: Tensor) -> Tensor:
+    """Return dL/dS. With c = mean(M)^-1/2 not detached, dc/dM = -c^3 / (2n)."""
+    through = (grad * ctx.weight).to(ctx.scores.dtype)
+    if ctx.scaled:
+        scale = _scale(ctx.mask.sum(), ctx.mask.numel())
+        pull = (through * ctx.mask.to(through.dtype)).sum()
+        through = through * scale - pull * scale**3 / (2 * ctx.mask.numel())
+    return through * ctx.scores.sign() if ctx.by_magnitude else through
+
+
+def _scale(ones: Tensor, weights: int) -> Tensor:
+    """Return 1 / sqrt(density) as a float32 scalar; 1 for a mask without ones."""
+    return (weights / ones.clamp(min=1).to(torch.float32)).sqrt()

@@ -1,0 +1,102 @@
+"""What a tensor is to the module that holds it: a layer's weight, an embedding, a norm's gain."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import nn
+
+from pemn_surgery.bank import Shape
+from pemn_surgery.graph_modules import GraphUse
+from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.task import TaskTensors
+
+# Raw parameters of these names are tables of positions, tokens or queries that a forward multiplies
+# with as it would with activations; masks have no meaning there.
+TABLES = re.compile(
+    r"pos|tok|embed|quer|probe|latent|bias|table|cls|prompt|prototype|codebook|_rel$"
+)
+
+_ROUTER = re.compile(r"router|gate$|gating", re.IGNORECASE)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the model's own modules with their paths, each once, without what surgery added."""
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen or isinstance(module, (MaskedWeight, TaskTensors)):
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module.named_children():
+            yield from walk(f"{path}.{name}" if path else name, child)
+
+    return walk("", model)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether a module normalises activations: by its class's name or running statistics."""
+    return "norm" in type(module).__name__.lower() or "running_mean" in module._buffers
+
+
+def is_weight(module: nn.Module, parameter: str) -> bool:
+    """Tell whether a parameter is what a layer multiplies (or convolves) its input with."""
+    if isinstance(module, nn.MultiheadAttention):  # its output projection is a Linear of its own
+        return parameter.endswith("_proj_weight")
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return parameter.startswith("weight_")
+    if "Experts" in type(module).__name__:  # (experts, out, in), or with out and in exchanged
+        tensor = module._parameters.get(parameter)
+        return tensor is not None and tensor.dim() == 3
+    layers = (nn.Linear, nn.modules.conv._ConvNd)
+    return parameter == "weight" and (isinstance(module, layers) or _is_transposed_linear(module))
+
+
+def is_embedding(module: nn.Module, parameter: str, use: GraphUse) -> bool:
+    """Tell whether a parameter is looked up by rows: by its module's class, or by its graph."""
+    return use.is_embedding or (parameter == "weight" and is_table(module))
+
+
+def is_table(module: nn.Module) -> bool:
+    """Tell whether a module looks rows up, by its class."""
+    tables = (nn.Embedding, nn.EmbeddingBag)
+    return isinstance(module, tables) or "Embedding" in type(module).__name__
+
+
+def is_router(path: str, module: nn.Module) -> bool:
+    """Tell whether a module chooses experts: a mask there would change who works, not how."""
+    names = (path.rpartition(".")[2], type(module).__name__)
+    return any(_ROUTER.search(name) for name in names)
+
+
+def is_container(module: nn.Module) -> bool:
+    """Tell whether a module only holds tensors, as all those of an exported graph do."""
+    return type(module).forward is nn.Module.forward
+
+
+def fan_in_of(module: nn.Module, shape: Shape) -> int:
+    """Return how many inputs one output sums over.
+
+    Args:
+        module: The layer.
+        shape: Shape of its weight: (out, in, ...) but for HF ``Conv1D``, which has (in, out), for
+            experts, which have (experts, out, in) or, if ``module.is_transposed``, (experts, in,
+            out), and for timm's ``CondConv2d``, which has (experts, everything else).
+    """
+    if _is_transposed_linear(module):
+        return max(shape[0], 1)
+    if type(module).__name__ == "CondConv2d":
+        return max(math.prod(shape[1:]) // max(cast("Any", module).out_channels, 1), 1)
+    if len(shape) == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+        return max(shape[1 if getattr(module, "is_transposed", False) else 2], 1)
+    return max(math.prod(shape[1:]), 1)
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Tell whether a module is (a subclass of) transformers' ``Conv1D``, without importing it."""
+    return any(
+        base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils"
+        for base in type(module).__mro__
+    )

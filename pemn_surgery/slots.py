@@ -1,0 +1,129 @@
+"""The parameters that a plan has to say something about, and what each is."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pemn_surgery.bank import Shape
+from pemn_surgery.graph_modules import GraphUse
+from pemn_surgery.request import Request
+from pemn_surgery.roles import (
+    TABLES,
+    base_modules,
+    is_container,
+    is_embedding,
+    is_router,
+    is_weight,
+)
+from pemn_surgery.swapping import held_masks
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter that a plan has to say something about."""
+
+    path: str
+    parameter: str
+    module: nn.Module
+    shape: Shape
+    identity: int
+    problem: str
+    maskable: bool
+    operator: str = ""  # what a graph does with it, where the module's class does not say
+    fan_in: int = 0  # 0: as the module's class says
+    is_embedding: bool = False  # one that was not asked for
+
+    @property
+    def name(self) -> str:
+        """The parameter's name in the model's state dict."""
+        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+
+
+def weight_slots(
+    model: nn.Module, request: Request, uses: Mapping[int, GraphUse]
+) -> Iterator[Slot]:
+    """Yield every parameter of two or more dimensions, masked ones included.
+
+    Args:
+        model: Any module.
+        request: What is asked for.
+        uses: What graphs do with parameters (`uses_in_graphs`).
+    """
+    for path, module in base_modules(model):
+        held = held_masks(module)
+        for parameter, tensor in list(module._parameters.items()):
+            child = held.get(parameter)
+            if tensor is None and child is None:
+                continue
+            identity = id(child) if tensor is None else id(tensor)
+            if child is not None:
+                fan_in = child.fan_in
+                yield Slot(path, parameter, module, child.shape, identity, "", True, fan_in=fan_in)
+            elif tensor is not None:
+                use = uses.get(identity, GraphUse())
+                slot = _describe(path, parameter, module, tensor, request, use)
+                if slot is not None:
+                    yield slot
+
+
+def _describe(
+    path: str, parameter: str, module: nn.Module, tensor: Tensor, request: Request, use: GraphUse
+) -> Slot | None:
+    name = f"{path}.{parameter}" if path else parameter
+    asked = is_named(name, request) or name in request.functional
+    table = is_embedding(module, parameter, use)
+    of_layer = is_weight(module, parameter)
+    in_graph = bool(use.operator) and not use.is_embedding and not of_layer
+    maskable = asked or (table and request.is_named(path)) or of_layer or in_graph
+    if isinstance(tensor, nn.parameter.UninitializedParameter):
+        return Slot(path, parameter, module, (0,), id(tensor), "has no shape yet (lazy)", maskable)
+    if tensor.dim() < 2 and not maskable:
+        return None
+    shape = tuple(tensor.shape)
+    problem = use.problem if maskable else _why_not(module, parameter, name, request, use)
+    unnamed = table and not maskable
+    if not maskable and not table and _multiplies(name, request):
+        maskable = not TABLES.search(parameter)
+    if path.endswith(".parametrizations.weight") and not asked:
+        maskable, problem = True, "is parametrised (weight norm or the like)"
+    if maskable and not tensor.is_floating_point():
+        problem = f"is stored as {tensor.dtype} (quantised)"
+    elif maskable and tensor.numel() == 0:
+        problem = "has no elements"
+    elif maskable and name in request.rewritten:
+        problem = "the forward changes it in place, so that a mask would not last"
+    operator, fan_in = (use.operator, use.fan_in) if in_graph else ("", 0)
+    return Slot(
+        path,
+        parameter,
+        module,
+        shape,
+        id(tensor),
+        problem,
+        maskable,
+        operator=operator,
+        fan_in=fan_in,
+        is_embedding=unnamed,
+    )
+
+
+def is_named(name: str, request: Request) -> bool:
+    """Tell whether a parameter was asked for by the end of its own name."""
+    return any(name == item or name.endswith(f".{item}") for item in request.parameters)
+
+
+def _why_not(module: nn.Module, parameter: str, name: str, request: Request, use: GraphUse) -> str:
+    if is_embedding(module, parameter, use):
+        return "an embedding, masked only if target_modules names it"
+    if _multiplies(name, request):
+        what = "a router" if is_router(name.rpartition(".")[0], module) else "a table"
+        return f"{what}, masked only if target_parameters names it"
+    named_so = parameter == "weight" or parameter.startswith("weight_")
+    if request.trace is None and named_so and not is_container(module):
+        return f"masks for {type(module).__name__} are not available"
+    return "a raw parameter, not the weight of a layer"
+
+
+def _multiplies(name: str, request: Request) -> bool:
+    return request.trace is not None and any(use.multiplies for use in request.trace.of(name))

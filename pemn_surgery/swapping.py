@@ -1,0 +1,282 @@
+"""The subclasses that surgery gives to modules: properties in place of some tensors.
+
+What the class swap needs to be safe:
+
+* a class property wins over ``nn.Module``'s lookup in ``_parameters``, so the frozen tensor stays
+  registered under its own name;
+* the subclass carries the original's ``__name__`` and ``__module__``: wrapping policies, "no split"
+  lists and torch.fx's leaf test match by them;
+* pickle and deepcopy rebuild the subclass from the original class (``__reduce_ex__``);
+* FSDP re-reads parameters with ``getattr`` and must get the raw tensor, and registers plain tensors
+  with ``setattr``, hence the setter and the deleter.
+"""
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.graph_module import reduce_graph_module
+
+from pemn_surgery.masked import MaskedWeight, masked_child_name
+from pemn_surgery.task import TASK_CHILD, TaskTensors
+
+# Where a module whose tensor is tied keeps the child of the first module, by the name here.
+SHARED_MASKS = "_pemn_shared_masks"  # the MaskedWeight
+SHARED_TENSORS = "_pemn_shared_tensors"  # the TaskTensors and the tensor's name there
+
+
+def find_masked(module: nn.Module, parameter: str) -> MaskedWeight | None:
+    """Return what makes this parameter's effective weight, or None where nothing does."""
+    child = module._modules.get(masked_child_name(parameter))
+    if child is None:
+        child = module.__dict__.get(SHARED_MASKS, {}).get(parameter)
+    return child if isinstance(child, MaskedWeight) else None
+
+
+def held_masks(module: nn.Module) -> dict[str, MaskedWeight]:
+    """Return what makes a module's effective weights, by the parameter's name on the module."""
+    made = {name: find_masked(module, name) for name in names_masked(module)}
+    return {name: child for name, child in made.items() if child is not None}
+
+
+def find_task(module: nn.Module) -> TaskTensors | None:
+    """Return the child that owns tensors of this module for tasks, or None."""
+    child = module._modules.get(TASK_CHILD)
+    return child if isinstance(child, TaskTensors) else None
+
+
+def find_owned(module: nn.Module, name: str) -> tuple[TaskTensors, str] | None:
+    """Return what owns one tensor of a module for tasks, and the tensor's name there, or None."""
+    shared = module.__dict__.get(SHARED_TENSORS, {}).get(name)
+    child = find_task(module)
+    owned = child is not None and name in names_owned(module)
+    return shared or ((cast("TaskTensors", child), name) if owned else None)
+
+
+def names_masked(module: nn.Module) -> tuple[str, ...]:
+    """Return the parameters of a module that are masked."""
+    return getattr(type(module), "_pemn_masks", ())
+
+
+def names_owned(module: nn.Module) -> tuple[str, ...]:
+    """Return the tensors of a module that tasks own."""
+    return getattr(type(module), "_pemn_tensors", ())
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that the module had before its first swap."""
+    return getattr(type(module), "_pemn_original", type(module))
+
+
+def swap(module: nn.Module, masks: tuple[str, ...] = (), tensors: tuple[str, ...] = ()) -> None:
+    """Put properties in place of tensors; those that the module already has are kept.
+
+    Args:
+        module: Any module.
+        masks: Parameters whose effective weight a `MaskedWeight` child makes.
+        tensors: Parameters and buffers that a `TaskTensors` child chooses.
+    """
+    all_masks = dict.fromkeys((*names_masked(module), *masks))
+    all_tensors = dict.fromkeys((*names_owned(module), *tensors))
+    _set_class(module, tuple(all_masks), tuple(all_tensors))
+
+
+def unswap(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Take properties away again; without any the module has its original class.
+
+    Args:
+        module: A module that was swapped.
+        names: Tensors that are plain again.
+    """
+    masks = tuple(name for name in names_masked(module) if name not in names)
+    tensors = tuple(name for name in names_owned(module) if name not in names)
+    has_task = TASK_CHILD in module._modules
+    if masks or tensors or has_task:
+        _set_class(module, masks, tensors)
+    else:
+        module.__class__ = original_class(module)
+        _recompile(module)
+
+
+def _recompile(module: nn.Module) -> None:
+    """Put a graph's code on the class that its graph module has now."""
+    if isinstance(module, GraphModule):
+        module.recompile()
+
+
+def _set_class(module: nn.Module, masks: tuple[str, ...], tensors: tuple[str, ...]) -> None:
+    original = original_class(module)
+    make = _graph_class if issubclass(original, GraphModule) else swapped_class
+    module.__class__ = make(original, masks, tensors)
+    _recompile(module)
+
+
+@functools.cache
+def swapped_class(
+    original: type[nn.Module], masks: tuple[str, ...], tensors: tuple[str, ...]
+) -> type[nn.Module]:
+    """Return the subclass of a module's class with properties in place of some tensors.
+
+    Args:
+        original: The module's own class.
+        masks: Parameters whose effective weight a `MaskedWeight` child makes.
+        tensors: Parameters and buffers that a `TaskTensors` child chooses.
+    """
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        state = original.__getstate__(self) if hasattr(original, "__getstate__") else self.__dict__
+        return _rebuild, (original, masks, tensors), state
+
+    namespace: dict[str, Any] = {
+        "_pemn_original": original,
+        "_pemn_masks": masks,
+        "_pemn_tensors": tensors,
+        "__reduce_ex__": reduce,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    for name in masks:
+        namespace[name] = _property(name, _masked_getter(name))
+    for name in tensors:
+        namespace[name] = _property(name, _tensor_getter(name))
+    if issubclass(original, nn.RNNBase):
+        namespace["_flat_weights"] = _property("_flat_weights", _read_flat_weights)
+    swapped = cast("type[nn.Module]", type(original.__name__, (original,), namespace))
+    if tensors or not masks:
+        _follow_task(swapped, original)
+    return swapped
+
+
+def _graph_class(
+    original: type[nn.Module], masks: tuple[str, ...], tensors: tuple[str, ...]
+) -> type[nn.Module]:
+    """Return the class of a graph module with properties in place of its own tensors.
+
+    Torch makes a class for each graph module and compiles the graph's code onto it. So does this:
+    a kept class would be shared by graphs, and be kept for ever. It stands beside torch's class and
+    not below it, because torch's ``__call__`` would find itself again there.
+    """
+    base = original.__mro__[1]
+    swapped = cast("Any", swapped_class.__wrapped__(base, masks, tensors))
+    swapped._pemn_original = original
+    swapped.__name__, swapped.__qualname__ = original.__name__, original.__qualname__
+
+    def deep_copy(self: Any, memo: dict[int, Any]) -> nn.Module:
+        twin = base.__deepcopy__(self, memo)  # type: ignore[attr-defined]
+        return _dress(twin, masks, tensors, copy.deepcopy(_shared(self.__dict__), memo))
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        _, (body, imports) = base.__reduce__(self)  # type: ignore[misc]
+        # In two steps, as the children know their owner: torch's one step would never end.
+        return _empty_graph, (base,), (body, imports, masks, tensors), None, None, _fill_graph
+
+    swapped.__deepcopy__, swapped.__reduce_ex__ = deep_copy, reduce
+    return swapped
+
+
+def _empty_graph(base: type[nn.Module]) -> nn.Module:
+    """Make an empty graph module, for pickle."""
+    return base.__new__(base)
+
+
+def _fill_graph(module: Any, state: tuple[Any, ...]) -> None:
+    """Make a graph module of what `_graph_class` pickled."""
+    body, imports, masks, tensors = state
+    traced: Any = reduce_graph_module(body, imports)
+    module.__dict__.update(traced.__dict__)
+    module.graph = traced.graph
+    _dress(module, masks, tensors, _shared(body))
+
+
+def _shared(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what a module's state has of other modules' children."""
+    return {key: state[key] for key in (SHARED_MASKS, SHARED_TENSORS) if key in state}
+
+
+def _dress(
+    twin: nn.Module, masks: tuple[str, ...], tensors: tuple[str, ...], shared: dict[str, Any]
+) -> nn.Module:
+    """Give a copy of a graph module what torch leaves out of copies."""
+    twin.__dict__.update(shared)
+    for name in masks:
+        twin._parameters.setdefault(name, None)
+    _set_class(twin, masks, tensors)
+    return twin
+
+
+def _rebuild(
+    original: type[nn.Module], masks: tuple[str, ...], tensors: tuple[str, ...]
+) -> nn.Module:
+    """Make an empty instance, for pickle and deepcopy."""
+    swapped = swapped_class(original, masks, tensors)
+    return swapped.__new__(swapped)
+
+
+def _property(name: str, getter: Callable[[nn.Module], Any]) -> property:
+    def setter(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value  # only FSDP1 comes here, with a plain tensor
+
+    def deleter(self: nn.Module) -> None:
+        self.__dict__.pop(name, None)
+
+    return property(getter, setter, deleter)
+
+
+def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
+    child_name = masked_child_name(name)
+
+    def getter(self: nn.Module) -> Tensor | None:
+        child = cast("MaskedWeight | None", self._modules.get(child_name))
+        if child is None:
+            child = cast("MaskedWeight", self.__dict__[SHARED_MASKS][name])
+        if not torch.compiler.is_compiling() and _called_by_fsdp():
+            return child.own_weight()
+        return child.read()
+
+    return getter
+
+
+def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
+    def getter(self: nn.Module) -> Tensor | None:
+        shared = self.__dict__.get(SHARED_TENSORS, {})
+        own = cast("TaskTensors", self._modules.get(TASK_CHILD))
+        child, source = shared.get(name, (own, name))
+        if not torch.compiler.is_compiling() and _called_by_fsdp():
+            return child.base(source)
+        return child.read(source)
+
+    return getter
+
+
+def _read_flat_weights(self: nn.Module) -> Any:
+    """Return a recurrent layer's weights as they are in force; torch keeps a list of raw ones."""
+    return [getattr(self, name) for name in cast("Any", self)._flat_weights_names]
+
+
+def _called_by_fsdp() -> bool:
+    """Tell whether FSDP reads the attribute: two frames up, behind the getter."""
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return caller.startswith("torch.distributed.fsdp")
+
+
+def _follow_task(swapped: type[nn.Module], original: type[nn.Module]) -> None:
+    """Let assigned statistics reach the active task, and let a task hold its norms in eval mode."""
+
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        child = self.__dict__.get("_modules", {}).get(TASK_CHILD)
+        is_buffer = name in self.__dict__.get("_buffers", {})
+        if child is None or not is_buffer or not child.write(name, value):
+            original.__setattr__(self, name, value)
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        child = find_task(self)
+        return original.train(self, mode and not (child is not None and child.keeps_eval()))
+
+    type.__setattr__(swapped, "__setattr__", set_attribute)
+    type.__setattr__(swapped, "train", train)
