@@ -8,9 +8,10 @@ if __name__ == "adapters":  # a top-level `adapters` is another project (Adapter
 
 from pemn_surgery.adapters.api import pemnify, plan
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.manage import rename_adapter, to_trainable
 from pemn_surgery.adapters.model import PemnModel
 from pemn_surgery.adapters.registry import register
 
 register(PemnConfig, PemnModel)
 
-__all__ = ["PemnConfig", "PemnModel", "pemnify", "plan"]
+__all__ = ["PemnConfig", "PemnModel", "pemnify", "plan", "rename_adapter", "to_trainable"]

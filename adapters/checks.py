@@ -2,7 +2,8 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -11,6 +12,7 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, AdapterFile
 from pemn_surgery.bank import BankSpec
 from pemn_surgery.errors import (
+    AdapterError,
     AlreadyPemnifiedError,
     ArchitectureError,
     BankMismatchError,
@@ -93,6 +95,23 @@ def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
             "that name would overwrite them. Choose another name, or delete or unload that adapter."
         )
         raise AlreadyPemnifiedError(message)
+
+
+def check_adapters_exist(configs: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse names of adapters that a model does not have.
+
+    Args:
+        configs: The configurations of the model's adapters by name.
+        names: The names.
+
+    Raises:
+        AdapterError: If one is not there.
+    """
+    unknown = [name for name in names if name not in configs]
+    if unknown:
+        known = ", ".join(configs) or "none"
+        message = f"There is no adapter {', '.join(map(repr, unknown))}; the model has {known}."
+        raise AdapterError(message)
 
 
 def check_in_place(model: nn.Module, what: str) -> None:

@@ -6,7 +6,7 @@ Every check runs in `_prepare_model`, before the first module changes.
 # PEFT declares every hook with its base configuration class; each tuner narrows it to its own.
 # pyright: reportIncompatibleMethodOverride=false
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
 from pemn_surgery import graph_surgery
+from pemn_surgery.adapters.algebra import CombinationName, add_combination
 from pemn_surgery.adapters.checks import (
     check_in_place,
     check_mode,
@@ -31,6 +32,7 @@ from pemn_surgery.adapters.matching import (
     plan_for,
     set_default_head,
 )
+from pemn_surgery.adapters.mixed_batch import mixed_batches
 from pemn_surgery.adapters.operation import Operation
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
@@ -90,6 +92,47 @@ class PemnModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         self._pending.mask(current_key, adapter_name)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float] | None,
+        adapter_name: str,
+        combination_type: CombinationName = "majority",
+    ) -> None:
+        """Add an adapter that is made from others by mask algebra; it holds bits.
+
+        Unmasked tensors of the tasks (norms, statistics) become the weighted mean, but of a
+        difference, which keeps the first adapter's.
+
+        Args:
+            adapters: The adapters to combine.
+            weights: One number above 0 an adapter; None weighs them alike.
+            adapter_name: The new adapter.
+            combination_type: A weight is kept where all adapters keep it ("intersection"), one does
+                ("union"), adapters of more than half of the total weight do ("majority"), or the
+                first does and no other ("difference").
+
+        Raises:
+            AdapterError: If the adapters cannot be combined so.
+            AlreadyPemnifiedError: If the name is taken.
+        """
+        given = [1.0] * len(adapters) if weights is None else weights
+        configs = cast("dict[str, PemnConfig]", self.peft_config)
+        config = add_combination(
+            self.model, configs, adapters, given, adapter_name, combination_type
+        )
+        configs[adapter_name] = config
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Let ``adapter_names`` name an adapter for every sample of the batch."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+        else:
+            with mixed_batches(self.model, names):
+                yield
 
     def __getattr__(self, name: str) -> Any:
         """Pass attributes on as PEFT does, but for a graph module's way of copying itself.

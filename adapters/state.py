@@ -105,8 +105,9 @@ def prepare_for_model(
 def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> Tensor:
     """Return scores that choose exactly this mask, to train on from a file of bits.
 
-    With "topk" the ones lie above the largest initial magnitude and the zeros keep their initial
-    scores; with "threshold" every score lies one initial margin above or below it.
+    With "topk" the ones lie just above the largest initial magnitude, in the order of their own
+    initial ones, and the zeros keep their initial scores: either side's nearest change soonest.
+    With "threshold" every score lies one initial margin above or below it.
 
     Args:
         chosen: Bool mask.
@@ -116,7 +117,7 @@ def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> T
     fan_in = max(chosen.numel() // max(chosen.shape[0], 1), 1) if chosen.dim() else 1
     start = initial_scores(config, mask.target, mask.shape, fan_in).to(chosen.device)
     if mask.selector.uses_magnitude:
-        away = torch.where(start < 0, -2.0, 2.0) * fan_in**-0.5
+        away = torch.where(start < 0, -1.01, 1.01) * fan_in**-0.5
         return torch.where(chosen, start + away, start)
     threshold = mask.selector.threshold
     margin = (start - threshold).abs().clamp(min=1e-3)

@@ -29,6 +29,14 @@ class NothingToMaskError(PemnError, ValueError):
     """No weight of the model would be masked."""
 
 
+class AdapterError(PemnError, ValueError):
+    """An adapter that is asked for is missing, or not in the state that the call needs."""
+
+
+class MixedBatchError(PemnError, ValueError):
+    """A batch for several adapters cannot be split, or its outputs cannot be put together."""
+
+
 class BankMismatchError(PemnError, ValueError):
     """An adapter draws from another bank than the one that the model already has."""
 
