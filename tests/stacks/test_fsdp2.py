@@ -4,22 +4,16 @@ Equality is to the last bit: every process computes whole layers from gathered t
 of two equal gradients is the gradient.
 """
 
-import os
-import subprocess
-import sys
-import time
-
 import pytest
 import torch
-from filelock import FileLock
 from peft import PeftModel
 
 from tests.adapters import models
 from tests.stacks import fsdp2_worker as worker
+from tests.stacks import processes
 
 TIMEOUT = 120  # seconds for both processes together
 RANKS = range(worker.PROCESSES)
-END = {0: "succeeded", None: f"stopped: still running after {TIMEOUT} s or another's failure"}
 
 pytestmark = pytest.mark.slow
 every_bank = pytest.mark.parametrize("bank", list(worker.BANKS))
@@ -28,52 +22,8 @@ every_optimizer = pytest.mark.parametrize("optimizer", list(worker.OPTIMIZERS))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What two processes have left: ``{bank}_{rank}.pt`` and adapters by bank and optimizer.
-
-    They run once, for all workers of pytest-xdist.
-    """
-    root = tmp_path_factory.getbasetemp()
-    place = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "fsdp2"
-    with FileLock(f"{place}.lock"):
-        if not place.exists():
-            place.mkdir()
-            (place / "failure").write_text(run_processes(place))
-    failure = (place / "failure").read_text()
-    if failure:
-        pytest.fail(failure, pytrace=False)
-    return place
-
-
-def run_processes(folder):
-    """Run the workers to their end; return the output of all if one fails or hangs, else ""."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"{rank}.log" for rank in RANKS]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, "-m", worker.__name__, str(rank), str(folder)]
-        with log.open("wb") as output:
-            processes.append(
-                subprocess.Popen(
-                    command, cwd=models.ROOT, env=environment, stdout=output, stderr=output
-                )
-            )
-    ends = [END.get(code, f"exit code {code}") for code in wait(processes)]
-    if set(ends) == {END[0]}:
-        return ""
-    return "\n".join(f"--- process {i} {ends[i]}\n{logs[i].read_text()}" for i in RANKS)
-
-
-def wait(processes):
-    """Exit codes once all have succeeded, one has failed or the time is over; none stays alive."""
-    end = time.monotonic() + TIMEOUT
-    codes = [None]
-    while None in codes and not any(codes) and time.monotonic() < end:
-        time.sleep(0.05)
-        codes = [process.poll() for process in processes]
-    for process in processes:
-        process.kill()
-        process.wait()
-    return codes
+    """What two processes have left: ``{bank}_{rank}.pt`` and adapters by bank and optimizer."""
+    return processes.run_once(tmp_path_factory, worker.__name__, worker.PROCESSES, TIMEOUT)
 
 
 def found(folder, bank):
