@@ -91,7 +91,7 @@ def _with_card(make_card: Callable[..., None]) -> Callable[..., None]:
         make_card(self, output_dir)
         # At the start of a save a damaged file may lie there, which is about to be replaced.
         with contextlib.suppress(AdapterFileError):
-            complete_card(output_dir, _names(self))
+            _complete_card_of(self, output_dir)
 
     return create_or_update_model_card
 
@@ -104,7 +104,7 @@ def _with_saved_card(save: Callable[..., None]) -> Callable[..., None]:
         save(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         if given.get("is_main_process", True):
-            complete_card(given["save_directory"], _names(self))
+            _complete_card_of(self, given["save_directory"])
 
     return save_pretrained
 
@@ -112,18 +112,22 @@ def _with_saved_card(save: Callable[..., None]) -> Callable[..., None]:
 def _with_pushed_card(upload: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(upload)
     def _upload_modified_files(self: Any, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-        names = _names(self)
-        if names and isinstance(self, PeftModel):
+        if _names(self) and isinstance(self, PeftModel):
             self.create_or_update_model_card(str(working_dir))
-        elif names:
-            complete_card(working_dir, names)
+        _complete_card_of(self, working_dir)
         return upload(self, working_dir, *args, **kwargs)
 
     return _upload_modified_files
 
 
+def _complete_card_of(model: Any, folder: str) -> None:
+    names = _names(model)
+    if names:
+        complete_card(folder, names)
+
+
 def _names(model: Any) -> list[str]:
-    """Return the adapters of masks that a model is to save; a checkpoint's scores are none."""
+    """Return a model's adapters of masks that are to be shared: scores of a checkpoint are not."""
     configs = getattr(model, "peft_config", {})
     return [
         name
