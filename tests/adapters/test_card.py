@@ -140,6 +140,13 @@ def test_a_damaged_file_in_the_folder_is_saved_over(saved):
     assert read(folder) == whole
 
 
+def test_a_pickled_file_is_not_opened(saved, tmp_path):
+    """The card says how to load; figures come from a safetensors file alone."""
+    saved[0].save_pretrained(str(tmp_path / "bin"), safe_serialization=False)
+    assert (tmp_path / "bin" / "adapter_model.bin").is_file()
+    assert set(table(read(tmp_path / "bin"))) == {"base", "base fingerprint", "frozen numbers"}
+
+
 def test_other_processes_write_no_card(saved, tmp_path):
     model, _ = saved
     model.save_pretrained(str(tmp_path / "rank1"), is_main_process=False)
