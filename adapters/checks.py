@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, AdapterFile
+from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, TENSORS, AdapterFile
 from pemn_surgery.bank import BankSpec
 from pemn_surgery.errors import (
     AdapterError,
@@ -295,6 +295,58 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None
         "Build the model that the adapter was trained for. Nothing was changed."
     )
     raise ArchitectureError(message)
+
+
+def check_swap_fits(given: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    """Refuse to put an adapter in the place of another that has other tensors.
+
+    Args:
+        given: The new adapter's tensors by key.
+        held: Those of the adapter that gives way. Sizes of masks are checked when they are loaded.
+
+    Raises:
+        ArchitectureError: If the two do not have the same masks, or other tensors of one shape.
+    """
+    differing = _differences(_kinds(given), _kinds(held), "none")
+    if differing:
+        message = (
+            f"The adapter cannot take the other's place: {len(differing)} of their tensors differ "
+            f"({'; '.join(differing[:3])}{'; ...' * (len(differing) > 3)}). Load it under a name "
+            "of its own instead (load_adapter). Nothing was changed."
+        )
+        raise ArchitectureError(message)
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return what each tensor is; a mask is one whether as bits or as scores."""
+    kinds: dict[str, str] = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(KEY_PREFIX)
+        if f".{MASKS}." in key:
+            kinds[name.rpartition(".")[0]] = "a mask"
+        else:
+            kinds[name] = _shown(tuple(value.shape), is_float=value.is_floating_point())
+    return kinds
+
+
+def check_not_merged(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to change an adapter whose effective weights are fixed.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+
+    Raises:
+        UnsupportedModelError: If the adapter is merged.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    merged = sum(adapter_name in layer.merged_adapters for layer in layers)
+    if merged:
+        message = (
+            f"The adapter {adapter_name!r} is merged in {merged} layers, which would not see other "
+            "masks. Call unmerge_adapter() first. Nothing was changed."
+        )
+        raise UnsupportedModelError(message)
 
 
 def _differences(given: Mapping[str, str], wanted: Mapping[str, str], none: str) -> list[str]:

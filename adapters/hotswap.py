@@ -1,0 +1,100 @@
+"""Another task's masks in the place of an adapter's: what PEFT calls hot-swapping.
+
+The tensors stay and their values are copied over, so a compiled model is not compiled again. Masks
+of one weight always have one size: there is nothing to pad, and no factor outside of the tensors.
+
+PEFT's ``hotswap_adapter`` can be told of a method by its table of configuration keys; what it then
+calls, and what prepares a model, knows LoRA alone. Those two are looked up in PEFT's module at each
+call, so wrapping them there serves users who imported ``hotswap_adapter`` before this package.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from peft.utils import hotswap, set_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from pemn_surgery.adapters import fingerprint as fingerprints
+from pemn_surgery.adapters.checks import check_not_merged, check_swap_fits
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.file import MASKS, TENSORS
+from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.registry import PEMN
+
+# What neither fingerprint nor tensors tell: a swapped adapter keeps the configuration that it had.
+_MUST_AGREE = ["bank", "selector", "density", "threshold", "scale", "rest", "tied"]
+
+
+def enter_hotswap() -> None:
+    """Let PEFT's ``hotswap_adapter`` and ``prepare_model_for_compiled_hotswap`` take masks."""
+    module = cast("Any", hotswap)
+    module.CONFIG_KEYS_TO_CHECK[PEMN] = _MUST_AGREE
+    module.hotswap_adapter_from_state_dict = _or_masks(module.hotswap_adapter_from_state_dict)
+    module._convert_scalings_to_tensor = _or_nothing_to_do(module._convert_scalings_to_tensor)
+
+
+def swap_masks(
+    model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, config: PemnConfig
+) -> None:
+    """Copy another adapter's masks and tensors over those of one that a model has.
+
+    Args:
+        model: The model, compiled or not.
+        state_dict: The other adapter's tensors, with or without the adapter's name in their keys.
+        adapter_name: The adapter that gives way; its name and configuration stay.
+        config: The other adapter's configuration.
+
+    Raises:
+        UnsupportedModelError: If the adapter is merged.
+        FingerprintError: If the masks were trained on another base.
+        ArchitectureError: If masks or tensors differ from those that the model has.
+        MaskFormatError: If a mask is damaged.
+    """
+    inner = cast("nn.Module", getattr(model, "_orig_mod", model))  # behind torch.compile
+    check_not_merged(inner, adapter_name)
+    given = {_without_name(key, adapter_name): value for key, value in state_dict.items()}
+    held = get_peft_model_state_dict(inner, adapter_name=adapter_name, save_embedding_layers=False)
+    check_swap_fits(given, held)
+    base = _fingerprint(inner, adapter_name)
+    fingerprints.check_fingerprint(config.trained_on or {}, base, "the given model")
+    set_peft_model_state_dict(inner, given, adapter_name=adapter_name)
+
+
+def _or_masks(swap: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(swap)
+    def hotswap_adapter_from_state_dict(
+        model: nn.Module,
+        state_dict: dict[str, Tensor],
+        adapter_name: str,
+        config: Any,
+        parameter_prefix: str = "lora_",
+    ) -> None:
+        if isinstance(config, PemnConfig):
+            swap_masks(model, state_dict, adapter_name, config)
+        else:
+            swap(model, state_dict, adapter_name, config, parameter_prefix)
+
+    return hotswap_adapter_from_state_dict
+
+
+def _or_nothing_to_do(convert: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
+    @functools.wraps(convert)
+    def _convert_scalings_to_tensor(model: nn.Module) -> bool:
+        has_masks = any(isinstance(module, PemnLayer) for module in model.modules())
+        return convert(model) or has_masks
+
+    return _convert_scalings_to_tensor
+
+
+def _without_name(key: str, adapter_name: str) -> str:
+    for part in (MASKS, TENSORS):
+        key = key.replace(f".{part}.{adapter_name}.", f".{part}.")
+    return key
+
+
+def _fingerprint(model: nn.Module, adapter_name: str) -> fingerprints.Fingerprint:
+    layers = (module for module in model.modules() if isinstance(module, PemnLayer))
+    masked = (layer.mask_of(adapter_name) for layer in layers if adapter_name in layer.pemn_masks)
+    return next((mask.fingerprint for mask in masked), {})

@@ -1,0 +1,76 @@
+"""Adapters that earlier versions wrote load, with the same masks and the same outputs."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+
+from pemn_surgery import __version__
+from pemn_surgery.adapters.layer import PemnLayer
+from tests.golden import cases
+from tests.golden.make import FOLDER, digest
+
+STORED = sorted(path.parent for path in FOLDER.glob("*/*/expected.json"))
+IDS = [f"{folder.parent.name}-{folder.name}" for folder in STORED]
+
+
+def load(folder, **options):
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    model = PeftModel.from_pretrained(cases.build(expected["model"]), str(folder), **options)
+    return model.eval(), expected
+
+
+def found_masks(model):
+    layers = [module for module in model.modules() if isinstance(module, PemnLayer)]
+    return {layer.target: layer.mask_of("default").mask() for layer in layers}
+
+
+def assert_as_expected(model, expected):
+    masks = found_masks(model)
+    assert len(masks) >= 1
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == expected["ones"]
+    assert {name: digest(mask) for name, mask in masks.items()} == expected["masks"]
+    with torch.no_grad():
+        outputs = model(cases.inputs(expected["model"]))
+    wanted = torch.tensor(expected["outputs"])
+    assert outputs.shape == wanted.shape
+    assert wanted.std() > 0.01
+    # The last digits of a convolution or a matrix product differ between processors.
+    torch.testing.assert_close(outputs, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_there_are_stored_adapters_of_every_kind():
+    first = {folder.name for folder in STORED if folder.parent.name == "0.1"}
+    assert len(first) == 23
+    assert first <= set(cases.CASES)  # later versions may have more
+    assert {cases.CASES[name][0] for name in first} == {"net", "attention", "mixture"}
+
+
+def test_this_release_has_its_adapters():
+    """Run ``python -m tests.golden.make`` once after a release number has changed."""
+    assert (FOLDER / ".".join(__version__.split(".")[:2])).is_dir()
+
+
+@pytest.mark.parametrize("folder", STORED, ids=IDS)
+def test_loads(folder):
+    assert_as_expected(*load(folder))
+
+
+@pytest.mark.parametrize("folder", STORED, ids=IDS)
+def test_loads_to_train_on(folder):
+    """Scores made of the bits choose the same masks; stored scores are the same scores."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The file holds bits, not scores", UserWarning)
+        model, expected = load(folder, is_trainable=True)
+    assert_as_expected(model, expected)
+    assert any(".scores" in name and p.requires_grad for name, p in model.named_parameters())
+
+
+def test_a_stored_adapter_means_its_own_masks():
+    """The comparison sees a difference: one adapter's masks are not another's."""
+    first, _ = load(FOLDER / "0.1" / "rp_topk")
+    _, other = load(FOLDER / "0.1" / "rp_permuted_topk")
+    with pytest.raises(AssertionError):
+        assert_as_expected(first, other)
