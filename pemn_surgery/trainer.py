@@ -3,6 +3,7 @@
 import copyreg
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -136,8 +137,18 @@ def _active_masks(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for module in model.modules():
         if isinstance(module, PemnLayer):
             for name in module.names_in_use():
-                with torch.no_grad():
-                    yield f"{module.target}/{name}", module.mask_of(name).mask()
+                held = module.mask_of(name)
+                with torch.no_grad(), _gathered(held.store):
+                    yield f"{module.target}/{name}", held.mask()
+
+
+def _gathered(store: Tensor) -> AbstractContextManager[Any]:
+    """Bring the parts of a tensor together that DeepSpeed's ZeRO-3 has spread over processes."""
+    if not hasattr(store, "ds_id"):
+        return nullcontext()
+    from deepspeed import zero  # type: ignore[import-not-found]
+
+    return zero.GatheredParameters([store])
 
 
 def _packed_masks(model: nn.Module) -> dict[str, Tensor]:

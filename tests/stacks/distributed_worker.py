@@ -3,8 +3,10 @@
 python -m tests.stacks.distributed_worker RANK FOLDER
 """
 
+import functools
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,12 +26,19 @@ from tests.adapters import models
 from tests.stacks import trainings
 
 PROCESSES = 2
-STACKS = ("ddp", "fsdp2")
+STACKS = ("ddp", "fsdp2", "zero2", "zero3")
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
 
 
-def train_ddp(folder, stop=None, *, resume=False):
-    """transformers' Trainer, which wraps in DDP by itself."""
-    return trainings.train("trainer", folder, stop, resume=resume)
+def train_by_trainer(stack, folder, stop=None, *, resume=False):
+    """transformers' Trainer, which wraps in DDP or DeepSpeed by itself."""
+    model = trainings.train("trainer" if stack == "ddp" else stack, folder, stop, resume=resume)
+    if model is None or stack != "zero3":
+        return model
+    from deepspeed import zero
+
+    with zero.GatheredParameters(list(model.parameters())):
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def train_fsdp2(folder, stop=None, *, resume=False):
@@ -81,7 +90,7 @@ def state_of(trained):
 
 
 def findings(stack, folder):
-    train = {"ddp": train_ddp, "fsdp2": train_fsdp2}[stack]
+    train = train_fsdp2 if stack == "fsdp2" else functools.partial(train_by_trainer, stack)
     whole = state_of(train(folder / "whole"))
     stopped = train(folder / "parts", stop=trainings.SAVED)
     dist.barrier()
@@ -94,9 +103,10 @@ def main(rank, folder):
     # What torchrun sets; accelerate looks for an address although the processes have met.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "localhost"}
+    os.environ |= {"MASTER_PORT": "29500", "DS_ACCELERATOR": "cpu"}
     meeting = f"file://{folder / 'rendezvous'}"  # a port could be taken by someone else
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES)
-    for stack in STACKS:
+    for stack in STACKS if HAS_DEEPSPEED else STACKS[:2]:
         torch.save(findings(stack, folder / stack), folder / f"{stack}_{rank}.pt")
     dist.destroy_process_group()
 

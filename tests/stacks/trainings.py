@@ -74,6 +74,18 @@ def with_trainer(folder, **changes):
     )
 
 
+def zero(stage):
+    """DeepSpeed's configuration, as docs/training.md gives it."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 def with_trl(folder):
     from trl import SFTConfig, SFTTrainer
 
@@ -116,6 +128,8 @@ TRAINERS = {
         with_trainer, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2
     ),
     "sft": with_trl,
+    "zero2": functools.partial(with_trainer, deepspeed=zero(2)),
+    "zero3": functools.partial(with_trainer, deepspeed=zero(3)),
 }
 
 
@@ -163,4 +177,4 @@ def train(stack, folder, stop=None, *, resume=False):
     return train_by_trainer(TRAINERS[stack], folder, stop, resume=resume)
 
 
-STACKS = (*TRAINERS, "accelerate")
+STACKS = (*(name for name in TRAINERS if not name.startswith("zero")), "accelerate")
