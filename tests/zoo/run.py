@@ -53,6 +53,8 @@ def walk_one(library: str, name: str, memory: float) -> dict[str, Any]:
             result = walk(model, inputs, Path(folder))
     except Exception as error:
         result.error = f"{type(error).__name__}: {error}"[:500]
+    if "can't allocate memory" in result.error:
+        result.error = f"needs more memory than the limit ({memory:.0f} GiB)"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "library": library,

@@ -14,6 +14,7 @@ _FEWER_BLOCKS = (
     *({"depth": blocks} for blocks in (1, 2, 4)),
     {"depths": (1, 1, 1, 1)},
     {"layers": (1, 1, 1, 1)},
+    {"depth": 1, "num_kv_heads": (8,)},  # one entry a block
 )
 _SMALLER_IMAGES = {"img_size": 224}
 
