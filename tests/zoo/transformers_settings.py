@@ -87,6 +87,9 @@ CLASSES = {
     "flava": "FlavaModel",
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+    # Its own class runs under torch.inference_mode on a session that keeps features between calls;
+    # this is the one that sam3_video's mapping builds from the same configuration.
+    "sam3_tracker_video": "Sam3TrackerModel",
 }
 
 # What a type needs beside the general rules, and why.
@@ -303,7 +306,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "aria": {"projector_patch_to_query_dict": {49: 16}},
-    "reformer": {"axial_pos_embds_dim": (16, 48)},
+    "reformer": {
+        "axial_pos_embds_dim": (16, 48),
+        "axial_pos_shape": (3, 4),  # the length of the text, in train mode
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+    },
     "clvp": {"speech_config.vocab_size": 1200},  # reads what the decoder writes
     "dots3_note_text": _DOTS_TEXT,
     "dots3_note": {
