@@ -187,9 +187,16 @@ def _count_features(model: nn.Module, encode: Callable[..., Any], inputs: dict[s
     finally:
         for module, mode in modes:
             module.training = mode
-    features = getattr(found, "pooler_output", None)
-    features = getattr(found, "last_hidden_state", found) if features is None else features
-    return sum(_rows(one) for one in listed(features))
+    return sum(_rows(one) for one in listed(_features_of(found)))
+
+
+def _features_of(found: Any) -> Any:
+    """Return the features within what a method returned: tensors that stand for tokens."""
+    layers = getattr(found, "deepstack_features", None)  # (layer, features) pairs, all alike
+    for name in ("pooler_output", "last_hidden_state"):
+        if getattr(found, name, None) is not None:
+            return getattr(found, name)
+    return layers[0][1] if layers else found
 
 
 def _rows(features: Tensor) -> int:

@@ -64,11 +64,11 @@ def _codebook_rows(asked: Asked) -> Tensor:
     return text(asked, STEPS).repeat(asked.number("num_codebooks", default=4), 1)
 
 
-def _timm_video(asked: Asked) -> Tensor:
+def _timm_video(asked: Asked, frames: int = 4) -> Tensor:
     """Return videos of the size that the timm network inside was built for."""
     embeds = (getattr(part, "patch_embed", None) for part in asked.model.modules())
     side = next(size for embed in embeds if (size := getattr(embed, "img_size", None)))
-    return asked.normal(asked.batch, 4, 3, *side)
+    return asked.normal(asked.batch, frames, 3, *side)
 
 
 def _prompted_video(asked: Asked) -> Tensor:
@@ -169,6 +169,7 @@ OF_TYPE: dict[str, Rules] = {
     },
     "pe_audio_video": {"input_values": _mono, "pixel_values_videos": _timm_video},
     "pe_audio_video_encoder": {"input_values": _mono, "pixel_values_videos": _timm_video},
+    "perception_lm": {"pixel_values": lambda asked: _timm_video(asked, 1)},  # one tile
     "emu3": {"pixel_values": None},  # a tokenizer of a fixed width makes tokens of images
     "siglip2": {
         "pixel_attention_mask": lambda asked: ones(asked, GRID[1] * GRID[2]),

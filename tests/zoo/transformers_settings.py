@@ -30,6 +30,13 @@ COMPOSED = {
     "vision-text-dual-encoder": _compose(
         "vision-text-dual-encoder.from_vision_text_configs", "vit", "bert"
     ),
+    # Its default is a configuration that it refuses. Of one that it takes every layer has to share
+    # keys and values with another model, which gemma4_text in turn refuses to build.
+    "gemma4_assistant": lambda: CONFIG_MAPPING["gemma4_assistant"](
+        text_config=CONFIG_MAPPING["gemma4_text"](
+            num_hidden_layers=2, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0
+        )
+    ),
 }
 
 # Types that build but do not run when they are shrunk further: widths that have to fit each other.
@@ -201,7 +208,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 1100},
     "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 64},
-    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "gemma4_assistant": {"text_config.num_kv_shared_layers": 2},  # all, as it asks for
+    "granite4_vision": {
+        "text_config.num_hidden_layers": 5,
+        "deepstack_layer_map": [(1, 0)],  # from a layer of the image's part to one of the text's
+        "spatial_target_layers": [1, 2, 3, 4],
+        "downsample_rate": "2/4",
+        "vision_config.image_size": 256,
+        "image_grid_pinpoints": [[256, 512]],
+    },
+    "perception_lm": {
+        "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
+        "vision_config.model_args": {"embed_dim": 192, "depth": 2, "img_size": 64},
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_vl": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
     **{
