@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery.errors import ExampleInputsError
-from pemn_surgery.inputs_by_type import OF_TYPE
+from pemn_surgery.inputs_by_type import OF_TYPE, ONE_AT_A_TIME
 from pemn_surgery.inputs_transformers import (
     ALWAYS,
     DATA,
@@ -25,6 +25,7 @@ from pemn_surgery.inputs_transformers import (
 )
 
 SMALL_IMAGE = 128  # pixels a side, for architectures that take images of any size
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
 
     Args:
         model: The model; its weights, buffers and mode are left as they are.
-        batch: Number of examples.
+        batch: Number of examples; one for the types whose forward takes no more.
 
     Returns:
         Keyword arguments for ``model(**inputs)``: float32 and int64 tensors on the CPU, equal
@@ -50,6 +51,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
     unwrap = getattr(model, "get_base_model", None)  # a PeftModel's forward tells nothing
     base: Any = unwrap() if callable(unwrap) else model
     if isinstance(getattr(getattr(base, "config", None), "model_type", None), str):
+        batch = 1 if base.config.model_type in ONE_AT_A_TIME else batch
         return _transformers_inputs(Asked(base, batch, _arguments(base)))
     timm_config = getattr(base, "pretrained_cfg", None) or getattr(base, "default_cfg", None)
     if isinstance(timm_config, Mapping) and timm_config.get("input_size"):
@@ -64,11 +66,10 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
 
 def _arguments(model: nn.Module) -> dict[str, bool]:
     """Return the names of forward's arguments, True for those without a default."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return {
         name: parameter.default is inspect.Parameter.empty
         for name, parameter in inspect.signature(model.forward).parameters.items()
-        if parameter.kind not in variadic
+        if parameter.kind not in VARIADIC
     }
 
 
@@ -109,11 +110,12 @@ def _transformers_inputs(asked: Asked) -> dict[str, Any]:
         if maker is not None and name not in made:
             made[name] = maker(asked)
     made = {name: value for name, value in made.items() if value is not None}
-    if "input_ids" in made:
+    if "input_ids" not in made:
+        if makers["attention_mask"] is MAKERS["attention_mask"]:
+            made.pop("attention_mask", None)  # of the text, which is not there
+    elif makers["input_ids"] is MAKERS["input_ids"]:  # else a type's own rule has put them there
         for sense in SENSES:
             _add_placeholders(asked, made, sense)
-    elif "attention_mask" in made and makers["attention_mask"] is MAKERS["attention_mask"]:
-        del made["attention_mask"]  # of the text, which is not there
     _refuse_missing(asked, made)
     return {**made, "use_cache": False} if "use_cache" in asked.arguments else made
 
@@ -147,8 +149,7 @@ def _required_of(function: Callable[..., Any]) -> list[str]:
     return [
         name
         for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is inspect.Parameter.empty
-        and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in VARIADIC
     ]
 
 
@@ -186,9 +187,16 @@ def _count_features(model: nn.Module, encode: Callable[..., Any], inputs: dict[s
     finally:
         for module, mode in modes:
             module.training = mode
-    features = getattr(found, "pooler_output", None)
-    features = getattr(found, "last_hidden_state", found) if features is None else features
-    return sum(_rows(one) for one in listed(features))
+    return sum(_rows(one) for one in listed(_features_of(found)))
+
+
+def _features_of(found: Any) -> Any:
+    """Return the features within what a method returned: tensors that stand for tokens."""
+    layers = getattr(found, "deepstack_features", None)  # (layer, features) pairs, all alike
+    for name in ("pooler_output", "last_hidden_state"):
+        if getattr(found, name, None) is not None:
+            return getattr(found, name)
+    return layers[0][1] if layers else found
 
 
 def _rows(features: Tensor) -> int:

@@ -24,6 +24,7 @@ from pemn_surgery.inputs_transformers import (
 
 CODEC_SAMPLES = 9600  # divisible by the codecs' hops
 STEPS = TARGET_LENGTH
+ONE_AT_A_TIME = ("tvp",)  # types whose forward takes a batch of one only
 
 
 def _mono(asked: Asked) -> Tensor:
@@ -63,11 +64,17 @@ def _codebook_rows(asked: Asked) -> Tensor:
     return text(asked, STEPS).repeat(asked.number("num_codebooks", default=4), 1)
 
 
-def _timm_video(asked: Asked) -> Tensor:
+def _timm_video(asked: Asked, frames: int = 4) -> Tensor:
     """Return videos of the size that the timm network inside was built for."""
     embeds = (getattr(part, "patch_embed", None) for part in asked.model.modules())
     side = next(size for embed in embeds if (size := getattr(embed, "img_size", None)))
-    return asked.normal(asked.batch, 4, 3, *side)
+    return asked.normal(asked.batch, frames, 3, *side)
+
+
+def _prompted_video(asked: Asked) -> Tensor:
+    """Return videos of the one size and length that a learned frame of pixels is laid over."""
+    side = asked.config.max_img_size
+    return asked.normal(asked.batch, asked.config.num_frames, 3, side, side)
 
 
 def _half_image(asked: Asked) -> Tensor:
@@ -110,6 +117,14 @@ def _categories(asked: Asked) -> Tensor | None:
     return 0 * ones(asked, count) if count else None
 
 
+def _image_places_and_text(asked: Asked) -> Tensor:
+    """Return a text after the places of one image, as many as it has patches."""
+    vision = vision_of(asked.config.vlm_config)
+    count = (vision.image_size // vision.patch_size) ** 2
+    places = torch.full((asked.batch, count), asked.config.vlm_config.image_token_id)
+    return torch.cat([places, text(asked)], dim=1)
+
+
 _FORECAST: dict[str, Maker] = {
     "past_values": _forecast_past,
     "past_time_features": lambda asked: _forecast_past(asked, asked.config.num_time_features),
@@ -131,7 +146,7 @@ def _each(kinds: str, **rules: Maker | None) -> dict[str, Rules]:
 OF_TYPE: dict[str, Rules] = {
     # images: videos under the name of images, several images, pairs, patches in other shapes
     **_each("timesformer videomae vivit xclip", pixel_values=video),
-    "tvp": {"pixel_values": lambda asked: asked.normal(asked.batch, 2, 3, *[448] * 2)},
+    "tvp": {"pixel_values": _prompted_video},
     **_each(
         "idefics2 idefics3 smolvlm modernvbert ultravbert colmodernvbert", pixel_values=image_list
     ),
@@ -154,6 +169,7 @@ OF_TYPE: dict[str, Rules] = {
     },
     "pe_audio_video": {"input_values": _mono, "pixel_values_videos": _timm_video},
     "pe_audio_video_encoder": {"input_values": _mono, "pixel_values_videos": _timm_video},
+    "perception_lm": {"pixel_values": lambda asked: _timm_video(asked, 1)},  # one tile
     "emu3": {"pixel_values": None},  # a tokenizer of a fixed width makes tokens of images
     "siglip2": {
         "pixel_attention_mask": lambda asked: ones(asked, GRID[1] * GRID[2]),
@@ -282,6 +298,14 @@ OF_TYPE: dict[str, Rules] = {
         ),
         "audio_mel_mask": lambda asked: torch.zeros(asked.batch, FRAMES, dtype=torch.bool),
     },
+    "dots3_note": {
+        "input_features": lambda asked: asked.normal(
+            asked.batch, asked.config.audio_config.feature_size, FRAMES
+        ),
+        "chunk_sample_lengths": lambda asked: torch.full(
+            (asked.batch,), FRAMES * asked.config.audio_config.hop_length
+        ),
+    },
     "dia": {"decoder_input_ids": lambda asked: _codes(asked, "num_channels")},
     "csm": {"input_ids": lambda asked: _codes(asked, "num_codebooks"), "attention_mask": None},
     "kyutai_speech_to_text": {
@@ -306,9 +330,22 @@ OF_TYPE: dict[str, Rules] = {
     # text
     "splinter": {"input_ids": _question},
     "perceiver": {"inputs": text, "input_ids": None},
+    "muse_glimmer_assistant": {
+        "noise_embeds": lambda asked: asked.normal(
+            asked.batch, asked.config.block_size, asked.config.hidden_size
+        ),
+        "context_hidden_states": lambda asked: asked.normal(
+            asked.batch,
+            TEXT_LENGTH,
+            len(asked.config.target_layer_ids) * asked.config.hidden_size,
+        ),
+    },
     # robots
     "pi0": {
+        "input_ids": _image_places_and_text,
+        "attention_mask": lambda asked: torch.ones_like(_image_places_and_text(asked)),
         "pixel_values": image_list,
+        "pixel_attention_mask": lambda asked: ones(asked, 1),
         "state": lambda asked: asked.normal(asked.batch, asked.config.max_state_dim),
         "noise": lambda asked: asked.normal(
             asked.batch, asked.config.chunk_size, asked.config.max_action_dim

@@ -3,6 +3,7 @@
 ``MAKERS`` is the table; what only one type needs is in ``inputs_by_type``.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -277,5 +278,15 @@ def listed(value: Any) -> list[Any]:
 
 
 def method(model: nn.Module, name: str) -> Callable[..., Any] | None:
-    """Return a method of the model or of the first module inside it that has one."""
-    return next((getattr(part, name) for part in model.modules() if hasattr(part, name)), None)
+    """Return a method of the model or of the first module inside it that has one.
+
+    One that merely passes on whatever it is given (``*args``) does not count: it does not tell
+    what it takes.
+    """
+    found = (getattr(part, name, None) for part in model.modules())
+    return next((one for one in found if callable(one) and not _passes_on(one)), None)
+
+
+def _passes_on(function: Callable[..., Any]) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    return inspect.Parameter.VAR_POSITIONAL in kinds

@@ -67,6 +67,34 @@ TRANSFORMERS = {
         "pixel_values": (B * 64, 1176),
         "image_grid_thw": (B, 3),
     },
+    # takes one example only, of as many frames as its learned ones
+    "tvp": {"input_ids": (1, 12), "attention_mask": (1, 12), "pixel_values": (1, 2, 3, 224, 224)},
+    # 16 x 16 patches of 14 pixels, put before the text by the type's own rule
+    "pi0": {
+        "state": (B, 32),
+        "noise": (B, 50, 32),
+        "timestep": (B,),
+        "input_ids": (B, 268),
+        "attention_mask": (B, 268),
+        "pixel_values": (B, 1, 3, 224, 224),
+        "pixel_attention_mask": (B, 1),
+    },
+    # 50 frames of sound (400, halved three times) and 16 squares of patches before 12 tokens
+    "dots3_note": {
+        "input_ids": (B, 78),
+        "attention_mask": (B, 78),
+        "pixel_values": (B * 64, 588),
+        "image_grid_thw": (B, 3),
+        "input_features": (B, 64, 400),
+        "chunk_sample_lengths": (B,),
+    },
+    # 4 x 4 features of the whole image, 4 x (8 + one at the end of a row) of its two tiles
+    "granite4_vision": {
+        "input_ids": (B, 64),
+        "attention_mask": (B, 64),
+        "pixel_values": (B, 3, 3, 256, 256),
+        "image_sizes": (B, 2),
+    },
 }
 
 # name, options -> channels, height, width

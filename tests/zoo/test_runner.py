@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.zoo import __main__ as command
-from tests.zoo import report, run
+from tests.zoo import report, run, transformers_models
 
 PASSED = {
     "library": "timm",
@@ -84,3 +84,16 @@ def test_each_model_has_a_process_and_limits():
     assert "more time than the limit" in late["error"]
     (large,) = run.walk_many([("timm", "test_vit")], jobs=1, timeout=300, memory=0.05)
     assert large["failed"] not in ("", "limits") or "memory" in large["error"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("bark", "BarkModel has no forward"),
+        ("voxtral_realtime_text", "exports no VoxtralRealtimeTextModel"),
+        ("no_such_type", "no Auto class knows 'no_such_type'"),
+    ],
+)
+def test_type_without_a_class_that_runs_says_why(model_type, why):
+    with pytest.raises(LookupError, match=why):
+        transformers_models.find_class(model_type)

@@ -84,27 +84,41 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
 
 
 def find_class(model_type: str) -> type[nn.Module]:
-    """Return the class of a type that has most parts: with a head, if there is one."""
+    """Return the class of a type that has most parts: with a head, if there is one.
+
+    Raises:
+        LookupError: No class of the type can run; says of each why.
+    """
     if model_type in CLASSES:
         return getattr(transformers, CLASSES[model_type])
     mappings = _mappings()
     first = [f"MODEL_FOR_{head}_MAPPING_NAMES" for head in HEADS_FIRST]
     last = [f"MODEL_FOR_{head}_MAPPING_NAMES" for head in HEADS_LAST]
     others = [name for name in mappings if name not in (*first, "MODEL_MAPPING_NAMES", *last)]
-    for name in (*first, *others, "MODEL_MAPPING_NAMES", *last):
-        found = mappings[name].get(model_type)
+    problems = {}
+    for mapping in (*first, *others, "MODEL_MAPPING_NAMES", *last):
+        found = mappings[mapping].get(model_type)
         if found is not None:
-            model_class = getattr(transformers, found if isinstance(found, str) else found[0], None)
-            if _can_run(model_class):
-                return model_class
-    message = f"transformers has no model of type {model_type!r}"
-    raise KeyError(message)
+            name = found if isinstance(found, str) else found[0]
+            problems[name] = _why_not(name)
+            if not problems[name]:
+                return getattr(transformers, name)
+    message = "; ".join(problems.values()) or f"no Auto class knows {model_type!r}"
+    raise LookupError(message)
 
 
-def _can_run(model_class: Any) -> bool:
-    """Tell whether a class is there (its packages are installed) and has a forward."""
-    there = isinstance(model_class, type) and issubclass(model_class, nn.Module)
-    return there and model_class.forward is not nn.Module.forward
+def _why_not(name: str) -> str:
+    """Return why a class of transformers cannot run, or ""."""
+    model_class = getattr(transformers, name, None)
+    if not isinstance(model_class, type):
+        return f"transformers exports no {name}, so that AutoModel cannot build it either"
+    try:
+        forward = getattr(model_class, "forward", None)
+    except ImportError as error:  # it stands for a class whose packages are missing
+        return " ".join(str(error).split())
+    if not issubclass(model_class, nn.Module) or forward is nn.Module.forward:
+        return f"{name} has no forward"
+    return ""
 
 
 def tiny_config(model_type: str, level: str = "widths") -> PreTrainedConfig:

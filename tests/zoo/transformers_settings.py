@@ -30,6 +30,13 @@ COMPOSED = {
     "vision-text-dual-encoder": _compose(
         "vision-text-dual-encoder.from_vision_text_configs", "vit", "bert"
     ),
+    # Its default is a configuration that it refuses. Of one that it takes every layer has to share
+    # keys and values with another model, which gemma4_text in turn refuses to build.
+    "gemma4_assistant": lambda: CONFIG_MAPPING["gemma4_assistant"](
+        text_config=CONFIG_MAPPING["gemma4_text"](
+            num_hidden_layers=2, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0
+        )
+    ),
 }
 
 # Types that build but do not run when they are shrunk further: widths that have to fit each other.
@@ -87,6 +94,9 @@ CLASSES = {
     "flava": "FlavaModel",
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+    # Its own class runs under torch.inference_mode on a session that keeps features between calls;
+    # this is the one that sam3_video's mapping builds from the same configuration.
+    "sam3_tracker_video": "Sam3TrackerModel",
 }
 
 # What a type needs beside the general rules, and why.
@@ -128,6 +138,25 @@ _INTRACLASS = {
             for ratio, side in (("long", 7), ("mid", 5), ("short", 3))
         },
     },
+}
+_FOUR_STAGES = {  # each half the size of the one before; by default they are made to read lines
+    "backbone_config.out_features": [f"stage{n}" for n in range(1, 5)],
+    "backbone_config.block_configs": [
+        [[3, 96, 96, 1, True]],  # kernel, channels in and out, stride, squeeze and excite
+        [[3, 96, 96, 2, False]],
+        [[3, 96, 192, 2, False]],
+        [[3, 192, 384, 2, False]],
+    ],
+}
+_TINY_PE = {
+    "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
+    "vision_config.model_args": {"depth": 2, "img_size": 64},
+}
+_DOTS_TEXT = {
+    "head_dim": 64,  # a quarter is rotated: the rotary part of a head
+    "per_layer_config": {2: {"kv_lora_rank": 16, "qk_nope_head_dim": 24}},
+    "index_n_heads": 4,
+    "index_head_dim": 32,
 }
 _MOE = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -179,7 +208,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 1100},
     "qwen3_omni_moe": {"talker_config.text_config.shared_expert_intermediate_size": 64},
-    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "gemma4_assistant": {"text_config.num_kv_shared_layers": 2},  # all, as it asks for
+    "granite4_vision": {
+        "text_config.num_hidden_layers": 5,
+        "deepstack_layer_map": [(1, 0)],  # from a layer of the image's part to one of the text's
+        "spatial_target_layers": [1, 2, 3, 4],
+        "downsample_rate": "2/4",
+        "vision_config.image_size": 256,
+        "image_grid_pinpoints": [[256, 512]],
+    },
+    "perception_lm": {
+        "vision_config.architecture": "vit_pe_core_tiny_patch16_384",
+        "vision_config.model_args": {"embed_dim": 192, "depth": 2, "img_size": 64},
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_vl": {"text_config.rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
     **{
@@ -246,9 +287,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     **dict.fromkeys(("muse_spark", "muse_glimmer"), _MERGED),
     "minimax_m3_vl": {"merged_hidden_size": 256},
-    "fast_vlm": {"vision_config.hidden_size": 3072},
+    "fast_vlm": {"vision_config.architecture": "fastvit_t8", "vision_config.hidden_size": 768},
     **dict.fromkeys(("idefics3", "smolvlm", "modernvbert", "ultravbert"), _EVEN_PATCHES),
-    **dict.fromkeys(("pp_ocrv6_medium_det", "pp_ocrv5_server_det"), _INTRACLASS),
+    "pp_ocrv5_server_det": _INTRACLASS,
+    "pp_ocrv6_medium_det": {**_INTRACLASS, **_FOUR_STAGES},
+    "pp_ocrv6_small_det": {**_FOUR_STAGES, "layer_list_out_channels": [96, 96, 192, 384]},
+    "uvdoc": {"backbone_config.out_features": [f"stage{n}" for n in range(1, 7)]},
+    "pp_doclayout_v2": {"class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
     "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "blt": {"encoder_hash_byte_group_vocab": 1000},
     "vipllava": {"vision_feature_layers": [-2, -1]},
@@ -261,8 +306,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "vjepa2": {"frames_per_clip": 8, "crop_size": 64, "image_size": 64},
     "t5gemma2": {"encoder.mm_tokens_per_image": 49},
-    "edgetam_vision_model": {"backbone_channel_list": [1024, 512, 256, 64]},
-    "edgetam": {"vision_config.backbone_channel_list": [1024, 512, 256, 64]},
+    "edgetam_vision_model": {"backbone_config.architecture": "repvit_m1"},
+    "edgetam": {
+        "vision_config.backbone_config.architecture": "repvit_m1",  # its default is misspelt
+        "vision_config.backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]],
+        "prompt_encoder_config.image_size": 256,
+    },
     "depth_pro": {
         "intermediate_hook_ids": [1, 0],
         "patch_size": 64,
@@ -276,5 +325,32 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "aria": {"projector_patch_to_query_dict": {49: 16}},
-    "reformer": {"axial_pos_embds_dim": (16, 48)},
+    "reformer": {
+        "axial_pos_embds_dim": (16, 48),
+        "axial_pos_shape": (3, 4),  # the length of the text, in train mode
+        "local_attn_chunk_length": 4,
+        "lsh_attn_chunk_length": 4,
+    },
+    "clvp": {"speech_config.vocab_size": 1200},  # reads what the decoder writes
+    "dots3_note_text": _DOTS_TEXT,
+    "dots3_note": {
+        **{f"text_config.{name}": value for name, value in _DOTS_TEXT.items()},
+        "vision_config.adapter_in_dim": 64,
+        "vision_config.adapter_out_dim": 64,
+        "vision_config.per_layer_config": {1: {"num_local_experts": 4}},
+        "audio_config.adapter_input_size": 64,
+        "audio_config.adapter_out_dim": 64,
+        "audio_config.conv_output_size": 512,
+        "audio_config.samples_per_token": 1280,
+    },
+    "tvp": {"num_frames": 2, "max_img_size": 224},
+    "pe_video_encoder": _TINY_PE,
+    **{
+        kind: {f"{part}.{name}": value for name, value in _TINY_PE.items()}
+        for kind, part in (
+            ("pe_video", "video_config"),
+            ("pe_audio_video_encoder", "video_config"),
+            ("pe_audio_video", "audio_video_config.video_config"),
+        )
+    },
 }

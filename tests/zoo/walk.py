@@ -7,6 +7,7 @@ was, bit for bit, until its scores move.
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ OPTIONS = {
 
 # Larger values (minus infinity, the smallest number) exclude something; they are no result.
 _LARGEST = 1e30
+
+# Types that refuse to compute gradients in eval mode.
+TRAINS_IN_TRAIN_MODE = ("reformer",)
 
 TIED = "tied to a weight that stays, mostly an embedding"
 
@@ -179,9 +183,9 @@ def count(result: Walk, planned: Any) -> None:
 
 def train_a_step(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     """Move every score against the sign of its gradient; return the targets that did not move."""
-    torch.manual_seed(0)
-    loss = loss_of(floats(model(**inputs)))
-    loss.backward()
+    with mode_to_train_in(model):
+        torch.manual_seed(0)
+        loss_of(floats(model(**inputs))).backward()
     unmoved = []
     for module in model.modules():
         if isinstance(module, MaskedWeight):
@@ -193,6 +197,15 @@ def train_a_step(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     for parameter in model.parameters():
         parameter.grad = None
     return unmoved
+
+
+@contextmanager
+def mode_to_train_in(model: nn.Module) -> Iterator[None]:
+    """Leave a model in eval mode, which gives the same outputs every time, if it trains in that."""
+    kind = getattr(getattr(model, "config", None), "model_type", "")
+    model.train(kind in TRAINS_IN_TRAIN_MODE)
+    yield
+    model.eval()
 
 
 def loss_of(values: list[Tensor]) -> Tensor:
@@ -210,11 +223,12 @@ def loss_of(values: list[Tensor]) -> Tensor:
 def has_gradient(model: nn.Module, inputs: dict[str, Any], name: str) -> bool:
     """Tell whether the unmasked model's own weight gets a gradient."""
     weight = model.get_parameter(name).requires_grad_()
-    torch.manual_seed(0)
-    loss = loss_of(floats(model(**inputs)))
-    if not loss.requires_grad:
-        return False
-    (grad,) = torch.autograd.grad(loss, [weight], allow_unused=True)
+    with mode_to_train_in(model):
+        torch.manual_seed(0)
+        loss = loss_of(floats(model(**inputs)))
+        if not loss.requires_grad:
+            return False
+        (grad,) = torch.autograd.grad(loss, [weight], allow_unused=True)
     weight.requires_grad_(requires_grad=False)
     return grad is not None and bool((grad * weight).any())
 
