@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,8 @@ def _form(module: nn.Module, forms: dict[int, Any]) -> Any:
         shapes = tuple(
             (name, tuple(parameter.shape))
             for name, parameter in module._parameters.items()
-            if parameter is not None and not _is_lazy(parameter)
+            if parameter is not None and not is_lazy(parameter)
         )
         children = tuple((name, _form(child, forms)) for name, child in module.named_children())
         forms[id(module)] = (type(module), shapes, children)
     return forms[id(module)]
-
-
-def _is_lazy(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, nn.parameter.UninitializedParameter)

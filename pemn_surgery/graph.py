@@ -9,7 +9,8 @@ finds the same uses (``tests/test_graph.py`` compares the three) at the price of
 meta device.
 
 Values that the forward asks for although there are none are made up (`shapes`): ones, and in a
-second try zeros.
+second try zeros. A few forwards decide by what a weight made (segments of an entropy, predicted
+durations) and fit with no made-up values; if such a model is small, a copy of it really runs.
 """
 
 import copy
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -35,6 +37,9 @@ from pemn_surgery.shapes import Call
 _PARTS = ("__getitem__", "index_select", "gather", "take_along_dim", "select")
 
 _LONGEST_PROBLEM = 300
+
+# Bytes of a model below which a copy of it may be run.
+_SMALL = 1 << 30
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -90,7 +95,8 @@ class Trace:
 def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
     """Find every use of every parameter of two or more dimensions in one forward.
 
-    Nothing of the model is touched or computed: its parameters take part by their shapes alone.
+    Nothing of the model is touched; its parameters take part by their shapes alone. Only where that
+    cannot work, and the model takes less than 1 GiB, is a copy with its values run.
 
     Args:
         model: Any model, also one on the meta device.
@@ -102,29 +108,31 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
 
     Raises:
         TraceError: If the model cannot be copied, has no example inputs, or its forward does not
-            run on shapes alone.
+            run.
     """
     problems = []
-    for made_up in (1, 0):  # other values may lead the forward to another turn
+    copies = [(_without_values, 1), (_without_values, 0)]  # another value, perhaps another turn
+    if _can_really_run(model):
+        copies.append((_with_values, 0))
+    for copied, made_up in copies:
         try:
-            return _trace(model, inputs, made_up)
+            return _trace(copied(model), inputs, made_up)
         except Exception as error:
             problems.append(f"{type(error).__name__}: {error}")
     message = f"The forward of {type(model).__name__} could not be followed: {problems[0]}"
     raise TraceError(message[:_LONGEST_PROBLEM])
 
 
-def _trace(model: nn.Module, inputs: Mapping[str, Any] | None, made_up: int) -> Trace:
-    shapes = _without_values(model)
+def _trace(copied: nn.Module, inputs: Mapping[str, Any] | None, made_up: int) -> Trace:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         if inputs is None:
-            with _Watcher(shapes, made_up):  # it may have to run a part of the model
-                inputs = example_inputs(shapes)
+            with _Watcher(copied, made_up):  # it may have to run a part of the model
+                inputs = example_inputs(copied)
         values = pytree.tree_map_only(Tensor, _on_cpu, dict(inputs))
-        watcher = _Watcher(shapes, made_up)
-        watcher.follow_calls(shapes)
+        watcher = _Watcher(copied, made_up)
+        watcher.follow_calls(copied)
         with watcher:
-            shapes(**values)
+            copied(**values)
     return Trace(uses=watcher.uses(), written=watcher.written)
 
 
@@ -137,6 +145,24 @@ def _without_values(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer if buffer.is_meta else buffer.detach().cpu().clone()
     return copy.deepcopy(model, memo).eval()
+
+
+def _with_values(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode on the CPU."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        values = parameter.detach().cpu().clone()
+        memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().cpu().clone()
+    return copy.deepcopy(model, memo).eval()
+
+
+def _can_really_run(model: nn.Module) -> bool:
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(is_lazy(tensor) or tensor.is_meta for tensor in tensors):
+        return False
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) < _SMALL
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

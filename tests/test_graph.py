@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM
 
-from pemn_surgery import pemnify, plan
+from pemn_surgery import graph, pemnify, plan
 from pemn_surgery.blocks import Block, repeated_blocks
 from pemn_surgery.errors import LowCoverageWarning, TraceError
 from pemn_surgery.graph import Use, trace
 from pemn_surgery.masked import MaskedWeight
+from tests.adapters import models
 
 
 class Reader(nn.Module):
@@ -141,6 +142,36 @@ def test_values_that_a_forward_asks_for_are_made_up():
 def test_values_that_are_known_are_used():
     with pytest.raises(TraceError, match="not all true"):
         trace(Decides(), {"x": torch.randn(5, 4), "mask": torch.ones(5, dtype=torch.bool)})
+
+
+class Routes(nn.Module):
+    """Splits its input by counts that only real weights give."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.experts = nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, x):
+        chosen = self.router(x).argmax(dim=1)
+        counts = torch.stack([(chosen == i).sum() for i in range(3)])
+        parts = x.split(counts.tolist())
+        return torch.cat([part @ expert for part, expert in zip(parts, self.experts, strict=True)])
+
+
+def test_a_small_model_really_runs_where_shapes_do_not_do(monkeypatch):
+    model, inputs = Routes(), {"x": torch.randn(5, 4)}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = by_name(trace(model, inputs))
+    assert found == {"router.weight": [("linear", 1)], "experts": [("matmul", 3)]}
+    models.assert_same_tensors(model.state_dict(), before)
+    monkeypatch.setattr(graph, "_SMALL", 4 * (12 + 3 + 48))  # the bytes that it takes
+    with pytest.raises(TraceError, match="Routes could not be followed: RuntimeError: split"):
+        trace(model, inputs)
+    with torch.device("meta"):
+        bare = Routes()
+    with pytest.raises(TraceError, match="Routes could not be followed"):
+        trace(bare, inputs)
 
 
 def test_a_forward_that_fails_says_so():
