@@ -8,9 +8,19 @@ if __name__ == "adapters":  # a top-level `adapters` is another project (Adapter
 
 from pemn_surgery.adapters.api import pemnify, plan
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.finetuned_errors import ErrorReport, measure_errors
+from pemn_surgery.adapters.from_finetuned import from_finetuned
 from pemn_surgery.adapters.model import PemnModel
 from pemn_surgery.adapters.registry import register
 
 register(PemnConfig, PemnModel)
 
-__all__ = ["PemnConfig", "PemnModel", "pemnify", "plan"]
+__all__ = [
+    "ErrorReport",
+    "PemnConfig",
+    "PemnModel",
+    "from_finetuned",
+    "measure_errors",
+    "pemnify",
+    "plan",
+]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pemn_surgery import errors
 
 if TYPE_CHECKING:
-    from pemn_surgery.adapters import PemnConfig, pemnify, plan
+    from pemn_surgery.adapters import PemnConfig, from_finetuned, measure_errors, pemnify, plan
     from pemn_surgery.masked import keep_weights
     from pemn_surgery.trainer import PemnCallback, for_trainer
 
@@ -22,6 +22,8 @@ _HOMES = {
     "pemnify": "pemn_surgery.adapters",
     "plan": "pemn_surgery.adapters",
     "PemnConfig": "pemn_surgery.adapters",
+    "from_finetuned": "pemn_surgery.adapters",
+    "measure_errors": "pemn_surgery.adapters",
     "keep_weights": "pemn_surgery.masked",
     "PemnCallback": "pemn_surgery.trainer",
     "for_trainer": "pemn_surgery.trainer",
@@ -33,7 +35,9 @@ __all__ = [
     "__version__",
     "errors",
     "for_trainer",
+    "from_finetuned",
     "keep_weights",
+    "measure_errors",
     "pemnify",
     "plan",
 ]
