@@ -156,13 +156,14 @@ def _differs(model: nn.Module, name: str, wanted: Tensor) -> bool:
 
 
 def tensors_differ(held: Tensor, wanted: Tensor) -> bool:
-    """Tell whether a tensor differs from another one, rounded to its type.
+    """Tell whether a tensor differs from another one, rounded to its type; NaN equals NaN.
 
     Args:
         held: What the model has.
         wanted: What it should have; of any device and type.
     """
-    return not torch.equal(held, wanted.to(held.device, held.dtype))
+    rounded = wanted.to(held.device, held.dtype)
+    return not torch.allclose(held, rounded, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _idle_counters(model: nn.Module) -> set[str]:
