@@ -4,8 +4,8 @@ Two ways, for a base weight W and a fine-tuned weight F of the same shape:
 
 "mask": the mask M that minimises ||F - W o M||^2. The sum falls apart into its elements, where
 keeping costs (F - W)^2 and dropping F^2, so M is one where |F - W| <= |F|. Ties (W = 0, or
-F = W / 2) keep the base. No scale: fine-tuning moves kept weights so little that the best factor on
-them is 1 to within a percent, and 1 / sqrt(density) is far from it (docs/from_finetuned.md).
+F = W / 2) keep the base. With ``scale`` the same mask is used, though it is the nearest only
+without one: the best mask would depend on the factor, which depends on the mask.
 
 "sign_delta": BitDelta (Liu et al. 2024, section 3), W + s (2M - 1) with one s for each output. M is
 one where F > W; ties (F = W) are zero. For any s >= 0 these signs are best, element by element:
@@ -45,7 +45,7 @@ from pemn_surgery.task import TASK_CHILD
 MethodName = Literal["mask", "sign_delta"]
 
 # Fields of PemnConfig that follow from the method.
-_DECIDED = ("bank", "bank_init", "selector", "form", "scale", "inference_mode", "carried")
+_DECIDED = ("bank", "bank_init", "selector", "form", "inference_mode", "carried")
 
 
 def from_finetuned(
@@ -74,7 +74,8 @@ def from_finetuned(
             signs that stay (BitDelta's scale distillation), and what ``rest`` says.
         inputs: As in `pemnify`.
         **options: Fields of `PemnConfig` that choose what is masked and what the task owns:
-            ``target_modules``, ``exclude_modules``, ``rest``, ``tied``, ``modules_to_save``...
+            ``target_modules``, ``exclude_modules``, ``rest``, ``tied``, ``modules_to_save``...;
+            for "mask" also ``scale``.
 
     Returns:
         The PEFT model; its masks are bits unless they are to be trained.

@@ -355,6 +355,15 @@ def test_effective_weights_and_other_tensors(method):
         models.assert_equal(held.detach(), finetuned.state_dict()[name], name)
 
 
+def test_a_scaled_mask():
+    base, finetuned, model = make("mask", scale="sqrt_density")
+    for name, layer in models.mask_layers(model).items():
+        weight = base.state_dict()[name]
+        mask = mask_oracle(weight, finetuned.state_dict()[name])
+        expected = weight * mask * (mask.numel() / mask.sum().float()).sqrt()
+        models.assert_equal(layer() + 0.0, expected + 0.0, name)
+
+
 @every_method
 def test_neither_model_loses_its_values(method):
     base = models.net()
@@ -919,7 +928,7 @@ def test_meta_tensors_are_refused():
 BAD_OPTIONS = [
     ({"method": "prune"}, ("method='prune'", "'mask' or 'sign_delta'")),
     ({"bank": "rp"}, ("bank='rp'", "follows from the method")),
-    ({"scale": "sqrt_density"}, ("scale='sqrt_density'", "follows from the method")),
+    ({"method": "sign_delta", "scale": "sqrt_density"}, ("scale='sqrt_density'", "own scales")),
     ({"form": "product", "selector": "topk"}, ("form='product'", "selector='topk'")),
     ({"inference_mode": True}, ("inference_mode=True", "is_trainable")),
     ({"carried": []}, ("carried=[]", "follows")),

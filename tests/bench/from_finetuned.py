@@ -6,7 +6,7 @@ digits: a small network learns scikit-learn's digits, and is fine-tuned on the s
 a quarter. resnet20: a network with published CIFAR-10 weights (option-A shortcuts, keys prefixed
 "module.") gets a new head and is fine-tuned to tell by how many quarters an image was turned. Each
 fine-tuned model becomes an adapter by both methods; the scales of a sign delta are then trained for
-a few steps to give the fine-tuned model's logits (no labels). Every seed trains anew.
+20 and 100 steps to give the fine-tuned model's logits (no labels). Every seed trains anew.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from pemn_surgery.adapters.from_finetuned import nearest_mask
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.report import environment
 
-BATCH, DISTILL_STEPS, DISTILL_RATE = 64, 20, 1e-3
+BATCH, DISTILL_STEPS, DISTILL_RATE = 64, (20, 100), 1e-3
 Split = tuple[Tensor, Tensor]
 
 
@@ -120,13 +120,13 @@ def fit(model: nn.Module, split: Split, epochs: int, rate: float, seed: int) -> 
     return model.eval()
 
 
-def distil(model: nn.Module, finetuned: nn.Module, x: Tensor, seed: int) -> None:
+def distil(model: nn.Module, finetuned: nn.Module, x: Tensor, steps: int, seed: int) -> None:
     """Train the scales alone to give the fine-tuned model's logits."""
     scales = [p for name, p in model.named_parameters() if name.endswith("row_scale")]
     optimizer = torch.optim.Adam(scales, DISTILL_RATE)
     generator = torch.Generator().manual_seed(seed)
     model.eval()
-    for _ in range(DISTILL_STEPS):
+    for _ in range(steps):
         batch = x[torch.randint(len(x), (BATCH,), generator=generator)]
         with torch.no_grad():
             goal = finetuned(batch)
@@ -192,22 +192,44 @@ def what_a_scale_would_do(base: nn.Module, finetuned: nn.Module, names: list[str
     }
 
 
+@torch.no_grad()
+def without_deltas(model: nn.Module) -> nn.Module:
+    """The base's weights beside the task's other tensors: all scales zero.
+
+    Written in place: a write through ``.data`` leaves no trace, and the kept weight would be read.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("row_scale"):
+            parameter.zero_()
+    return model
+
+
+def check_control(row: dict[str, Any]) -> None:
+    """All of the difference must be left; otherwise the control measured another model."""
+    if row["error_of_difference"] != 1.0:
+        message = f"the control is not the base: error {row['error_of_difference']}"
+        raise RuntimeError(message)
+
+
 def compare(base, finetuned, train: Split, test: Split, seed: int, **options) -> dict[str, Any]:
     """All rows of one fine-tuned model."""
     rows = {"base": dense(base, test), "fine-tuned": dense(finetuned, test)}
-    for method in ("mask", "sign_delta"):
-        model = from_finetuned(copy.deepcopy(base), finetuned, method, **options)
-        rows[method] = outcome(model, finetuned, test)
+    for label, method, more in (
+        ("mask", "mask", {}),
+        ("mask, scale sqrt_density", "mask", {"scale": "sqrt_density"}),
+        ("sign_delta", "sign_delta", {}),
+    ):
+        model = from_finetuned(copy.deepcopy(base), finetuned, method, **more, **options)
+        rows[label] = outcome(model, finetuned, test)
     names = [m.target for m in model.modules() if isinstance(m, PemnLayer)]
-    trained = from_finetuned(
-        copy.deepcopy(base), finetuned, "sign_delta", is_trainable=True, **options
-    )
-    distil(trained, finetuned, train[0], seed)
-    rows["sign_delta, scales distilled"] = outcome(trained, finetuned, test)
-    for name, parameter in model.named_parameters():
-        if name.endswith("row_scale"):
-            parameter.data.zero_()  # leaves the base's weights beside the task's other tensors
-    rows["other tensors alone"] = outcome(model, finetuned, test)
+    for steps in DISTILL_STEPS:
+        trained = from_finetuned(
+            copy.deepcopy(base), finetuned, "sign_delta", is_trainable=True, **options
+        )
+        distil(trained, finetuned, train[0], steps, seed)
+        rows[f"sign_delta, scales distilled {steps} steps"] = outcome(trained, finetuned, test)
+    rows["other tensors alone"] = outcome(without_deltas(model), finetuned, test)
+    check_control(rows["other tensors alone"])
     return {
         "seed": seed,
         "rows": rows,
@@ -267,6 +289,16 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def shown(arguments: argparse.Namespace) -> list[str]:
+    """What was run, with the names of files in place of their paths."""
+    seeds = ["--seeds", *map(str, arguments.seeds)]
+    if not (arguments.weights and arguments.data):
+        return seeds
+    sizes = ["--train", str(arguments.train), "--test", str(arguments.test)]
+    names = ["--weights", arguments.weights.name, "--data", Path(arguments.data).name]
+    return [*seeds, *names, *sizes]
+
+
 def main() -> int:
     arguments = parse()
     warnings.simplefilter("ignore")
@@ -276,9 +308,7 @@ def main() -> int:
         sizes = (arguments.train, arguments.test)
         cases["resnet20"] = lambda seed: on_resnet20(seed, arguments.weights, arguments.data, sizes)
     result: dict[str, Any] = {
-        "command": "python tests/bench/from_finetuned.py --weights resnet20-12fca82f.th "
-        f"--data cifar10 --seeds {' '.join(map(str, arguments.seeds))} "
-        f"--train {arguments.train} --test {arguments.test}",
+        "command": " ".join(["python tests/bench/from_finetuned.py", *shown(arguments)]),
         **environment(),
         "seeds": arguments.seeds,
         "distillation": {"steps": DISTILL_STEPS, "batch": BATCH, "adam": DISTILL_RATE},
