@@ -9,6 +9,8 @@ if __name__ == "adapters":  # a top-level `adapters` is another project (Adapter
 from pemn_surgery.adapters.api import pemnify, plan
 from pemn_surgery.adapters.card import wrap_cards
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.finetuned_errors import ErrorReport, measure_errors
+from pemn_surgery.adapters.from_finetuned import from_finetuned
 from pemn_surgery.adapters.hotswap import enter_hotswap
 from pemn_surgery.adapters.manage import rename_adapter, to_trainable
 from pemn_surgery.adapters.model import PemnModel
@@ -18,4 +20,14 @@ register(PemnConfig, PemnModel)
 wrap_cards()
 enter_hotswap()
 
-__all__ = ["PemnConfig", "PemnModel", "pemnify", "plan", "rename_adapter", "to_trainable"]
+__all__ = [
+    "ErrorReport",
+    "PemnConfig",
+    "PemnModel",
+    "from_finetuned",
+    "measure_errors",
+    "pemnify",
+    "plan",
+    "rename_adapter",
+    "to_trainable",
+]

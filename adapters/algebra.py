@@ -114,6 +114,13 @@ def _check(
     if len(weights) != len(adapters) or not all(weight > 0 for weight in weights):
         message = f"{len(adapters)} weights above 0 are needed, one an adapter; got {weights}."
         raise AdapterError(message)
+    signed = [name for name in adapters if configs[name].form == "sign_delta"]
+    if signed:
+        message = (
+            f"The adapters {', '.join(signed)} add signs to the weights (form='sign_delta') and "
+            "keep or drop none of them: activate several at once, and they add up."
+        )
+        raise AdapterError(message)
     scales = {name: configs[name].scale for name in adapters}
     if len(set(scales.values())) > 1:
         message = f"The adapters scale their masks differently ({scales}), so they cannot be one."

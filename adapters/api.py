@@ -44,7 +44,7 @@ def pemnify(
         AlreadyPemnifiedError: If it carries adapters already.
         NothingToMaskError: If no weight would be masked.
     """
-    chosen = _config(config, options)
+    chosen = make_config(config, options)
     check_model(model)
     check_fresh(model)
     if inputs is not None:
@@ -74,13 +74,22 @@ def plan(
         ConfigError: If an option cannot have its value.
         UnsupportedModelError: If ``model`` is not a plain module.
     """
-    chosen = copy.copy(_config(config, options))
+    chosen = copy.copy(make_config(config, options))
     check_model(model)
     set_default_head(chosen, model)
     return plan_for(model, chosen, follow_forward(model, chosen, inputs))
 
 
-def _config(config: PemnConfig | None, options: dict[str, Any]) -> PemnConfig:
+def make_config(config: PemnConfig | None, options: Mapping[str, Any]) -> PemnConfig:
+    """Return the given configuration, or one of the given options.
+
+    Args:
+        config: A configuration, or None.
+        options: Fields of `PemnConfig`; empty beside a configuration.
+
+    Raises:
+        ConfigError: If both are given, or an option is unknown or cannot have its value.
+    """
     if config is not None:
         if options:
             message = f"Got a configuration and options beside it ({', '.join(options)}): give one."

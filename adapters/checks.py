@@ -7,6 +7,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, TENSORS, AdapterFile
@@ -16,6 +17,7 @@ from pemn_surgery.errors import (
     AlreadyPemnifiedError,
     ArchitectureError,
     BankMismatchError,
+    ConfigError,
     GraphModeError,
     LowCoverageWarning,
     NothingToMaskError,
@@ -23,6 +25,7 @@ from pemn_surgery.errors import (
 )
 from pemn_surgery.graph_modules import fixed_modes, graph_modules
 from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.roles import base_modules, is_container
 from pemn_surgery.targets import Plan
 from pemn_surgery.task import TASK_CHILD
 
@@ -131,6 +134,46 @@ def check_in_place(model: nn.Module, what: str) -> None:
                 f"to {what}. Do it on the model in memory, then offload the result."
             )
             raise UnsupportedModelError(message)
+
+
+def check_signs(model: nn.Module, plan: Plan, config: PemnConfig) -> None:
+    """Refuse sign deltas that nothing gives signs, and those whose outputs cannot be told.
+
+    Args:
+        model: The model.
+        plan: What would be masked.
+        config: What was asked for; one that was read with an adapter names its base.
+
+    Raises:
+        ConfigError: If neither a file nor a fine-tuned model follows.
+        UnsupportedModelError: If a graph reads a target itself: its code alone does not say which
+            dimension the outputs are.
+    """
+    if config.form != "sign_delta":
+        return
+    if config.trained_on is None and not config.signs_follow:
+        message = (
+            'PemnConfig got form="sign_delta", whose signs come from a fine-tuned model: call '
+            'from_finetuned(base, finetuned, method="sign_delta"), or load an adapter that it '
+            "made. Nothing was changed."
+        )
+        raise ConfigError(message)
+    read = _read_by_graphs(model, plan)
+    if read:
+        message = (
+            f'form="sign_delta" needs layers, but a graph reads {len(read)} of the '
+            f"{len(plan.targets)} weights itself (first: {read[0]}). Use the model that the graph "
+            "was made from, and trace or export the merged result. Nothing was changed."
+        )
+        raise UnsupportedModelError(message)
+
+
+def _read_by_graphs(model: nn.Module, plan: Plan) -> list[str]:
+    if not graph_modules(model):
+        return []
+    modules = dict(base_modules(model))
+    held = {path for path, m in modules.items() if isinstance(m, GraphModule) or is_container(m)}
+    return [target.name for target in plan.targets if target.path in held]
 
 
 def check_targets(plan: Plan, config: PemnConfig) -> None:
@@ -270,8 +313,10 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None
     Raises:
         ArchitectureError: If names or sizes of masks or of other tensors differ.
     """
-    masks = {name: f"{weights} weights" for name, weights in file.masks.items()}
-    targets = {target.name: f"{target.weights} weights" for target in plan.targets}
+    masks = {
+        name: _shown_mask(weights, file.scales.get(name, 0)) for name, weights in file.masks.items()
+    }
+    targets = {item.name: _shown_mask(item.weights, item.row_scales) for item in plan.targets}
     others = {
         _plain(key): _shown(shape, is_float=dtype.is_floating_point)
         for key, (shape, dtype) in file.others.items()
@@ -362,6 +407,10 @@ def _plain(key: str) -> str:
     """Return the model's own name of a tensor that PEFT or a task holds a copy of."""
     name = key.removeprefix(KEY_PREFIX).replace(".original_module.", ".")
     return name.replace(f"{TASK_CHILD}.{TENSORS}.", "")
+
+
+def _shown_mask(weights: int, row_scales: int) -> str:
+    return f"{weights} weights" + (f" and {row_scales} row scales" if row_scales else "")
 
 
 def _shown(shape: tuple[int, ...], *, is_float: bool) -> str:

@@ -17,6 +17,7 @@ from pemn_surgery.selector import Selector, SelectorName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
 ScaleName = Literal["sqrt_density"]
+FormName = Literal["product", "sign_delta"]
 
 # The papers' settings; METHODS in docs/methods.md has their sections.
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -71,6 +72,9 @@ class PemnConfig(PeftConfig):
         score_init: A number, or "kaiming_uniform". Default "kaiming_uniform" for "topk" and
             ``threshold`` + .01 for "threshold".
         scale: None, or "sqrt_density": multiply by 1 / sqrt(density of the mask).
+        form: What a mask M does to the frozen weight W. "product": W x M (and ``scale``).
+            "sign_delta": W + s (2M - 1), s a float scale for each output (BitDelta); only with
+            ``bank="own"`` on the model's own values, made by `from_finetuned`.
         rest: What happens to tensors that are not masked. "train": all are trained and saved with
             the task. "norms": normalisation layers are. "stats": nothing but running statistics
             moves, and they are saved. "freeze": nothing moves; norms stay in eval mode. Default
@@ -87,6 +91,8 @@ class PemnConfig(PeftConfig):
             given; saved with the adapter.
         rewritten_weights: Weights that the model's forward changes in place, which stay because a
             mask would not last; found and saved likewise.
+        carried: Further unmasked tensors, by full name, that the task has its own copy of: those in
+            which a fine-tuned model differs from its base. Filled in by `from_finetuned`.
         tied: What happens to a weight that is tied to an embedding, as most language models' heads
             are. "leave": neither is masked. "untie": the head gets a masked copy. "both": head and
             embedding share one mask.
@@ -108,6 +114,7 @@ class PemnConfig(PeftConfig):
     threshold: float = 0.0
     score_init: float | str | None = None
     scale: ScaleName | None = None
+    form: FormName = "product"
     rest: RestName | None = None
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -116,6 +123,7 @@ class PemnConfig(PeftConfig):
     target_parameters: list[str] | None = None
     functional_weights: list[str] | None = None
     rewritten_weights: list[str] | None = None
+    carried: list[str] | None = None
     tied: TiedName = "leave"
     modules_to_save: list[str] | None = None
     trainable_token_indices: None = None
@@ -126,6 +134,8 @@ class PemnConfig(PeftConfig):
         self.peft_type = cast("Any", PEMN)
         # Runtime only, never saved: whether saving keeps float scores (Trainer checkpoints).
         self.keep_scores = False
+        # Runtime only: whether signs and scales are put in place next (`from_finetuned`).
+        self.signs_follow = False
         # Runtime only: the file that this configuration was read with, and the base it names. The
         # field is written anew at each save, so that one object may configure several models.
         self.file: AdapterFile | None = None
@@ -134,6 +144,7 @@ class PemnConfig(PeftConfig):
         self._fill_in_defaults()
         self._check_bank()
         self._check_selection()
+        self._check_form()
         self._check_targets()
 
     @classmethod
@@ -212,6 +223,7 @@ class PemnConfig(PeftConfig):
         _one_of("bank_init", self.bank_init, (None, *get_args(InitName)))
         _one_of("selector", self.selector, get_args(SelectorName))
         _one_of("scale", self.scale, (None, *get_args(ScaleName)))
+        _one_of("form", self.form, get_args(FormName))
         _one_of("rest", self.rest, (None, *get_args(RestName)))
         _one_of("tied", self.tied, get_args(TiedName))
         if isinstance(self.score_init, str):
@@ -252,6 +264,16 @@ class PemnConfig(PeftConfig):
             _refuse("score_init", self.score_init, '"kaiming_uniform" or a finite number')
         if self.selector == "topk" and not isinstance(self.score_init, str):
             _refuse("score_init", self.score_init, '"kaiming_uniform": equal scores have no order')
+
+    def _check_form(self) -> None:
+        if self.form == "sign_delta":
+            if self.bank != "own" or self.bank_init != "model":
+                given = f"bank={self.bank!r}, bank_init={self.bank_init!r}"
+                _refuse("form", self.form, f'bank="own", bank_init="model" beside it, not {given}')
+            if self.scale is not None:
+                _refuse(
+                    "scale", self.scale, 'None with form="sign_delta", which has its own scales'
+                )
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):

@@ -29,6 +29,7 @@ class AdapterFile:
         ones: Number of ones of each mask; empty where the file holds float scores.
         stored: What the header of each mask says; empty where the file holds float scores.
         others: Shape and dtype of every other tensor, by key.
+        scales: Number of row scales beside each mask; empty but for ``form="sign_delta"``.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class AdapterFile:
     ones: Mapping[str, int]
     stored: Mapping[str, StoredMask]
     others: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    scales: Mapping[str, int]
 
 
 def read_adapter_file(path: Path) -> AdapterFile:
@@ -69,7 +71,7 @@ def mask_key(name: str, kind: str) -> str:
 
     Args:
         name: The parameter's name, for example "layer1.0.conv1.weight".
-        kind: "bits" or "scores".
+        kind: "bits", "scores" or "row_scale".
     """
     path, _, parameter = name.rpartition(".")
     module = f"{path}." if path else ""
@@ -85,10 +87,12 @@ def parameter_name(key: str) -> str:
 
 
 def _sort_out(path: Path, nbytes: int, tensors: Mapping[str, Tensor]) -> AdapterFile:
-    masks, ones, stored, others = {}, {}, {}, {}
+    masks, ones, stored, others, scales = {}, {}, {}, {}, {}
     for key, tensor in tensors.items():
         if f".{MASKS}." not in key:
             others[key] = (tuple(tensor.shape), tensor.dtype)
+        elif key.endswith(".row_scale"):
+            scales[parameter_name(key)] = tensor.numel()
         elif key.endswith(".scores"):
             masks[parameter_name(key)] = tensor.numel()
         else:
@@ -96,4 +100,4 @@ def _sort_out(path: Path, nbytes: int, tensors: Mapping[str, Tensor]) -> Adapter
             stored[name] = bits.verify(tensor, key)
             masks[name] = stored[name].weights
             ones[name] = int(bits.unpack(tensor, (masks[name],)).sum())
-    return AdapterFile(path, nbytes, masks, ones, stored, others)
+    return AdapterFile(path, nbytes, masks, ones, stored, others, scales)

@@ -24,7 +24,7 @@ from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.registry import PEMN
 
 # What neither fingerprint nor tensors tell: a swapped adapter keeps the configuration that it had.
-_MUST_AGREE = ["bank", "selector", "density", "threshold", "scale", "rest", "tied"]
+_MUST_AGREE = ["bank", "selector", "density", "threshold", "scale", "form", "rest", "tied"]
 
 
 def enter_hotswap() -> None:

@@ -14,11 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import Tensor, nn
 
 from pemn_surgery import bits, rng, surgery
-from pemn_surgery.adapter_mask import AdapterMask
+from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
 from pemn_surgery.errors import NonFiniteScoresError
 from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.roles import rows_of
 from pemn_surgery.selector import check_finite
 from pemn_surgery.targets import Owned, Target
 from pemn_surgery.task import TaskTensors, TensorSet
@@ -107,9 +108,15 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         Args:
             adapter_name: The adapter.
             config: Its configuration. With ``inference_mode`` the mask is bits: the place for them
-                where a file is about to be read, else the initial mask.
+                where a file is about to be read, else the initial mask. A sign delta's signs and
+                scales always come later.
             fingerprint: Identifies the base under all of the adapter's masks.
         """
+        make = self._sign_delta if config.form == "sign_delta" else self._mask
+        self.pemn_masks[adapter_name] = make(config, fingerprint)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _mask(self, config: PemnConfig, fingerprint: Mapping[str, str]) -> AdapterMask:
         loading = config.inference_mode and config.file is not None
         scores = None if loading else initial_scores(config, self.target, self.shape, self.fan_in)
         stored = None
@@ -119,7 +126,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             mask = config.selection.mask_in_little_memory
             stored = bits.empty(weights) if loading else bits.pack(mask(start))
             scores = None
-        mask = AdapterMask(
+        return AdapterMask(
             self.target,
             self.shape,
             config.selection,
@@ -128,8 +135,18 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             scores=scores,
             stored=stored,
         )
-        self.pemn_masks[adapter_name] = mask
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _sign_delta(self, config: PemnConfig, fingerprint: Mapping[str, str]) -> SignDelta:
+        rows = rows_of(self.owner, self.shape)
+        return SignDelta(
+            self.target,
+            self.shape,
+            config.selection,
+            fingerprint,
+            rows=rows,
+            row_scale=torch.zeros(rows.count),
+            stored=bits.empty(int(torch.Size(self.shape).numel())),
+        )
 
     def mask_of(self, adapter_name: str) -> AdapterMask:
         """Return an adapter's mask of this weight."""
@@ -151,7 +168,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             return
         if safe_merge:
             self._check_scores(names)
-        weight = self.merge_names(names)
+        weight = self.merge_names([*self.merged_adapters, *names])
         if safe_merge and not torch.isfinite(weight).all():
             message = f"NaNs detected in the merged weights of {self.target}: adapters {names}."
             raise NonFiniteScoresError(message)

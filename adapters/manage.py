@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, set_requires_gra
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from pemn_surgery.adapter_mask import SignDelta
 from pemn_surgery.adapters.checks import check_adapters_exist, check_name_is_free
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer
@@ -47,7 +48,8 @@ def to_trainable(model: nn.Module, adapter_name: str = "default") -> None:
     """Give an adapter that was loaded for inference scores to train on.
 
     Its masks stay exactly what they are. The magnitudes of earlier scores are not in a file of
-    bits: ones and zeros start at equal distances from the selector's border.
+    bits, so they are made anew around the selector's border. Signs (``form="sign_delta"``) stay
+    bits, and the scales beside them train.
 
     Args:
         model: A model with masks.
@@ -65,7 +67,7 @@ def to_trainable(model: nn.Module, adapter_name: str = "default") -> None:
         message = f"The adapter {adapter_name!r} is merged; call unmerge_adapter() before training."
         raise AdapterError(message)
     masks = [layer.mask_of(adapter_name) for layer in layers if adapter_name in layer.pemn_masks]
-    stored = [mask for mask in masks if mask.scores is None]
+    stored = [mask for mask in masks if mask.scores is None and not isinstance(mask, SignDelta)]
     scores = [scores_from_mask(mask.mask(), mask, config) for mask in stored]
     for mask, start in zip(stored, scores, strict=True):
         scores_to_train = nn.Parameter(start.to(mask.store.device), requires_grad=False)

@@ -116,6 +116,8 @@ def plan_for(
             functional=frozenset(config.functional_weights or ()),
             rewritten=frozenset(config.rewritten_weights or ()),
             tied=config.tied,
+            carried=frozenset(config.carried or ()),
+            row_scaled=config.form == "sign_delta",
             trace=followed if isinstance(followed, Trace) else None,
             untraced=str(followed) if isinstance(followed, TraceError) else "",
         ),

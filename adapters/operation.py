@@ -15,6 +15,7 @@ from pemn_surgery.adapters.checks import (
     check_in_place,
     check_same_bank,
     check_same_targets,
+    check_signs,
 )
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
@@ -28,6 +29,7 @@ class Operation:
     """One planned injection, carried out path by path as PEFT walks over the modules."""
 
     def __init__(self, model: nn.Module, config: PemnConfig, plan: Plan) -> None:
+        check_signs(model, plan, config)
         self.config, self.plan = config, plan
         self.done: set[str] = set()
         self.modules = dict(base_modules(model))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery import bits
-from pemn_surgery.adapter_mask import AdapterMask
+from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, mask_key
@@ -73,7 +73,7 @@ def prepare_for_model(
     masks = {
         mask_key(mask.target, kind): (mask, kind)
         for mask in _masks_by_key(model, adapter_name).values()
-        for kind in ("bits", "scores")
+        for kind in _kinds(mask)
     }
     given = {_with_prefix(key): value for key, value in state_dict.items()}
     _check_fit(masks, given)
@@ -90,6 +90,9 @@ def prepare_for_model(
             loaded[key] = value
             continue
         mask, kind = masks[key]
+        if kind == "row_scale":
+            loaded[key] = value
+            continue
         held = "scores" if mask.scores is not None else "bits"
         lossy += held == "scores" and kind == "bits"
         loaded[mask_key(mask.target, held)] = _converted(value, kind, held, mask, config)
@@ -124,6 +127,11 @@ def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> T
     return torch.where(chosen, threshold + margin, threshold - margin)
 
 
+def _kinds(mask: AdapterMask) -> tuple[str, str]:
+    """Return what a file may hold of a mask: one of two, or signs and their scales."""
+    return ("bits", "row_scale") if isinstance(mask, SignDelta) else ("bits", "scores")
+
+
 def _masks_by_key(model: nn.Module, adapter_name: str) -> dict[str, AdapterMask]:
     """Return an adapter's masks by their place in the model's state dict."""
     found: dict[str, AdapterMask] = {}
@@ -150,7 +158,12 @@ def _check_fit(
     stray = [key for key in state_dict if f".{MASKS}." in key and key not in masks]
     targets = {mask.target for mask, _ in masks.values()}
     given = {masks[key][0].target for key in state_dict if key in masks}
-    missing = sorted(targets - given)
+    unscaled = {
+        mask.target
+        for key, (mask, kind) in masks.items()
+        if kind == "row_scale" and key not in state_dict
+    }
+    missing = sorted((targets - given) | unscaled)
     if stray or missing:
         message = (
             f"The adapter's masks do not fit: {len(missing)} of the model's {len(targets)} masked "
@@ -161,12 +174,25 @@ def _check_fit(
 
 
 def _check_size(key: str, kind: str, value: Tensor, mask: AdapterMask) -> None:
+    if isinstance(mask, SignDelta) and kind == "row_scale":
+        _check_scales(key, value, mask)
+        return
     weights = int(torch.Size(mask.shape).numel())
     count = value.numel() if kind == "scores" else bits.verify(value, key).weights
     if count != weights:
         message = (
             f"{key} masks {count} weights, but {mask.target} has {weights} weights (shape "
             f"{mask.shape}). Build the model that the adapter was trained for. Nothing was loaded."
+        )
+        raise ArchitectureError(message)
+
+
+def _check_scales(key: str, value: Tensor, mask: SignDelta) -> None:
+    if value.numel() != mask.rows.count:
+        message = (
+            f"{key} holds {value.numel()} scales, but {mask.target} has {mask.rows.count} outputs "
+            f"(shape {mask.shape}). Build the model that the adapter was made for. Nothing was "
+            "loaded."
         )
         raise ArchitectureError(message)
 

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from pemn_surgery import errors
 
 if TYPE_CHECKING:
-    from pemn_surgery.adapters import PemnConfig, pemnify, plan, rename_adapter, to_trainable
+    from pemn_surgery.adapters import (
+        PemnConfig,
+        from_finetuned,
+        measure_errors,
+        pemnify,
+        plan,
+        rename_adapter,
+        to_trainable,
+    )
     from pemn_surgery.masked import keep_weights
     from pemn_surgery.trainer import PemnCallback, for_trainer
 
@@ -24,6 +32,8 @@ _HOMES = {
     "PemnConfig": "pemn_surgery.adapters",
     "rename_adapter": "pemn_surgery.adapters",
     "to_trainable": "pemn_surgery.adapters",
+    "from_finetuned": "pemn_surgery.adapters",
+    "measure_errors": "pemn_surgery.adapters",
     "keep_weights": "pemn_surgery.masked",
     "PemnCallback": "pemn_surgery.trainer",
     "for_trainer": "pemn_surgery.trainer",
@@ -35,7 +45,9 @@ __all__ = [
     "__version__",
     "errors",
     "for_trainer",
+    "from_finetuned",
     "keep_weights",
+    "measure_errors",
     "pemnify",
     "plan",
     "rename_adapter",

@@ -1,7 +1,7 @@
-"""One adapter's mask of one weight: scores while it trains, bits otherwise."""
+"""One adapter's mask of one weight: scores while it trains, bits otherwise; or signs and scales."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from pemn_surgery import bits
 from pemn_surgery.errors import MaskNotLoadedError
 from pemn_surgery.masking import goes_by_pieces, masked, masked_by_pieces, masked_straight_through
 from pemn_surgery.selector import Selector
+from pemn_surgery.sign_delta import Rows, sign_delta_from_bits
 
 
 class AdapterMask(nn.Module):
@@ -23,8 +24,10 @@ class AdapterMask(nn.Module):
         scaled: Whether the masked weight is multiplied by 1 / sqrt(density of the mask).
         scores: Float parameter of ``shape``, or None.
         bits: Uint8 buffer, a stored mask (see `bits`), or None; one of the two is set.
+        adds: Whether it adds to a weight rather than multiplies it.
     """
 
+    adds: ClassVar[bool] = False
     scores: nn.Parameter | None
     bits: Tensor | None
 
@@ -53,6 +56,11 @@ class AdapterMask(nn.Module):
     def store(self) -> Tensor:
         """The tensor that decides the mask: scores or bits."""
         return cast("Tensor", self.scores if self.scores is not None else self.bits)
+
+    @property
+    def stores(self) -> tuple[Tensor, ...]:
+        """All tensors that decide what it does to a weight."""
+        return (self.store,)
 
     def mask(self) -> Tensor:
         """Return the bool mask of ``shape``.
@@ -113,3 +121,55 @@ class AdapterMask(nn.Module):
         """Show the selector and what is held."""
         held = "scores" if self.scores is not None else "bits"
         return f"{self.selector.name}, {held}, shape={tuple(self.shape)}"
+
+
+class SignDelta(AdapterMask):
+    """One adapter's change of one weight: W + s (2M - 1), M its signs, s a scale for each output.
+
+    The signs are always bits; the scales can be trained.
+
+    Attributes:
+        rows: Where each output's weights lie.
+        row_scale: Float parameter s of shape (rows.count,).
+    """
+
+    adds = True
+
+    def __init__(
+        self,
+        target: str,
+        shape: tuple[int, ...],
+        selector: Selector,
+        fingerprint: Mapping[str, str] | None = None,
+        *,
+        rows: Rows,
+        row_scale: Tensor,
+        stored: Tensor,
+    ) -> None:
+        super().__init__(target, shape, selector, fingerprint, scaled=False, stored=stored)
+        self.rows = rows
+        self.row_scale = nn.Parameter(row_scale)
+
+    @property
+    def stores(self) -> tuple[Tensor, ...]:
+        """The signs and the scales."""
+        return (self.store, self.row_scale)
+
+    def forward(self, weight: Tensor, *, is_scratch: bool = False) -> Tensor:
+        """Return ``weight`` changed by plus or minus its output's scale.
+
+        Args:
+            weight: Float tensor of ``shape``: a fill, or what another adapter made of it.
+            is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
+
+        Returns:
+            Tensor of the same shape and dtype. Gradients reach the scales.
+        """
+        stored = self.store
+        if not torch.compiler.is_compiling():
+            self._verify(stored)
+        return sign_delta_from_bits(weight, stored, self.row_scale, self.rows, in_place=is_scratch)
+
+    def extra_repr(self) -> str:
+        """Show what is held."""
+        return f"sign_delta, {self.rows.count} scales, shape={tuple(self.shape)}"

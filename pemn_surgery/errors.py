@@ -81,5 +81,9 @@ class TraceError(PemnError, RuntimeError):
     """A model's forward cannot be followed on shapes alone."""
 
 
+class FinetunedMismatchError(PemnError, ValueError):
+    """A fine-tuned model has other tensors than its base, or values that cannot be compared."""
+
+
 class LowCoverageWarning(UserWarning):
     """Less than nine tenths of the weights that a model multiplies with were masked."""

@@ -3,7 +3,7 @@
 A masked layer is the same module with one property in place of its weight (`surgery` installs it).
 The property asks a small child module, `MaskedWeight`, for the effective weight: the fill - the
 bank's numbers, or the layer's own frozen weight - passed through the `AdapterMask` of each active
-adapter. Several active adapters compose as AND.
+adapter. Several active masks compose as AND; sign deltas add up, after all masks.
 
 The effective weight is made once and kept until anything that it depends on changes, so reading
 ``layer.weight.dtype`` costs nothing and a layer that runs twelve times per step is masked once.
@@ -75,7 +75,12 @@ class MaskedWeight(nn.Module):
 
     def names_in_use(self) -> Sequence[str]:
         """Return the adapters that apply, in order. The PEFT layer says which are active."""
-        return [name for name in self.active_adapter_names() if name in self.pemn_masks]
+        return self.in_order([n for n in self.active_adapter_names() if n in self.pemn_masks])
+
+    def in_order(self, names: Sequence[str]) -> list[str]:
+        """Return adapters as they apply: masks multiply the fill, then deltas add to that."""
+        adds = {name: cast("AdapterMask", self.pemn_masks[name]).adds for name in names}
+        return [*(n for n in names if not adds[n]), *(n for n in names if adds[n])]
 
     def active_adapter_names(self) -> Sequence[str]:
         """Return the active adapters; without PEFT every adapter is."""
@@ -140,10 +145,10 @@ class MaskedWeight(nn.Module):
         self._kept.clear()
 
     def merge_names(self, names: Sequence[str]) -> Tensor:
-        """Return fill (or what is merged already) with these adapters applied, detached."""
+        """Return the fill with these adapters applied, detached."""
         with torch.no_grad():
-            weight = self.merged_weight if self.merged_weight is not None else self.fill()
-            for name in names:
+            weight = self.fill()
+            for name in self.in_order(names):
                 weight = self.pemn_masks[name](weight)
             return weight.detach() + 0.0  # turns -0.0, which a mask makes of w < 0, into 0.0
 
@@ -169,7 +174,8 @@ class MaskedWeight(nn.Module):
         """
         names = tuple(self.names_in_use())
         grad = torch.is_grad_enabled()
-        stores = [cast("AdapterMask", self.pemn_masks[name]).store for name in names]
+        masks = [cast("AdapterMask", self.pemn_masks[name]) for name in names]
+        stores = [store for mask in masks for store in mask.stores]
         if not grad and any(store.requires_grad for store in stores):
             return None
         base = self.bank.values if self.bank is not None else self.own_weight()

@@ -29,12 +29,13 @@ def owned_tensors(
             can_train = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
             use = uses.get(id(tensor), GraphUse())
             trained = can_train and _is_trained(module, request, use)
-            if not (trained or _is_carried(module, name, tensor, request, use)):
-                continue
             full = f"{path}.{name}" if path else name
+            carried = full in request.carried or _is_carried(module, name, tensor, request, use)
+            if not (trained or carried):
+                continue
             first = seen.setdefault(id(tensor), full)
             tied_to = "" if first == full else first
-            saved = not _is_idle_counter(module, name)
+            saved = not is_idle_counter(module, name)
             yield _describe_owned(path, name, tensor, trained=trained, saved=saved, tied_to=tied_to)
 
 
@@ -99,10 +100,14 @@ def _is_carried(
     return not is_embedding(module, name, use)
 
 
-def _is_idle_counter(module: nn.Module, name: str) -> bool:
+def is_idle_counter(module: nn.Module, name: str) -> bool:
     """Tell whether a tensor is BatchNorm's batch counter, which is read only without a momentum.
 
     An exported graph has the momentum as a constant; its modules are plain containers.
+
+    Args:
+        module: The module that holds the tensor.
+        name: The tensor's name on it.
     """
     has_momentum = getattr(module, "momentum", None) is not None or is_container(module)
     return name == "num_batches_tracked" and has_momentum

@@ -20,6 +20,7 @@ from pemn_surgery.roles import (
     is_router,
     is_table,
     is_weight,
+    rows_of,
 )
 from pemn_surgery.slots import Slot, is_named, weight_slots
 from pemn_surgery.targets import Left, Plan, Target
@@ -167,6 +168,7 @@ def _target(
     first = masked[0]  # tied slots share one tensor, hence one use in a graph
     traced = request.trace.of if request.trace else lambda name: ()
     uses = [use for slot in group for use in traced(slot.name)]
+    rows = rows_of(first.module, first.shape)
     return Target(
         path=first.path,
         parameter=first.parameter,
@@ -176,6 +178,7 @@ def _target(
         tied=tuple(slot.name for slot in masked[1:]),
         untied_from=staying[0][0].name if staying else "",
         use=_summary(uses) if request.trace else "",
+        row_scales=rows.count if request.row_scaled else 0,
     )
 
 

@@ -28,6 +28,8 @@ class Request:
         tied: What happens to a weight that is tied to an embedding.
         trace: What a forward does with every parameter, or None where none was followed.
         untraced: Why there is no trace.
+        carried: Names of further unmasked tensors that the task has its own copy of.
+        row_scaled: Whether a mask has a scale for each output.
     """
 
     spec: BankSpec
@@ -41,3 +43,5 @@ class Request:
     tied: TiedName = "leave"
     trace: Trace | None = None
     untraced: str = ""
+    carried: Collection[str] = ()
+    row_scaled: bool = False

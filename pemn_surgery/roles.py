@@ -10,6 +10,7 @@ from torch import nn
 from pemn_surgery.bank import Shape
 from pemn_surgery.graph_modules import GraphUse
 from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.sign_delta import Rows
 from pemn_surgery.task import TaskTensors
 
 # Raw parameters of these names are tables of positions, tokens or queries that a forward multiplies
@@ -92,6 +93,31 @@ def fan_in_of(module: nn.Module, shape: Shape) -> int:
     if len(shape) == 3 and not isinstance(module, nn.modules.conv._ConvNd):
         return max(shape[1 if getattr(module, "is_transposed", False) else 2], 1)
     return max(math.prod(shape[1:]), 1)
+
+
+def rows_of(module: nn.Module, shape: Shape) -> Rows:
+    """Return where the outputs of a layer lie in its weight.
+
+    Args:
+        module: The layer.
+        shape: Shape of its weight, as in `fan_in_of`; transposed convolutions have (in, out of one
+            group, ...), their inputs group by group. Whatever is none of these has (out, ...).
+    """
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return Rows(module.groups, shape[0] // module.groups, shape[1], math.prod(shape[2:]))
+    if _is_transposed_linear(module):
+        return Rows(1, shape[0], shape[1], 1)
+    if type(module).__name__ == "CondConv2d":
+        outputs = shape[0] * cast("Any", module).out_channels
+        return Rows(1, 1, outputs, math.prod(shape) // outputs)
+    if len(shape) == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+        experts, first, second = shape
+        if getattr(module, "is_transposed", False):
+            return Rows(experts, first, second, 1)
+        return Rows(1, 1, experts * first, second)
+    if len(shape) > 1:
+        return Rows(1, 1, shape[0], math.prod(shape[1:]))
+    return Rows(1, 1, 1, math.prod(shape))
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:

@@ -31,6 +31,8 @@ class Target:
         tied: Other modules (as "path.parameter") that hold the same tensor and share the mask.
         untied_from: Name of the tensor that it was tied to and gets a copy of, or "".
         use: What a forward does with it ("linear", "linear at beit.py:225"), "" if not traced.
+        row_scales: Number of float32 scales beside the mask: one an output with
+            ``form="sign_delta"``, else 0.
     """
 
     path: str
@@ -41,6 +43,7 @@ class Target:
     tied: tuple[str, ...] = ()
     untied_from: str = ""
     use: str = field(default="", compare=False)
+    row_scales: int = 0
 
     @property
     def name(self) -> str:
@@ -166,8 +169,8 @@ class Plan:
 
     @property
     def mask_bytes(self) -> int:
-        """Bytes of one task's stored masks."""
-        return sum(bits.packed_bytes(target.weights) for target in self.targets)
+        """Bytes of one task's stored masks, and of the scales beside them."""
+        return sum(bits.packed_bytes(item.weights) + 4 * item.row_scales for item in self.targets)
 
     @property
     def other_bytes(self) -> int:

@@ -87,3 +87,31 @@ def test_planning_figures():
     shown = " ".join(page.split())
     for text in said:
         assert text.replace("0.", ".") in shown, text
+
+
+FINETUNED = json.loads((ROOT / "docs/results/from_finetuned.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", sorted(FINETUNED["cases"]))
+def test_finetuned_table(case):
+    page = (ROOT / "docs/from_finetuned.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    found = FINETUNED["cases"][case]
+    assert len(found["runs"]) == len(FINETUNED["seeds"]) >= 3
+    assert len(found["summary"]) == 8
+    for name, figures in found["summary"].items():
+        accuracy = figures["accuracy"]
+        error = figures.get("error_of_difference")
+        row = [
+            case,
+            name,
+            f"{100 * accuracy['mean']:.1f} ({100 * accuracy['std']:.1f}) %",
+            f"{100 * error['mean']:.1f} %" if error else "",
+            f"{figures['bytes']['mean']:,.0f}",
+        ]
+        assert row in rows, row
+    assert all(
+        figures["others_differing"]["mean"] == 0
+        for figures in found["summary"].values()
+        if "others_differing" in figures
+    )

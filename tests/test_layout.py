@@ -69,7 +69,17 @@ print(sorted(heavy), sorted(set(pemn_surgery.__all__) - set(dir(pemn_surgery))))
 
 @pytest.mark.parametrize(
     "name",
-    ["PemnCallback", "PemnConfig", "errors", "for_trainer", "keep_weights", "pemnify", "plan"],
+    [
+        "PemnCallback",
+        "PemnConfig",
+        "errors",
+        "for_trainer",
+        "from_finetuned",
+        "keep_weights",
+        "measure_errors",
+        "pemnify",
+        "plan",
+    ],
 )
 def test_public_names(name):
     package = importlib.import_module("pemn_surgery")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from pemn_surgery import PemnConfig, errors, pemnify, to_trainable
+from pemn_surgery import PemnConfig, errors, from_finetuned, pemnify, to_trainable
 from pemn_surgery.adapters.algebra import combined_mask
 from tests.adapters import models
 from tests.adapters.models import says
@@ -210,6 +210,15 @@ def test_different_scales_are_refused():
     with pytest.raises(errors.AdapterError) as error:
         model.add_weighted_adapter(["a", "b"], None, "new", "union")
     says(error, "scale", "sqrt_density")
+
+
+def test_signs_are_refused(tmp_path):
+    model = from_finetuned(models.net(), models.net(seed=1), "sign_delta", adapter_name="a")
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path / "a", "b")
+    with pytest.raises(errors.AdapterError) as error:
+        model.add_weighted_adapter(["a", "b"], None, "new", "union")
+    says(error, "a, b", "sign_delta", "add up")
 
 
 def test_deep_copies_are_independent():

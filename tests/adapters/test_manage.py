@@ -4,7 +4,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from pemn_surgery import PemnConfig, errors, pemnify, rename_adapter, to_trainable
+from pemn_surgery import (
+    PemnConfig,
+    errors,
+    from_finetuned,
+    pemnify,
+    rename_adapter,
+    to_trainable,
+)
 from tests.adapters import models
 from tests.adapters.models import says
 
@@ -151,6 +158,21 @@ def test_to_trainable_of_an_adapter_that_is_not_active(tmp_path):
     assert not any(p.requires_grad for p in loaded.parameters())
     loaded.set_adapter("b")
     assert any(p.requires_grad for p in loaded.parameters())
+
+
+def test_to_trainable_lets_scales_beside_signs_train():
+    model = from_finetuned(models.net(), models.net(seed=1), "sign_delta")
+    expected = models.logits(model)
+    to_trainable(model)
+    models.assert_equal(models.logits(model), expected)
+    for layer in models.mask_layers(model).values():
+        mask = layer.mask_of("default")
+        assert mask.scores is None
+        assert mask.row_scale.requires_grad
+    before = models.masks(model)
+    models.train(model)
+    models.assert_same_tensors(models.masks(model), before)
+    models.assert_differs(models.logits(model), expected)
 
 
 def test_to_trainable_keeps_scores_that_are_there():
