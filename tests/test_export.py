@@ -5,9 +5,9 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from transformers import BertConfig, BertForSequenceClassification
 
 from pemn_surgery import pemnify
+from tests.adapters import models
 from tests.zoo.walk import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporters' own
@@ -17,14 +17,7 @@ RP = {"bank": "rp", "ratio": 0.1}
 
 
 def bert():
-    config = BertConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        vocab_size=40,
-    )
-    return BertForSequenceClassification(config), {"input_ids": torch.arange(10).reshape(2, 5)}
+    return models.bert(), {"input_ids": torch.arange(10).reshape(2, 5)}
 
 
 def image_model(name):

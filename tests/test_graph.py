@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertConfig, BertModel, MixtralConfig, MixtralForCausalLM
+from transformers import BertModel, MixtralConfig, MixtralForCausalLM
 
 from pemn_surgery import graph, pemnify, plan
 from pemn_surgery.blocks import Block, repeated_blocks
@@ -230,14 +230,7 @@ def small_timm(name):
 
 def bert():
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        vocab_size=40,
-    )
-    return BertModel(config).eval()
+    return BertModel(models.bert_config()).eval()
 
 
 @pytest.mark.parametrize("name", [*TIMM, "bert"])
