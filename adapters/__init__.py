@@ -7,16 +7,20 @@ if __name__ == "adapters":  # a top-level `adapters` is another project (Adapter
     raise ImportError(message)
 
 from pemn_surgery.adapters.api import pemnify, plan
+from pemn_surgery.adapters.atomic import wrap_saving
 from pemn_surgery.adapters.card import wrap_cards
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.finetuned_errors import ErrorReport, measure_errors
 from pemn_surgery.adapters.from_finetuned import from_finetuned
+from pemn_surgery.adapters.guard import wrap_loading
 from pemn_surgery.adapters.hotswap import enter_hotswap
 from pemn_surgery.adapters.manage import rename_adapter, to_trainable
 from pemn_surgery.adapters.model import PemnModel
 from pemn_surgery.adapters.registry import register
 
 register(PemnConfig, PemnModel)
+wrap_saving()
+wrap_loading()
 wrap_cards()
 enter_hotswap()
 

@@ -28,12 +28,11 @@ from peft import PeftModel
 from peft.config import PeftConfig
 from transformers.utils import PushToHubMixin
 
+from pemn_surgery.adapters.atomic import CARD, replace_file
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import AdapterFile
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.errors import AdapterFileError
-
-CARD = "README.md"
 
 _BEGIN = "<!-- pemn_surgery: written anew at each save; edit around this part, not in it -->"
 _END = "<!-- pemn_surgery: end -->"
@@ -74,7 +73,7 @@ def complete_card(folder: str | Path, adapter_names: Iterable[str] = ("default",
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
     replaced, count = _PART.subn(lambda _: part, card.text)
     card.text = replaced if count else f"\n{part}\n{card.text}"
-    card.save(path)
+    replace_file(path, str(card).encode("utf-8"))
 
 
 def wrap_cards() -> None:

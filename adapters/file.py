@@ -1,8 +1,19 @@
-"""Reading an adapter file without a model: what masks it holds, and whether they are whole."""
+"""Reading an adapter file without a model: what masks it holds, and whether they are whole.
 
-from collections.abc import Mapping
+A file that `pemn_surgery.adapters.atomic` saved holds, beside its tensors, the adapter's
+configuration and one digest over both (its *seal*, in the safetensors metadata). A file without
+a seal was written by transformers, by another tool or by an early version: its masks have
+checksums of their own, nothing else of it is covered.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,9 +24,14 @@ from pemn_surgery.bits import StoredMask
 from pemn_surgery.errors import AdapterFileError
 from pemn_surgery.masked import masked_child_name
 
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+SEAL = "pemn"  # the metadata's key
 KEY_PREFIX = "base_model.model."
 MASKS = "pemn_masks"
 TENSORS = "pemn_tensors"
+
+_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,8 @@ class AdapterFile:
         stored: What the header of each mask says; empty where the file holds float scores.
         others: Shape and dtype of every other tensor, by key.
         scales: Number of row scales beside each mask; empty but for ``form="sign_delta"``.
+        sealed: The configuration that the file was saved with, as in ``adapter_config.json``;
+            None where the file has no seal.
     """
 
     path: Path
@@ -39,6 +57,7 @@ class AdapterFile:
     stored: Mapping[str, StoredMask]
     others: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     scales: Mapping[str, int]
+    sealed: Mapping[str, Any] | None
 
 
 def read_adapter_file(path: Path) -> AdapterFile:
@@ -51,19 +70,40 @@ def read_adapter_file(path: Path) -> AdapterFile:
         What it holds.
 
     Raises:
-        AdapterFileError: If the file is truncated, altered or not a safetensors file.
+        AdapterFileError: If the file is missing, truncated, altered or not a safetensors file.
     """
-    nbytes = path.stat().st_size
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        message = (
-            f"The adapter file {str(path)!r} ({nbytes} bytes) cannot be read: {error}. It is "
-            "truncated or altered; nothing was loaded. Get the file again from where it was saved."
-        )
-        raise AdapterFileError(message) from error
-    return _sort_out(path, nbytes, tensors)
+    nbytes, tensors, metadata = _contents(path)
+    file = _sort_out(path, nbytes, tensors, _sealed(path, metadata))
+    if file.sealed is not None:
+        _check_seal(path, tensors, file.sealed)
+    return file
+
+
+def holds_masks(path: Path) -> bool:
+    """Tell whether a file has a mask in it, from its header alone.
+
+    Args:
+        path: A safetensors file.
+
+    Raises:
+        AdapterFileError: If the file is missing, truncated, altered or not a safetensors file.
+    """
+    with _named(path), safe_open(path, framework="pt") as file:
+        sealed = SEAL in (file.metadata() or {})
+        return sealed or any(f".{MASKS}." in key for key in file.keys())  # noqa: SIM118
+
+
+def seal(path: Path, configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the digest that binds it to a file's tensors.
+
+    Args:
+        path: A whole file.
+        configuration: What ``adapter_config.json`` holds.
+
+    Returns:
+        The configuration, its "digest" filled in.
+    """
+    return {**configuration, "digest": _digest(_contents(path)[1], configuration)}
 
 
 def mask_key(name: str, kind: str) -> str:
@@ -86,7 +126,76 @@ def parameter_name(key: str) -> str:
     return f"{path}.{parameter}" if path else parameter
 
 
-def _sort_out(path: Path, nbytes: int, tensors: Mapping[str, Tensor]) -> AdapterFile:
+def _contents(path: Path) -> tuple[int, dict[str, Tensor], Mapping[str, str]]:
+    """Return a file's size, tensors and metadata.
+
+    The library checks first that the header is no longer than the file and that the tensors'
+    places fill the rest exactly, so no more is allocated than the file is long.
+    """
+    with _named(path), safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return path.stat().st_size, tensors, file.metadata() or {}
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name what safetensors and torch may raise on a header that means nothing."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        nbytes = path.stat().st_size if path.is_file() else 0
+        message = (
+            f"The adapter file {str(path)!r} ({nbytes} bytes) cannot be read: {error}. It is "
+            "truncated or altered; nothing was loaded. Get the file again from where it was saved."
+        )
+        raise AdapterFileError(message) from error
+
+
+def _sealed(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
+    if SEAL not in metadata:
+        return None
+    try:
+        configuration = json.loads(metadata[SEAL])
+    except (ValueError, RecursionError) as error:
+        _refuse_seal(path, f"cannot be read ({type(error).__name__}: {error})")
+    if not isinstance(configuration, dict):
+        _refuse_seal(path, f"is {type(configuration).__name__}, not a configuration")
+    return configuration
+
+
+def _check_seal(path: Path, tensors: Mapping[str, Tensor], sealed: Mapping[str, Any]) -> None:
+    actual = _digest(tensors, sealed)
+    if actual != sealed.get("digest"):
+        _refuse_seal(path, f"says digest {sealed.get('digest')!r}, the content has {actual!r}")
+
+
+def _refuse_seal(path: Path, problem: str) -> NoReturn:
+    message = (
+        f"The seal of the adapter file {str(path)!r} {problem}: the file was altered after it was "
+        "saved. Nothing was loaded; get the file again from where it was saved."
+    )
+    raise AdapterFileError(message)
+
+
+def _digest(tensors: Mapping[str, Tensor], configuration: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits over every tensor's name, type, shape and bytes, and the rest.
+
+    Against damage, not against forgery: a CRC-32 finds every changed byte of a tensor.
+    """
+    rest = {key: value for key, value in configuration.items() if key != "digest"}
+    lines = [json.dumps(rest, sort_keys=True), *sorted(_described(tensors))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _described(tensors: Mapping[str, Tensor]) -> Iterable[str]:
+    for key, tensor in tensors.items():
+        content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        yield f"{key} {tensor.dtype} {list(tensor.shape)} {zlib.crc32(content):08x}"
+
+
+def _sort_out(
+    path: Path, nbytes: int, tensors: Mapping[str, Tensor], sealed: Mapping[str, Any] | None
+) -> AdapterFile:
     masks, ones, stored, others, scales = {}, {}, {}, {}, {}
     for key, tensor in tensors.items():
         if f".{MASKS}." not in key:
@@ -100,4 +209,4 @@ def _sort_out(path: Path, nbytes: int, tensors: Mapping[str, Tensor]) -> Adapter
             stored[name] = bits.verify(tensor, key)
             masks[name] = stored[name].weights
             ones[name] = int(bits.unpack(tensor, (masks[name],)).sum())
-    return AdapterFile(path, nbytes, masks, ones, stored, others, scales)
+    return AdapterFile(path, nbytes, masks, ones, stored, others, scales, sealed)

@@ -37,6 +37,7 @@ def pack_for_file(
     """
     masks = _masks_by_key(model, adapter_name)
     config.fingerprint = next((mask.fingerprint for mask in masks.values()), None)
+    config.digest = None  # that of an earlier file, if the adapter was loaded
     base = fingerprints.short_form(config.fingerprint or {})
     saved: StateDict = {}
     for key, value in entries.items():

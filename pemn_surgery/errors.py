@@ -57,6 +57,10 @@ class AdapterFileError(PemnError, ValueError):
     """An adapter file is missing, truncated or altered."""
 
 
+class AdapterWriteError(PemnError, OSError):
+    """An adapter cannot be written: the disk is full, the folder is read-only."""
+
+
 class MaskFormatError(AdapterFileError):
     """A stored mask is damaged, of another version, or not a mask at all."""
 

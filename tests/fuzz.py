@@ -1,0 +1,327 @@
+"""Damage adapter files at random: every outcome is a named error or the same adapter.
+
+    python -m tests.fuzz --files 100000 --loads 500 --json docs/results/fuzz.json
+
+A case is one alteration of one of the two files: bytes changed, cut, inserted, repeated; or, so that
+the outer layers let it pass, fields of the safetensors header or of the configuration changed and
+the rest made fit. Each case may take five seconds, and all of them together a limited memory.
+"""
+
+import argparse
+import copy
+import json
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.config import PeftConfig
+from safetensors.torch import load
+from torch import nn
+
+from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.errors import PemnError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FREE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "digest"}  # fmt: skip
+SECONDS, MEMORY = 5, 2 << 30
+ODD: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 0.5, 1e308, 2**31, 2**63, 2**64 - 1, 2**64, 10**30, "", "0", "PEMN",
+    "LORA", "\u0000", "F64", "I4", [], [0], [2**40, 2**40], [-1], [0, 2**63], {}, {"a": 1}, [[[]]],
+    "x" * 1000,
+)  # fmt: skip
+TYPES = (
+    "U8",
+    "I8",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "F64",
+    "BOOL",
+    "F8_E4M3",
+    "F8_E8M0",
+    "F4",
+    "C64",
+    "X",
+)
+
+
+class Hang(BaseException):
+    """A case took too long."""
+
+
+def bytes_changed(content: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        place = rng.randrange(len(changed))
+        changed[place] ^= rng.choice((1 << rng.randrange(8), rng.randrange(1, 256)))
+    return bytes(changed)
+
+
+def truncated(content: bytes, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content))]
+
+
+def inserted(content: bytes, rng: random.Random) -> bytes:
+    place = rng.randrange(len(content) + 1)
+    new = bytes(rng.randrange(256) for _ in range(rng.choice((1, 1, 8, 64))))
+    return content[:place] + new + content[place:]
+
+
+def removed(content: bytes, rng: random.Random) -> bytes:
+    place = rng.randrange(len(content))
+    return content[:place] + content[place + rng.choice((1, 1, 8, 64)) :]
+
+
+def repeated(content: bytes, rng: random.Random) -> bytes:
+    start, length, place = (rng.randrange(len(content)) for _ in range(3))
+    return content[:place] + content[start : start + length % 64] + content[place:]
+
+
+def length_changed(content: bytes, rng: random.Random) -> bytes:
+    """Another length of the safetensors header."""
+    length = rng.choice(
+        (0, 1, 7, len(content), 2**31, 2**40, 2**63, 2**64 - 1, rng.randrange(5000))
+    )
+    return length.to_bytes(8, "little") + content[8:]
+
+
+def header_changed(content: bytes, rng: random.Random) -> bytes:
+    """One field of the safetensors header, with its length made right."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    key = rng.choice(list(header))
+    if key == "__metadata__":
+        inner = rng.choice(list(header[key]))
+        header[key][inner] = rng.choice(("", "{}", "[" * 100_000, "null", "pt", '{"digest": null}'))
+    else:
+        change_entry(header, key, rng)
+    return with_header(header, content[end:])
+
+
+def change_entry(header: dict[str, Any], key: str, rng: random.Random) -> None:
+    entry, other = header[key], rng.choice([key for key in header if key != "__metadata__"])
+    kind = rng.randrange(6)
+    if kind == 0:
+        entry["dtype"] = rng.choice(TYPES)
+    elif kind == 1:
+        entry["shape"] = rng.choice((*ODD, [*entry["shape"], 1], entry["shape"][::-1]))
+    elif kind == 2:
+        entry["data_offsets"] = rng.choice(
+            (*ODD, header[other]["data_offsets"], [2**63, 2**64 - 1])
+        )
+    elif kind == 3:
+        header[key + rng.choice(("x", ".", "\n", "\u0000", "é"))] = header.pop(key)
+    elif kind == 4:
+        header.pop(key)
+    else:
+        header[key], header[other] = header[other], entry
+
+
+def with_header(header: Any, rest: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + rest
+
+
+def field_changed(content: bytes, rng: random.Random) -> bytes:
+    """One field of the configuration."""
+    config = json.loads(content)
+    key = rng.choice(list(config))
+    kind = rng.randrange(4)
+    if kind == 0:
+        config.pop(key)
+    elif kind == 1:
+        config[key + "x"] = config.pop(key)
+    else:
+        config[key] = rng.choice(ODD)
+    return json.dumps(config).encode()
+
+
+def not_a_configuration(content: bytes, rng: random.Random) -> bytes:
+    choices = (
+        b"",
+        b"null",
+        b"[]",
+        b"1",
+        b"[" * 200_000,
+        b'{"a":' * 50_000,
+        b"\xff\xfe",
+        b"9" * 5000,
+    )
+    return rng.choice(choices)
+
+
+ON_BYTES = (bytes_changed, bytes_changed, truncated, inserted, removed, repeated)
+ON_WEIGHTS = (*ON_BYTES, length_changed, header_changed, header_changed, header_changed)
+ON_CONFIG = (*ON_BYTES, field_changed, field_changed, not_a_configuration)
+Change = Callable[[bytes, random.Random], bytes]
+
+
+class Case:
+    """A whole adapter, and what it means."""
+
+    def __init__(self, folder: Path, made: PeftModel | None = None) -> None:
+        (made or make()).save_pretrained(str(folder))
+        self.folder = folder
+        self.whole = {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+        self.tensors = load(self.whole[WEIGHTS])
+        self.meaning = meaning(PemnConfig.from_pretrained(str(folder)))
+
+    def damage(self, rng: random.Random) -> str:
+        """Alter one file; return which and how."""
+        name = WEIGHTS if rng.random() < 0.7 else CONFIG
+        change: Change = rng.choice(ON_WEIGHTS if name == WEIGHTS else ON_CONFIG)
+        for other, content in self.whole.items():
+            new = change(content, rng) if other == name else content
+            (self.folder / other).write_bytes(new)
+        return f"{name}: {change.__name__}"
+
+    def outcome(self) -> str:
+        """Read the adapter as it is now; return "equal", a named error, or what is wrong."""
+        try:
+            config = PemnConfig.from_pretrained(str(self.folder))
+        except PemnError as error:
+            return type(error).__name__
+        except Exception as error:
+            return f"WRONG: {type(error).__name__}: {str(error)[:80]}"
+        return self._compared(config)
+
+    def _compared(self, config: PemnConfig) -> str:
+        found = load((self.folder / WEIGHTS).read_bytes())
+        same = set(found) == set(self.tensors) and all(
+            same_bits(found[key], value) for key, value in self.tensors.items()
+        )
+        if not same:
+            return "WRONG: other tensors"
+        return "equal" if meaning(config) == self.meaning else "WRONG: another meaning"
+
+
+def make() -> PeftModel:
+    model = pemnify(base(0), bank="rp", density=0.4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+def base(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Linear(9, 4))
+
+
+def meaning(config: PemnConfig) -> dict[str, Any]:
+    """Return the fields that decide what the masks mean."""
+    return {key: value for key, value in PeftConfig.to_dict(config).items() if key not in FREE}
+
+
+def same_bits(found: torch.Tensor, value: torch.Tensor) -> bool:
+    if found.dtype != value.dtype or found.shape != value.shape:
+        return False
+    return torch.equal(found.view(-1).view(torch.uint8), value.view(-1).view(torch.uint8))
+
+
+def loaded(case: Case, wanted: dict[str, torch.Tensor]) -> str:
+    """Load the adapter as it is now, onto a fresh model and in the place of an equal one."""
+    fresh = base(1)
+    before = copy.deepcopy(fresh.state_dict())
+    try:
+        model = PeftModel.from_pretrained(fresh, str(case.folder))
+        model.load_adapter(str(case.folder), "default")
+    except PemnError as error:
+        same = equal(fresh.state_dict(), before)
+        return type(error).__name__ if same else "WRONG: the refused load changed the model"
+    except Exception as error:
+        return f"WRONG: {type(error).__name__}: {str(error)[:80]}"
+    return "equal" if equal(model.state_dict(), wanted) else "WRONG: another model"
+
+
+def equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return set(found) == set(wanted) and all(same_bits(found[k], v) for k, v in wanted.items())
+
+
+def run(case: Case, judge: Callable[[], str], cases: int, end: float, rng: random.Random) -> Any:
+    """Damage and judge; return counts by alteration and outcome, and the first of what is wrong."""
+    counts: Counter[tuple[str, str]] = Counter()
+    wrong: list[str] = []
+    slowest = 0.0
+    for number in range(cases):
+        state = rng.getrandbits(64)
+        how = case.damage(random.Random(state))
+        start = time.perf_counter()
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            found = judge()
+        except Hang:
+            found = "WRONG: takes too long"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        slowest = max(slowest, time.perf_counter() - start)
+        counts[how, found] += 1
+        if found.startswith("WRONG") and len(wrong) < 20:
+            wrong.append(f"case {number}, seed {state}, {how}: {found}")
+        if time.perf_counter() > end:
+            break
+    by_kind: dict[str, dict[str, int]] = {}
+    for (how, found), count in sorted(counts.items()):
+        by_kind.setdefault(how, {})[found] = count
+    return {
+        "cases": counts.total(),
+        "wrong": sum(count for (_, found), count in counts.items() if found.startswith("WRONG")),
+        "first_wrong": wrong, "slowest_seconds": round(slowest, 3), "outcomes": by_kind,
+    }  # fmt: skip
+
+
+def limit_memory() -> None:
+    """Let this process have no more than a fixed amount beyond what it has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--files", type=int, default=10_000, help="cases that are read")
+    parser.add_argument("--loads", type=int, default=100, help="cases that are loaded in full")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    end = time.perf_counter() + arguments.seconds
+
+    def too_long(*_: Any) -> None:
+        raise Hang
+
+    signal.signal(signal.SIGALRM, too_long)
+    with tempfile.TemporaryDirectory(prefix="pemn_fuzz_") as folder:
+        case, rng = Case(Path(folder)), random.Random(arguments.seed)
+        wanted = PeftModel.from_pretrained(base(1), folder).state_dict()
+        limit_memory()
+        result = {
+            "seed": arguments.seed,
+            "read": run(case, case.outcome, arguments.files, end, rng),
+            "loaded": run(case, lambda: loaded(case, wanted), arguments.loads, end, rng),
+        }
+    text = json.dumps(result, indent=1)
+    if arguments.json:
+        arguments.json.write_text(f"{text}\n", encoding="utf-8")
+    sys.stdout.write(f"{text}\n")
+    return int(any(result[part]["wrong"] for part in ("read", "loaded")))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
