@@ -192,7 +192,8 @@ class PemnConfig(PeftConfig):
         if (folder / CONFIG).is_file():
             return cls._from_folder(folder, cls._split_kwargs(kwargs)[1])
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+            name = pretrained_model_name_or_path
+            return cast("PemnConfig", super().from_pretrained(name, subfolder, **kwargs))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             _refuse_file(folder / CONFIG, f"is not JSON ({type(error).__name__}: {error})")
 
@@ -203,7 +204,8 @@ class PemnConfig(PeftConfig):
         file = read_adapter_file(path) if path.is_file() else None
         decided = written if file is None else _decide(folder / CONFIG, written, file)
         try:
-            config = cls.from_peft_type(**cls.check_kwargs(**{**given, **decided}))
+            options = cls.check_kwargs(**{**given, **decided})
+            config = cast("PemnConfig", cls.from_peft_type(**options))
         except PemnError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -189,7 +189,7 @@ def _digest(tensors: Mapping[str, Tensor], configuration: Mapping[str, Any]) -> 
 
 def _described(tensors: Mapping[str, Tensor]) -> Iterable[str]:
     for key, tensor in tensors.items():
-        content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
         yield f"{key} {tensor.dtype} {list(tensor.shape)} {zlib.crc32(content):08x}"
 
 

@@ -2,9 +2,9 @@
 
     python -m tests.fuzz --files 100000 --loads 500 --json docs/results/fuzz.json
 
-A case is one alteration of one of the two files: bytes changed, cut, inserted, repeated; or, so that
-the outer layers let it pass, fields of the safetensors header or of the configuration changed and
-the rest made fit. Each case may take five seconds, and all of them together a limited memory.
+A case is one alteration of one of the two files: bytes changed, cut, inserted, repeated; or, so
+that the outer layers let it pass, fields of the safetensors header or of the configuration changed
+and the rest made fit. Each case may take five seconds, and all of them together a limited memory.
 """
 
 import argparse
@@ -36,9 +36,9 @@ FREE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", 
         "inference_mode", "digest"}  # fmt: skip
 SECONDS, MEMORY = 5, 2 << 30
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 0.5, 1e308, 2**31, 2**63, 2**64 - 1, 2**64, 10**30, "", "0", "PEMN",
-    "LORA", "\u0000", "F64", "I4", [], [0], [2**40, 2**40], [-1], [0, 2**63], {}, {"a": 1}, [[[]]],
-    "x" * 1000,
+    None, True, False, 0, 1, -1, 0.5, 1e308, 2**31, 2**63, 2**64 - 1, 2**64, 10**30, "", "0",
+    "PEMN", "LORA", "\u0000", "F64", "I4", [], [0], [2**40, 2**40], [-1], [0, 2**63], {}, {"a": 1},
+    [[[]]], "x" * 1000,
 )  # fmt: skip
 TYPES = (
     "U8",

@@ -172,6 +172,7 @@ def rewrite(folder, change):
     assert {CONV, BIAS, MEAN} <= set(tensors)
     change(tensors)
     save_file(tensors, path)
+    models.forget_digest(folder)
 
 
 def test_missing_mask(folder):

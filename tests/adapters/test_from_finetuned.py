@@ -1013,6 +1013,7 @@ def damaged(tmp_path, change):
     held = load_file(path)
     change(held)
     save_file(held, path, metadata={"format": "pt"})
+    models.forget_digest(tmp_path)
     return base
 
 

@@ -147,6 +147,7 @@ def damaged(folder, tmp_path, change):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+    models.forget_digest(path.parent)
     return tmp_path / "damaged"
 
 
