@@ -52,7 +52,7 @@ class Trials:
     def begin(self) -> None:
         """Put the first adapter into an otherwise empty folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.models[0].save_pretrained(str(self.folder))
+        shutil.copytree(self.folder.with_name("0"), self.folder)
         (self.folder / USERS).write_text("{}")
 
     def found(self) -> str:
@@ -134,7 +134,7 @@ def random_kills(trials: Trials, kills: int, rng: random.Random) -> dict[str, An
     found, most, mixed, loaded = Counter(), 0, 0, 0
     for number in range(kills):
         child = fork(lambda: save_for_ever(trials))
-        time.sleep(rng.uniform(0, 4 * seconds))
+        time.sleep(rng.uniform(0, 2.5 * seconds))
         os.kill(child, signal.SIGKILL)
         found["ended by itself"] += join(child) != -signal.SIGKILL
         found[trials.found()] += 1
@@ -300,11 +300,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=2000, help="random kills")
     parser.add_argument("--saves", type=int, default=100, help="saves of each of two processes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--on", type=Path, help="a folder of the file system to save to")
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="pemn_kills_") as folder:
+    with tempfile.TemporaryDirectory(prefix="pemn_kills_", dir=arguments.on) as folder:
         trials = Trials(Path(folder))
         result = {
             "random_kills": random_kills(trials, arguments.kills, random.Random(arguments.seed)),
