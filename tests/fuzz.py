@@ -4,7 +4,8 @@
 
 A case is one alteration of one of the two files: bytes changed, cut, inserted, repeated; or, so
 that the outer layers let it pass, fields of the safetensors header or of the configuration changed
-and the rest made fit. Each case may take five seconds, and all of them together a limited memory.
+and the rest made fit. Each case may take five seconds of the processor, and all of them together a
+limited memory.
 """
 
 import argparse
@@ -261,13 +262,13 @@ def run(case: Case, judge: Callable[[], str], cases: int, end: float, rng: rando
         state = rng.getrandbits(64)
         how = case.damage(random.Random(state))
         start = time.perf_counter()
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             found = judge()
         except Hang:
             found = "WRONG: takes too long"
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         slowest = max(slowest, time.perf_counter() - start)
         counts[how, found] += 1
         if found.startswith("WRONG") and len(wrong) < 20:
@@ -306,7 +307,7 @@ def main() -> int:
     def too_long(*_: Any) -> None:
         raise Hang
 
-    signal.signal(signal.SIGALRM, too_long)
+    signal.signal(signal.SIGPROF, too_long)
     with tempfile.TemporaryDirectory(prefix="pemn_fuzz_") as folder:
         case, rng = Case(Path(folder)), random.Random(arguments.seed)
         wanted = PeftModel.from_pretrained(base(1), folder).state_dict()

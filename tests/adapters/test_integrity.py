@@ -35,7 +35,7 @@ def deaths(tmp_path_factory):
     if MEMORY.is_dir():  # flushing to a real disk takes most of the time; kills do not see it
         command += ["--on", str(MEMORY)]
     done = subprocess.run(
-        [sys.executable, *command], cwd=models.ROOT, capture_output=True, text=True, timeout=300,
+        [sys.executable, *command], cwd=models.ROOT, capture_output=True, text=True, timeout=900,
         check=False, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
