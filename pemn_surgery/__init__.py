@@ -13,6 +13,7 @@ from pemn_surgery import errors
 
 if TYPE_CHECKING:
     from pemn_surgery.adapters import PemnConfig, pemnify, plan
+    from pemn_surgery.adapters.task_inference import TaskGuess, infer_task
     from pemn_surgery.masked import keep_weights
     from pemn_surgery.trainer import PemnCallback, for_trainer
 
@@ -22,6 +23,8 @@ _HOMES = {
     "pemnify": "pemn_surgery.adapters",
     "plan": "pemn_surgery.adapters",
     "PemnConfig": "pemn_surgery.adapters",
+    "TaskGuess": "pemn_surgery.adapters.task_inference",
+    "infer_task": "pemn_surgery.adapters.task_inference",
     "keep_weights": "pemn_surgery.masked",
     "PemnCallback": "pemn_surgery.trainer",
     "for_trainer": "pemn_surgery.trainer",
@@ -30,9 +33,11 @@ _HOMES = {
 __all__ = [
     "PemnCallback",
     "PemnConfig",
+    "TaskGuess",
     "__version__",
     "errors",
     "for_trainer",
+    "infer_task",
     "keep_weights",
     "pemnify",
     "plan",

@@ -69,8 +69,11 @@ print(sorted(heavy), sorted(set(pemn_surgery.__all__) - set(dir(pemn_surgery))))
 
 @pytest.mark.parametrize(
     "name",
-    ["PemnCallback", "PemnConfig", "errors", "for_trainer", "keep_weights", "pemnify", "plan"],
-)
+    [
+        "PemnCallback", "PemnConfig", "TaskGuess", "errors", "for_trainer", "infer_task",
+        "keep_weights", "pemnify", "plan",
+    ],
+)  # fmt: skip
 def test_public_names(name):
     package = importlib.import_module("pemn_surgery")
     assert name in package.__all__
