@@ -135,8 +135,8 @@ def _check_heads(model: nn.Module, names: Sequence[str]) -> None:
 
 def _heads(wrapper: ModulesToSaveWrapper, names: Sequence[str]) -> list[nn.Module]:
     """Return each adapter's copy of a module; one without a copy uses the original."""
-    held = wrapper.modules_to_save
-    return [held[name] if name in held else wrapper.original_module for name in names]
+    held = wrapper.modules_to_save._modules
+    return [held.get(name, wrapper.original_module) for name in names]
 
 
 def _shapes(head: nn.Module) -> dict[str, tuple[int, ...]]:

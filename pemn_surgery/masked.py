@@ -138,8 +138,7 @@ class MaskedWeight(nn.Module):
 
     def _mix(self, mixture: Mixture) -> Tensor:
         """Return the mixed effective weight; an adapter without a mask of it adds all of it."""
-        held = self.pemn_masks
-        masks = [held[name] if name in held else None for name in mixture.names]
+        masks = [self.pemn_masks._modules.get(name) for name in mixture.names]
         return mixture.of_masks(self.fill(), masks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedWeight":

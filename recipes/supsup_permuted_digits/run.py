@@ -5,6 +5,7 @@ one network loads all adapters, and every test batch is classified with its task
 the task inferred.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ def digits(seed: int, tasks: int) -> Digits:
 def mlp(sizes: Sequence[int]) -> nn.Sequential:
     """Linear layers without bias, ReLU between them: nothing but weights."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs, bias=False), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -159,7 +160,7 @@ class Seed:
     def _train_masks(self) -> None:
         rule = self.case.rule
         for task in track(range(len(self.names)), f"seed {self.seed}: masks"):
-            options = self.recipe.arms["masks"] | {"seed": self.seed}
+            options: dict[str, Any] = self.recipe.arms["masks"] | {"seed": self.seed}
             model = pemnify(self._network(), adapter_name=self.names[task], **options)
             fit(model, *self._split(task), rule, rule["lr"])
             model.save_pretrained(str(self.folder))
