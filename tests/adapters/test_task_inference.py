@@ -365,6 +365,7 @@ def test_transformers_models_with_keyword_inputs():
     assert infer_task(model, (models.tokens(), batch["attention_mask"])) == guess
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same():
     model = tasks(MP)
     expected = infer_task(model, models.images(8))
