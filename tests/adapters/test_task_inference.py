@@ -365,6 +365,30 @@ def test_transformers_models_with_keyword_inputs():
     assert infer_task(model, (models.tokens(), batch["attention_mask"])) == guess
 
 
+def test_a_traced_graph_gives_the_same_bits():
+    eager, traced = (
+        pemnify(network, PemnConfig(**MP), adapter_name="a")
+        for network in (models.net().eval(), torch.fx.symbolic_trace(models.net().eval()))
+    )
+    for model in (eager, traced):
+        model.add_adapter("b", PemnConfig(**MP))
+        for layer in models.mask_layers(model).values():
+            scores = layer.mask_of("b").scores.data
+            scores.copy_(scores.flip(0))
+    expected = infer_task(eager, models.images(8))
+    assert expected.gradients["a"] != expected.gradients["b"]
+    assert infer_task(traced, models.images(8)) == expected
+
+
+def test_an_offloaded_model_gives_the_same_bits():
+    accelerate = pytest.importorskip("accelerate")
+    model = tasks({"bank": "own"}, ("a", "b"))
+    expected = infer_task(model, models.images(8), method="binary")
+    accelerate.cpu_offload(model.base_model.model, torch.device("cpu"), offload_buffers=True)
+    assert model.base_model.model.conv2._parameters["weight"].is_meta
+    assert infer_task(model, models.images(8), method="binary") == expected
+
+
 @pytest.mark.slow
 def test_a_compiled_model_gives_the_same():
     model = tasks(MP)
