@@ -19,7 +19,7 @@ _TEXT_WIDTH = 140
 
 def environment() -> dict[str, Any]:
     """Return what measured figures depend on: date, machine, versions; for result files."""
-    packages = ("pemn-surgery", "torch", "torchvision", "timm", "transformers", "peft", "datasets")
+    libraries = ("torch", "torchvision", "timm", "transformers", "peft", "datasets", "scikit-learn")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in packages},
+        | {package: _version(package) for package in ("pemn-surgery", *libraries)},
     }
 
 
