@@ -87,6 +87,9 @@ def test_planning_figures():
     shown = " ".join(page.split())
     for text in said:
         assert text.replace("0.", ".") in shown, text
+    timed = [row for row in rows.values() if "meta_forward" in row]
+    assert len(timed) == 3
+    assert all(row["plan"] < row["meta_forward"] for row in timed)
 
 
 FINETUNED = json.loads((ROOT / "docs/results/from_finetuned.json").read_text(encoding="utf-8"))
