@@ -124,7 +124,8 @@ class PemnConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = cast("Any", PEMN)
-        # Runtime only, never saved: whether saving keeps float scores (Trainer checkpoints).
+        # Runtime only, never saved: whether float scores are kept, in files (Trainer checkpoints)
+        # and in models that load them for inference.
         self.keep_scores = False
         # Runtime only: the file that this configuration was read with, and the base it names. The
         # field is written anew at each save, so that one object may configure several models.

@@ -105,14 +105,15 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
         Args:
             adapter_name: The adapter.
-            config: Its configuration. With ``inference_mode`` the mask is bits: the place for them
-                where a file is about to be read, else the initial mask.
+            config: Its configuration. With ``inference_mode`` the mask is bits, unless scores are
+                kept: the place for them where a file is about to be read, else the initial mask.
             fingerprint: Identifies the base under all of the adapter's masks.
         """
-        loading = config.inference_mode and config.file is not None
+        holds_bits = config.inference_mode and not config.keep_scores
+        loading = holds_bits and config.file is not None
         scores = None if loading else initial_scores(config, self.target, self.shape, self.fan_in)
         stored = None
-        if config.inference_mode:
+        if holds_bits:
             weights = int(torch.Size(self.shape).numel())
             start = scores if scores is not None else torch.empty(0)
             mask = config.selection.mask_in_little_memory
