@@ -210,10 +210,17 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
 
 class PemnTaskLayer(PemnTunerLayer, TaskTensors):
-    """A task's copies of one module's unmasked tensors, by adapter."""
+    """A task's copies of one module's unmasked tensors, by adapter.
+
+    Attributes:
+        in_features: None, PEFT's word for a layer that does not multiply.
+        out_features: None likewise.
+    """
 
     adapter_layer_names = ("pemn_tensors",)
     other_param_names = ()
+    in_features: None = None
+    out_features: None = None
 
     def __init__(self, owner: nn.Module, target: str) -> None:
         TaskTensors.__init__(self, owner, target)
