@@ -6,9 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
-from pemn_surgery.report import table
+from pemn_surgery.report import as_text, table
 from tests.peft_suite import expected, report, run
 from tests.peft_suite.cases import SUITES
 
@@ -37,7 +35,7 @@ def _wanted(names: list[str]) -> list[str]:
 def _show(result: run.Result) -> None:
     heads = ("suite", "file", *run.COUNTS)
     rows = [[str(cell) for cell in row] for row in report.counts([result])][:1]
-    Console().print(table(f"{result['seconds']} s", heads, rows))
+    print(as_text(table(f"{result['seconds']} s", heads, rows)))
     for one in result["failures"]:
         print("failed", one["test"], one["case"], one["message"], sep=" | ")
     for reason in result["stale"]:

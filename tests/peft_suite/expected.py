@@ -44,6 +44,7 @@ _HF = (  # suites of whole transformers
     "seq_classifier",
 )
 _GENERATING = _HF[:2]
+_BARE = _HF[:3]
 _SELECTING = (*_HF, "target_parameters")
 _PICKLING = (*_GENERATING, "seq_classifier", "target_parameters", *_CUSTOM)
 _SAVING = (*_PICKLING, "feature_extraction_models")
@@ -88,11 +89,11 @@ TABLE: tuple[Expected, ...] = (
     Expected(_CUSTOM, "test_mixed_adapter_batches_*_raises", _MIXED, error=pytest.fail.Exception),
     Expected(_GENERATING, "test_mixed_adapter_batches", _MIXED),
     Expected(_GENERATING, "test_generate_with_mixed_adapter_batches", _MIXED),
-    Expected(_HF, "test_disable_adapter", _BANK_REPLACES, "mp-*"),
-    Expected(_HF, "test_get_base_model_state_dict", _BANK_REPLACES, "mp-*"),
-    Expected(_HF, "test_unload_adapter", _BANK_REPLACES, "mp-*"),
+    Expected(_GENERATING, "test_disable_adapter", _BANK_REPLACES, "mp-*"),
+    Expected(_GENERATING, "test_get_base_model_state_dict", _BANK_REPLACES, "mp-*"),
+    Expected(_BARE, "test_unload_adapter", _BANK_REPLACES, "mp-*"),
     Expected(_HF, "test_prepare_for_training_parametrized", _TRAINS_THE_REST, "mp-*"),
-    Expected(_HF, "test_training_*layer_indexing", _TRAINS_THE_REST, "mp-*"),
+    Expected(_BARE, "test_training_*layer_indexing", _TRAINS_THE_REST, "mp-*"),
     *(
         Expected(("feature_extraction_models",), test, _POOLER, f"*-random-{model}Model")
         for test in ("test_training", "test_training_gradient_checkpointing")

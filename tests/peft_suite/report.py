@@ -40,10 +40,13 @@ def write(new: Sequence[run.Result], out: Path) -> None:
     """
     path = out / "results" / "peft_suite.json"
     made = _environment()
-    command = " ".join(["python -m tests.peft_suite", *sys.argv[1:]])
-    results = merged(_kept(path, made["versions"]), new)
+    run_as = {
+        "command": " ".join(["python -m tests.peft_suite", *sys.argv[1:]]),
+        "date": made["date"],
+    }
+    results = merged(_kept(path, made["versions"]), [{**run_as, **result} for result in new])
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"command": command, "environment": made, "results": results}
+    content = {"environment": made, "results": results}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (out / "peft_suite.md").write_text(page(content), encoding="utf-8")
 
@@ -62,7 +65,7 @@ def page(content: dict[str, Any]) -> str:
     machine = f"{made['machine']['cpu']}, {made['machine']['cores']} cores"
     parts = [
         _INTRO,
-        f"{made['date']}; {machine}; {versions}. `{content['command']}`\n",
+        f"{made['date']}; {machine}; {versions}.\n",
         "## Outcome by file\n",
         as_markdown(("test file", "adapters as", *_HEADS.values()), [*_lines(results)]),
         "## Expected to fail, and why\n",
@@ -70,7 +73,7 @@ def page(content: dict[str, Any]) -> str:
         "## Failed\n",
         as_markdown(("test file", "adapters as", "test", "case", "error"), _failures(results)),
         "## Rows of the table of expected failures that fit no test\n",
-        as_markdown(("test file", "adapters as", "why"), _stale(results)),
+        as_markdown(("test file", "adapters as", "row"), _stale(results)),
         "## Skipped by PEFT's tests\n",
         as_markdown(("why", "tests"), _skips(results)),
         "## The configurations\n",

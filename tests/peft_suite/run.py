@@ -95,7 +95,7 @@ def summary(suite: str, file: str, outcomes: Iterable[Outcome]) -> Result:
         "failures": [_failure(outcome) for outcome in outcomes if outcome["outcome"] == "failed"],
         "reasons": [[test, reason, count] for (test, reason), count in sorted(reasons.items())],
         "skips": Counter(o["message"] for o in outcomes if o["outcome"] == "skipped"),
-        "stale": [row.reason for row in expected.unused(suite, file, outcomes)],
+        "stale": [f"{row.test}: {row.reason}" for row in expected.unused(suite, file, outcomes)],
     }
 
 

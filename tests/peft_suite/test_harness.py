@@ -1,7 +1,6 @@
 """The harness around PEFT's tests: its tables, the plugin, the cache, the page."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -192,7 +191,7 @@ def test_a_summary_names_what_is_unexpected(monkeypatch):
     assert result["failures"] == [
         {"test": "test_bad", "case": "own-topk", "message": "ValueError: a | b"}
     ]
-    assert result["stale"] == ["no such test"]
+    assert result["stale"] == ["test_gone: no such test"]
     assert not run.is_clean(result)
     monkeypatch.setattr(expected, "TABLE", (row,))
     assert run.is_clean(run.summary("config", "bits", made[:2]))
@@ -228,7 +227,9 @@ def test_the_page_says_what_passed_and_what_did_not(tmp_path):
     assert [one["suite"] for one in stored["results"]] == ["custom_models", "config"]
     assert {"date", "machine", "versions"} <= set(stored["environment"])
     assert stored["environment"]["versions"]["peft"]
-    assert stored["command"].startswith("python -m tests.peft_suite")
+    for one in stored["results"]:
+        assert one["command"].startswith("python -m tests.peft_suite")
+        assert one["date"] == stored["environment"]["date"]
 
 
 def test_the_committed_page_is_that_of_the_committed_results():
@@ -237,6 +238,11 @@ def test_the_committed_page_is_that_of_the_committed_results():
     ran = {(one["suite"], one["file"]) for one in stored["results"]}
     assert ran == {(suite, file) for suite in cases.SUITES for file in expected.FILES}
     assert [one["suite"] for one in stored["results"] if not run.is_clean(one)] == []
+    told = " ".join((models.ROOT / "docs/mechanism.md").read_text().split())
+    *_, scores, bits = report.counts(stored["results"])
+    assert f"today {scores[2]:,} tests pass with scores kept and {bits[2]:,} with bits" in told
+    assert f"{scores[3]} and {bits[3]} are expected to fail" in told
+    assert f"these, {bits[3] - scores[3]} look for float scores" in told
 
 
 def test_results_of_other_versions_are_not_kept(tmp_path):
@@ -268,12 +274,12 @@ def test_suites_are_named_by_how_they_begin():
     assert command._wanted(["none"]) == []
 
 
-def test_the_command_shows_an_example():
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.peft_suite", "run", "--help"],
-        cwd=models.ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "example: python -m tests.peft_suite run --only custom" in " ".join(done.stdout.split())
+def test_the_command_shows_an_example(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["python -m tests.peft_suite", "run", "--help"])
+    with pytest.raises(SystemExit):
+        command.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "example: python -m tests.peft_suite run --only custom" in shown
 
 
 def test_what_is_missing_is_said_before_anything_is_fetched(monkeypatch):
