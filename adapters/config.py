@@ -132,7 +132,8 @@ class PemnConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = cast("Any", PEMN)
-        # Runtime only, never saved: whether saving keeps float scores (Trainer checkpoints).
+        # Runtime only, never saved: whether float scores are kept, in files (Trainer checkpoints)
+        # and in models that load them for inference.
         self.keep_scores = False
         # Runtime only: whether signs and scales are put in place next (`from_finetuned`).
         self.signs_follow = False

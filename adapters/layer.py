@@ -107,9 +107,9 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
         Args:
             adapter_name: The adapter.
-            config: Its configuration. With ``inference_mode`` the mask is bits: the place for them
-                where a file is about to be read, else the initial mask. A sign delta's signs and
-                scales always come later.
+            config: Its configuration. With ``inference_mode`` the mask is bits, unless scores are
+                kept: the place for them where a file is about to be read, else the initial mask. A
+                sign delta's signs and scales always come later.
             fingerprint: Identifies the base under all of the adapter's masks.
         """
         make = self._sign_delta if config.form == "sign_delta" else self._mask
@@ -117,10 +117,11 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _mask(self, config: PemnConfig, fingerprint: Mapping[str, str]) -> AdapterMask:
-        loading = config.inference_mode and config.file is not None
+        holds_bits = config.inference_mode and not config.keep_scores
+        loading = holds_bits and config.file is not None
         scores = None if loading else initial_scores(config, self.target, self.shape, self.fan_in)
         stored = None
-        if config.inference_mode:
+        if holds_bits:
             weights = int(torch.Size(self.shape).numel())
             start = scores if scores is not None else torch.empty(0)
             mask = config.selection.mask_in_little_memory
@@ -227,10 +228,17 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
 
 class PemnTaskLayer(PemnTunerLayer, TaskTensors):
-    """A task's copies of one module's unmasked tensors, by adapter."""
+    """A task's copies of one module's unmasked tensors, by adapter.
+
+    Attributes:
+        in_features: None, PEFT's word for a layer that does not multiply.
+        out_features: None likewise.
+    """
 
     adapter_layer_names = ("pemn_tensors",)
     other_param_names = ()
+    in_features: None = None
+    out_features: None = None
 
     def __init__(self, owner: nn.Module, target: str) -> None:
         TaskTensors.__init__(self, owner, target)

@@ -63,6 +63,20 @@ def as_text(renderable: Table) -> str:
     return buffer.getvalue()
 
 
+def as_markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table, or "None." where it has no rows.
+
+    Args:
+        heads: Headings.
+        rows: Cells, one for each heading.
+    """
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    if not cells:
+        return "None.\n"
+    lines = [list(heads), ["---"] * len(heads), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 def check_plotting() -> None:
     """Refuse early where plots cannot be drawn.
 

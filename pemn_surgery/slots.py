@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pemn_surgery.bank import Shape
 from pemn_surgery.graph_modules import GraphUse
@@ -87,8 +88,9 @@ def _describe(
         maskable = not TABLES.search(parameter)
     if path.endswith(".parametrizations.weight") and not asked:
         maskable, problem = True, "is parametrised (weight norm or the like)"
-    if maskable and not tensor.is_floating_point():
-        problem = f"is stored as {tensor.dtype} (quantised)"
+    quantised = _quantised_type(tensor)
+    if maskable and quantised:
+        problem = f"is stored as {quantised} (quantised)"
     elif maskable and tensor.numel() == 0:
         problem = "has no elements"
     elif maskable and name in request.rewritten:
@@ -106,6 +108,17 @@ def _describe(
         fan_in=fan_in,
         is_embedding=unnamed,
     )
+
+
+def _quantised_type(tensor: Tensor) -> str:
+    """Return what holds a weight without plain float values, or "".
+
+    torchao's tensors only look like floats; sharded ones (DTensor) are floats.
+    """
+    is_sharded = type(tensor).__module__.startswith("torch.distributed")
+    if is_traceable_wrapper_subclass(tensor) and not is_sharded:
+        return type(tensor).__name__
+    return "" if tensor.is_floating_point() else str(tensor.dtype)
 
 
 def is_named(name: str, request: Request) -> bool:
