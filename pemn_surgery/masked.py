@@ -135,7 +135,7 @@ class MaskedWeight(nn.Module):
             return self._mix(self.mixture)
         if self.merged_weight is not None:
             return self.merged_weight
-        weight, is_scratch = self.fill(), self._is_tiled()
+        weight, is_scratch = self.fill(), self._is_fill_new()
         for name in self.names_in_use():
             weight = self.pemn_masks[name](weight, is_scratch=is_scratch)
             is_scratch = True
@@ -167,7 +167,7 @@ class MaskedWeight(nn.Module):
         """Show the target."""
         return f"{self.target}, shape={tuple(self.shape)}"
 
-    def _is_tiled(self) -> bool:
+    def _is_fill_new(self) -> bool:
         """Whether the fill is a new tensor of its own rather than a view of what is stored."""
         return self.bank is not None and self.bank.tiles(self.shape)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -81,16 +82,18 @@ def _describe(
         return Slot(path, parameter, module, (0,), id(tensor), "has no shape yet (lazy)", maskable)
     if tensor.dim() < 2 and not maskable:
         return None
-    shape = tuple(tensor.shape)
+    shape = _shape(name, module, tensor, request)
     problem = use.problem if maskable else _why_not(module, parameter, name, request, use)
     unnamed = table and not maskable
     if not maskable and not table and _multiplies(name, request):
         maskable = not TABLES.search(parameter)
     if path.endswith(".parametrizations.weight") and not asked:
         maskable, problem = True, "is parametrised (weight norm or the like)"
-    quantised = _quantised_type(tensor)
-    if maskable and quantised:
-        problem = f"is stored as {quantised} (quantised)"
+    packed = _quantised_type(tensor)
+    if maskable and name in request.quantised:
+        problem = request.quantised[name]
+    elif maskable and packed:
+        problem = f"is stored as {packed} (quantised)"
     elif maskable and tensor.numel() == 0:
         problem = "has no elements"
     elif maskable and name in request.rewritten:
@@ -108,6 +111,13 @@ def _describe(
         fan_in=fan_in,
         is_embedding=unnamed,
     )
+
+
+def _shape(name: str, module: Any, tensor: Tensor, request: Request) -> Shape:
+    """Return the shape of a weight's values; packed ones are stored in another."""
+    if name in request.quantised:
+        return (module.out_features, module.in_features)
+    return tuple(tensor.shape)
 
 
 def _quantised_type(tensor: Tensor) -> str:

@@ -145,6 +145,8 @@ def swapped_class(
         namespace[name] = _property(name, _masked_getter(name))
     for name in tensors:
         namespace[name] = _property(name, _tensor_getter(name))
+    if "weight" in masks and _reads_packed(original):
+        namespace["forward"] = _forward_dense
     if issubclass(original, nn.RNNBase):
         namespace["_flat_weights"] = _property("_flat_weights", _read_flat_weights)
     swapped = cast("type[nn.Module]", type(original.__name__, (original,), namespace))
@@ -235,7 +237,7 @@ def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         child = cast("MaskedWeight | None", self._modules.get(child_name))
         if child is None:
             child = cast("MaskedWeight", self.__dict__[SHARED_MASKS][name])
-        if not torch.compiler.is_compiling() and _called_by_fsdp():
+        if not torch.compiler.is_compiling() and _wants_stored():
             return child.own_weight()
         return child.read()
 
@@ -247,7 +249,7 @@ def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         shared = self.__dict__.get(SHARED_TENSORS, {})
         own = cast("TaskTensors", self._modules.get(TASK_CHILD))
         child, source = shared.get(name, (own, name))
-        if not torch.compiler.is_compiling() and _called_by_fsdp():
+        if not torch.compiler.is_compiling() and _wants_stored():
             return child.base(source)
         return child.read(source)
 
@@ -259,10 +261,26 @@ def _read_flat_weights(self: nn.Module) -> Any:
     return [getattr(self, name) for name in cast("Any", self)._flat_weights_names]
 
 
-def _called_by_fsdp() -> bool:
-    """Tell whether FSDP reads the attribute: two frames up, behind the getter."""
+def _reads_packed(original: type[nn.Module]) -> bool:
+    """Tell whether a layer's own forward reads packed numbers: bitsandbytes, without import."""
+    libraries = (base.__module__.partition(".")[0] for base in original.__mro__)
+    return issubclass(original, nn.Linear) and "bitsandbytes" in libraries
+
+
+def _forward_dense(self: Any, x: Tensor) -> Tensor:
+    """Compute a linear layer from its dequantised, masked weight; casts as bitsandbytes does."""
+    dtype = getattr(self, "compute_dtype", None) or x.dtype
+    bias = None if self.bias is None else self.bias.to(dtype)
+    return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+
+
+def _wants_stored() -> bool:
+    """Tell whether who reads the attribute (two frames up, behind the getter) wants it as stored.
+
+    FSDP shards that; bitsandbytes saves and loads it.
+    """
     caller = sys._getframe(2).f_globals.get("__name__", "")
-    return caller.startswith("torch.distributed.fsdp")
+    return caller.startswith(("torch.distributed.fsdp", "bitsandbytes."))
 
 
 def _follow_task(swapped: type[nn.Module], original: type[nn.Module]) -> None:
