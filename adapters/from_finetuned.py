@@ -36,6 +36,7 @@ from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.finetuned_errors import tensors_differ
 from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
 from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default_head
+from pemn_surgery.adapters.quantised import is_plain
 from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.errors import ConfigError, FinetunedMismatchError, MetaTensorError
 from pemn_surgery.sign_delta import Rows
@@ -231,6 +232,11 @@ def _place(value: Any) -> tuple[Any, ...]:
 def _check_values(plan: Plan, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
     """A comparison with NaN is false, so it would become a mask like any other."""
     for target in plan.targets:
+        if not is_plain(before[target.name]):
+            _refuse(
+                f"cannot be compared with its base, which stores {target.name!r} quantised; make "
+                "the adapter from the unquantised pair, or train one"
+            )
         for whose, state in (("the base's", before), ("the fine-tuned", after)):
             bad = target.weights - int(torch.isfinite(state[target.name]).sum())
             if bad:

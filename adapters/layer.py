@@ -20,6 +20,7 @@ from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
 from pemn_surgery.errors import NonFiniteScoresError
+from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.roles import rows_of
 from pemn_surgery.selector import check_finite
@@ -118,6 +119,18 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         if self.quantization_backend is None or stored is None:
             return super().fill()
         return quantised.dequantised(self.quantization_backend, self.owner, stored)
+
+    def read(self) -> Tensor:
+        """Return the effective weight; a quantised one as it is stored while no adapter applies.
+
+        So the layer's own forward, which reads it, is the base's to the last bit.
+        """
+        stored = self.own_weight() if self.quantization_backend is not None else None
+        return stored if stored is not None and self.is_bare() else super().read()
+
+    def _sources(self) -> Sources | None:
+        """A quantised weight's values are never kept: that they are not is what it is for."""
+        return super()._sources() if self.quantization_backend is None else None
 
     def _is_fill_new(self) -> bool:
         return self.quantization_backend is not None or super()._is_fill_new()

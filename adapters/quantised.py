@@ -5,9 +5,9 @@ when they are needed; the stored tensor stays where it is, as it is.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from peft.utils.quantization_utils import (
@@ -33,42 +33,34 @@ def quantised_weights(model: nn.Module, spec: BankSpec) -> dict[str, str]:
         model: Any module; weights under masks are not looked at again.
         spec: What decides the frozen numbers.
     """
-    return {
-        f"{path}.weight" if path else "weight": _problem(module, backend, spec)
-        for path, module in base_modules(model)
-        if find_masked(module, "weight") is None
-        for backend in _backends(module)
-    }
+    found = {}
+    for path, module in base_modules(model):
+        backend = None if find_masked(module, "weight") else resolve_backend(module)
+        if backend is not None:
+            found[f"{path}.weight" if path else "weight"] = _problem(module, backend, spec)
+    return found
 
 
-def _backends(module: nn.Module) -> Iterator[QuantizationBackend]:
-    weight = module._parameters.get("weight")
-    if weight is None or not _may_be_packed(weight):
-        return
-    backend = resolve_backend(module)
-    if backend is not None:
-        yield backend
-
-
-def _may_be_packed(tensor: Tensor) -> bool:
-    """Tell whether a tensor is more or other than plain floats, without asking any library."""
-    return type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point()
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor is plain floats, without asking any library."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
 
 
 def _problem(module: Any, backend: QuantizationBackend, spec: BankSpec) -> str:
     stored = f"is stored as {backend.backend_name} (quantised)"
     if not backend.supports_merge:
         return f"{stored}, which PEFT cannot dequantise"
-    state = getattr(module.weight, "quant_state", None)
-    if (
-        backend.backend_name.startswith("bnb")
-        and state is None
-        and module.weight.dtype.is_floating_point
-    ):
+    if _waits_for_its_device(module.weight, backend):
         return f"is not yet quantised ({backend.backend_name}); move the model to its device first"
     if spec.bank != "own" or spec.generated:
         return f'{stored}, which only bank="own" with bank_init="model" can mask'
     return ""
+
+
+def _waits_for_its_device(weight: Any, backend: QuantizationBackend) -> bool:
+    """Tell whether bitsandbytes has yet to quantise a weight, which it does on the first move."""
+    is_packed = getattr(weight, "quant_state", None) is not None or not weight.is_floating_point()
+    return backend.backend_name.startswith("bnb") and not is_packed
 
 
 def resolve_backend(
@@ -81,7 +73,7 @@ def resolve_backend(
         requantiser: What quantises torchao's weights again (`find_requantiser`).
     """
     weight = module._parameters.get("weight")
-    if weight is None or not _may_be_packed(weight):
+    if weight is None or is_plain(weight):
         return None
     chosen = requantiser or _unknown
     return resolve_quantization_backend(module, get_apply_tensor_subclass=chosen)
@@ -108,8 +100,11 @@ def dequantised(backend: QuantizationBackend, module: nn.Module, stored: Tensor)
     Raises:
         UnsupportedModelError: If the library cannot dequantise this kind.
     """
-    if getattr(getattr(stored, "quant_state", None), "packing_format_for_cpu", False):
+    state = getattr(stored, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
         return _from_cpu_layout(stored)
+    if state is not None and type(stored) is nn.Parameter:  # what pickle makes of a Params4bit
+        return _dequantise_4bit(stored, state)
     scales = getattr(stored, "SCB", None)
     if scales is None:  # bitsandbytes' own forward has moved them to the layer
         scales = getattr(getattr(module, "state", None), "SCB", None)
@@ -138,7 +133,13 @@ def _from_cpu_layout(stored: Any) -> Tensor:
     state.original_nested = False  # the scales in `absmax` are plain in this layout
     values, state = functional._convert_weight_packed_for_cpu_inverse(stored.data, state)
     state.absmax = stored.quant_state.absmax.T.reshape(-1).float()
-    return functional.dequantize_4bit(values, state)
+    return _dequantise_4bit(values, state)
+
+
+def _dequantise_4bit(packed: Tensor, state: Any) -> Tensor:
+    from bitsandbytes import functional
+
+    return cast("Tensor", functional.dequantize_4bit(packed.data, state))
 
 
 def store(backend: QuantizationBackend, module: nn.Module, weight: Tensor) -> None:

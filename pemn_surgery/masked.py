@@ -90,6 +90,11 @@ class MaskedWeight(nn.Module):
         """Return the active adapters; without PEFT every adapter is."""
         return list(self.pemn_masks.keys())
 
+    def is_bare(self) -> bool:
+        """Tell whether nothing applies at the moment: the effective weight is the fill."""
+        fixed = self.mixture is not None or self.merged_weight is not None
+        return not fixed and not self.names_in_use()
+
     def own_weight(self) -> Tensor | None:
         """Return the layer's own frozen weight, or None where a bank replaced it."""
         owned = self.owner._parameters.get(self.parameter)

@@ -99,8 +99,7 @@ def unswap(module: nn.Module, names: tuple[str, ...]) -> None:
     if masks or tensors or has_task:
         _set_class(module, masks, tensors)
     else:
-        module.__class__ = original_class(module)
-        _recompile(module)
+        _change_class(module, original_class(module))
 
 
 def _recompile(module: nn.Module) -> None:
@@ -112,7 +111,13 @@ def _recompile(module: nn.Module) -> None:
 def _set_class(module: nn.Module, masks: tuple[str, ...], tensors: tuple[str, ...]) -> None:
     original = original_class(module)
     make = _graph_class if issubclass(original, GraphModule) else swapped_class
-    module.__class__ = make(original, masks, tensors)
+    _change_class(module, make(original, masks, tensors))
+
+
+def _change_class(module: nn.Module, wanted: type[nn.Module]) -> None:
+    before = type(module)
+    module.__class__ = wanted
+    _rebind(module, before)
     _recompile(module)
 
 
@@ -146,7 +151,7 @@ def swapped_class(
     for name in tensors:
         namespace[name] = _property(name, _tensor_getter(name))
     if "weight" in masks and _reads_packed(original):
-        namespace["forward"] = _forward_dense
+        namespace["forward"] = _dense_forward(original)
     if issubclass(original, nn.RNNBase):
         namespace["_flat_weights"] = _property("_flat_weights", _read_flat_weights)
     swapped = cast("type[nn.Module]", type(original.__name__, (original,), namespace))
@@ -267,11 +272,28 @@ def _reads_packed(original: type[nn.Module]) -> bool:
     return issubclass(original, nn.Linear) and "bitsandbytes" in libraries
 
 
-def _forward_dense(self: Any, x: Tensor) -> Tensor:
-    """Compute a linear layer from its dequantised, masked weight; casts as bitsandbytes does."""
-    dtype = getattr(self, "compute_dtype", None) or x.dtype
-    bias = None if self.bias is None else self.bias.to(dtype)
-    return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+def _dense_forward(original: type[nn.Module]) -> Callable[..., Tensor]:
+    """Return a forward that computes with the dequantised, masked weight.
+
+    It casts as bitsandbytes does; while nothing applies it is the original one.
+    """
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        child = find_masked(self, "weight")
+        if child is None or child.is_bare():
+            return original.forward(self, x)
+        dtype = getattr(self, "compute_dtype", None) or x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+
+    return forward
+
+
+def _rebind(module: nn.Module, before: type[nn.Module]) -> None:
+    """Let accelerate's hook, which holds the former class's forward, call the present one."""
+    held = module.__dict__.get("_old_forward")
+    if getattr(held, "__func__", None) is before.forward:
+        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
 
 
 def _wants_stored() -> bool:
