@@ -36,9 +36,14 @@ from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.finetuned_errors import tensors_differ
 from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
 from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default_head
-from pemn_surgery.adapters.quantised import is_plain
+from pemn_surgery.adapters.quantised import quantised_weights
 from pemn_surgery.adapters.state import scores_from_mask
-from pemn_surgery.errors import ConfigError, FinetunedMismatchError, MetaTensorError
+from pemn_surgery.errors import (
+    ConfigError,
+    FinetunedMismatchError,
+    MetaTensorError,
+    UnsupportedModelError,
+)
 from pemn_surgery.sign_delta import Rows
 from pemn_surgery.targets import Plan
 from pemn_surgery.task import TASK_CHILD
@@ -85,13 +90,14 @@ def from_finetuned(
         ConfigError: If an option cannot have its value, or follows from the method.
         FinetunedMismatchError: If names, shapes or ties differ, or a weight is not finite.
         MetaTensorError: If a tensor of either model has no values.
-        UnsupportedModelError: If a model is not a plain module.
+        UnsupportedModelError: If a model is not a plain module, or the base is quantised.
         AlreadyPemnifiedError: If the base carries adapters already.
         NothingToMaskError: If no weight would be masked.
     """
     config = _config(method, options, is_trainable=is_trainable)
     check_model(base)
     check_fresh(base)
+    _check_not_quantised(base, config)
     before = base.state_dict()
     state = _with_ties(before, _state_of(finetuned))
     _check_pair(before, state)
@@ -174,6 +180,17 @@ def _config(method: str, options: Mapping[str, Any], *, is_trainable: bool) -> P
     return config
 
 
+def _check_not_quantised(base: nn.Module, config: PemnConfig) -> None:
+    names = list(quantised_weights(base, config.bank_spec))
+    if names:
+        message = (
+            f"The base stores {len(names)} weights quantised (first: {names[0]}), so that what "
+            "fine-tuning changed cannot be read from them. Compare the unquantised checkpoints, "
+            "or train masks on this base. Nothing was changed."
+        )
+        raise UnsupportedModelError(message)
+
+
 def _state_of(finetuned: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if isinstance(finetuned, Mapping):
         return finetuned
@@ -232,11 +249,6 @@ def _place(value: Any) -> tuple[Any, ...]:
 def _check_values(plan: Plan, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
     """A comparison with NaN is false, so it would become a mask like any other."""
     for target in plan.targets:
-        if not is_plain(before[target.name]):
-            _refuse(
-                f"cannot be compared with its base, which stores {target.name!r} quantised; make "
-                "the adapter from the unquantised pair, or train one"
-            )
         for whose, state in (("the base's", before), ("the fine-tuned", after)):
             bad = target.weights - int(torch.isfinite(state[target.name]).sum())
             if bad:

@@ -50,6 +50,8 @@ def _problem(module: Any, backend: QuantizationBackend, spec: BankSpec) -> str:
     stored = f"is stored as {backend.backend_name} (quantised)"
     if not backend.supports_merge:
         return f"{stored}, which PEFT cannot dequantise"
+    if module._parameters.get("weight") is None:
+        return f"{stored}, and not in a parameter of that name"
     if _waits_for_its_device(module.weight, backend):
         return f"is not yet quantised ({backend.backend_name}); move the model to its device first"
     if spec.bank != "own" or spec.generated:
@@ -73,7 +75,8 @@ def resolve_backend(
         requantiser: What quantises torchao's weights again (`find_requantiser`).
     """
     weight = module._parameters.get("weight")
-    if weight is None or is_plain(weight):
+    is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+    if not is_linear or (weight is not None and is_plain(weight)):
         return None
     chosen = requantiser or _unknown
     return resolve_quantization_backend(module, get_apply_tensor_subclass=chosen)

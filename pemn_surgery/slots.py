@@ -54,6 +54,7 @@ def weight_slots(
     """
     for path, module in base_modules(model):
         held = held_masks(module)
+        yield from _packed_elsewhere(path, module, request)
         for parameter, tensor in list(module._parameters.items()):
             child = held.get(parameter)
             if tensor is None and child is None:
@@ -67,6 +68,14 @@ def weight_slots(
                 slot = _describe(path, parameter, module, tensor, request, use)
                 if slot is not None:
                     yield slot
+
+
+def _packed_elsewhere(path: str, module: Any, request: Request) -> Iterator[Slot]:
+    """Yield a quantised weight that no parameter holds: GPTQ and others pack it into buffers."""
+    problem = request.quantised.get(f"{path}.weight" if path else "weight")
+    if problem is not None and module._parameters.get("weight") is None:
+        shape = (module.out_features, module.in_features)
+        yield Slot(path, "weight", module, shape, id(module), problem, maskable=True)
 
 
 def _describe(

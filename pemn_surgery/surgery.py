@@ -43,7 +43,8 @@ def untie_parameter(child: MaskedWeight) -> None:
     child.untied.append(shared)
     if child.bank is None:
         copied = copy.deepcopy(shared)  # with what a quantised one carries beside its values
-        child.owner._parameters[child.parameter] = copied.requires_grad_(requires_grad=False)
+        copied.requires_grad = False
+        child.owner._parameters[child.parameter] = copied
 
 
 def share_mask(module: nn.Module, parameter: str, child: MaskedWeight) -> None:

@@ -29,6 +29,10 @@ from pemn_surgery.task import TASK_CHILD, TaskTensors
 SHARED_MASKS = "_pemn_shared_masks"  # the MaskedWeight
 SHARED_TENSORS = "_pemn_shared_tensors"  # the TaskTensors and the tensor's name there
 
+# Libraries that read a layer's weight to get it as it is stored.
+_FSDP = "torch.distributed.fsdp"
+_BITSANDBYTES = "bitsandbytes."
+
 
 def find_masked(module: nn.Module, parameter: str) -> MaskedWeight | None:
     """Return what makes this parameter's effective weight, or None where nothing does."""
@@ -242,7 +246,7 @@ def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         child = cast("MaskedWeight | None", self._modules.get(child_name))
         if child is None:
             child = cast("MaskedWeight", self.__dict__[SHARED_MASKS][name])
-        if not torch.compiler.is_compiling() and _wants_stored():
+        if not torch.compiler.is_compiling() and _called_by(_FSDP, _BITSANDBYTES):
             return child.own_weight()
         return child.read()
 
@@ -254,7 +258,7 @@ def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         shared = self.__dict__.get(SHARED_TENSORS, {})
         own = cast("TaskTensors", self._modules.get(TASK_CHILD))
         child, source = shared.get(name, (own, name))
-        if not torch.compiler.is_compiling() and _wants_stored():
+        if not torch.compiler.is_compiling() and _called_by(_FSDP):
             return child.base(source)
         return child.read(source)
 
@@ -268,8 +272,8 @@ def _read_flat_weights(self: nn.Module) -> Any:
 
 def _reads_packed(original: type[nn.Module]) -> bool:
     """Tell whether a layer's own forward reads packed numbers: bitsandbytes, without import."""
-    libraries = (base.__module__.partition(".")[0] for base in original.__mro__)
-    return issubclass(original, nn.Linear) and "bitsandbytes" in libraries
+    is_theirs = any(base.__module__.startswith(_BITSANDBYTES) for base in original.__mro__)
+    return is_theirs and issubclass(original, nn.Linear)
 
 
 def _dense_forward(original: type[nn.Module]) -> Callable[..., Tensor]:
@@ -296,13 +300,13 @@ def _rebind(module: nn.Module, before: type[nn.Module]) -> None:
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
 
 
-def _wants_stored() -> bool:
-    """Tell whether who reads the attribute (two frames up, behind the getter) wants it as stored.
+def _called_by(*libraries: str) -> bool:
+    """Tell whether a library reads the attribute: two frames up, behind the getter.
 
-    FSDP shards that; bitsandbytes saves and loads it.
+    FSDP shards what is stored; bitsandbytes saves and loads it.
     """
     caller = sys._getframe(2).f_globals.get("__name__", "")
-    return caller.startswith(("torch.distributed.fsdp", "bitsandbytes."))
+    return caller.startswith(libraries)
 
 
 def _follow_task(swapped: type[nn.Module], original: type[nn.Module]) -> None:
