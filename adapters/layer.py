@@ -11,13 +11,16 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from pemn_surgery import bits, rng, surgery
 from pemn_surgery.adapter_mask import AdapterMask, SignDelta
+from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
 from pemn_surgery.errors import NonFiniteScoresError
+from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.roles import rows_of
 from pemn_surgery.selector import check_finite
@@ -73,17 +76,27 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
     Attributes:
         spec: What decided the frozen numbers under the masks.
+        quantization_backend: Reads and writes the layer's weight if it is stored quantised, else
+            None. PEFT's name.
     """
 
     adapter_layer_names = ("pemn_masks",)
     other_param_names = ()
 
-    def __init__(self, owner: nn.Module, target: Target, spec: BankSpec, bank: Bank | None) -> None:
+    def __init__(
+        self,
+        owner: nn.Module,
+        target: Target,
+        spec: BankSpec,
+        bank: Bank | None,
+        backend: QuantizationBackend | None = None,
+    ) -> None:
         MaskedWeight.__init__(
             self, owner, target.name, target.parameter, target.shape, target.fan_in, bank
         )
         PemnTunerLayer.__init__(self)
         self.spec = spec
+        self.quantization_backend = backend
 
     @property
     def in_features(self) -> int:
@@ -99,6 +112,34 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     def dtype(self) -> torch.dtype:
         """Type of the effective weight."""
         return self.fill().dtype
+
+    def fill(self) -> Tensor:
+        """Return the unmasked weight; of a quantised one its values, made for this call."""
+        stored = None if self.quantization_backend is None else self.own_weight()
+        if self.quantization_backend is None or stored is None:
+            return super().fill()
+        return quantised.dequantised(self.quantization_backend, self.owner, stored)
+
+    def read(self) -> Tensor:
+        """Return the effective weight; a quantised one as it is stored while no adapter applies.
+
+        So the layer's own forward, which reads it, is the base's to the last bit.
+        """
+        stored = self.own_weight() if self.quantization_backend is not None else None
+        return stored if stored is not None and self.is_bare() else super().read()
+
+    def _sources(self) -> Sources | None:
+        """A quantised weight's values are never kept: that they are not is what it is for."""
+        return super()._sources() if self.quantization_backend is None else None
+
+    def _is_fill_new(self) -> bool:
+        return self.quantization_backend is not None or super()._is_fill_new()
+
+    def extra_repr(self) -> str:
+        """Show the target, and how it is stored."""
+        backend = self.quantization_backend
+        stored = f", quantization_backend={backend.backend_name!r}" if backend else ""
+        return super().extra_repr() + stored
 
     def add_mask(
         self, adapter_name: str, config: PemnConfig, fingerprint: Mapping[str, str]
@@ -194,7 +235,14 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         with onload_layer(self.owner):
             if merge:
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            surgery.restore_parameter(self, self.merged_weight if merge else None)
+            merged = self.merged_weight if merge else None
+            if self.quantization_backend is None or merged is None:
+                surgery.restore_parameter(self, merged)
+                return
+            surgery.restore_parameter(self, None)
+            quantised.store(self.quantization_backend, self.owner, merged)
+            for module, name in self.shared_with:
+                module._parameters[name] = self.owner._parameters[self.parameter]
 
     def _check_scores(self, names: Sequence[str]) -> None:
         """A NaN score vanishes in a comparison, so the merged weight alone would not show it."""

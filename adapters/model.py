@@ -34,6 +34,7 @@ from pemn_surgery.adapters.matching import (
 )
 from pemn_surgery.adapters.mixed_batch import mixed_batches
 from pemn_surgery.adapters.operation import Operation
+from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
 
@@ -212,6 +213,8 @@ class PemnModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         check_in_place(self.model, "merge or unload")
+        if kwargs.get("merge", args[0] if args else True):
+            check_can_store(self.model)
         reads = graph_surgery.graph_reads(self.model)
         with _not_taken_for_layers(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)

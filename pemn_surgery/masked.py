@@ -90,6 +90,11 @@ class MaskedWeight(nn.Module):
         """Return the active adapters; without PEFT every adapter is."""
         return list(self.pemn_masks.keys())
 
+    def is_bare(self) -> bool:
+        """Tell whether nothing applies at the moment: the effective weight is the fill."""
+        fixed = self.mixture is not None or self.merged_weight is not None
+        return not fixed and not self.names_in_use()
+
     def own_weight(self) -> Tensor | None:
         """Return the layer's own frozen weight, or None where a bank replaced it."""
         owned = self.owner._parameters.get(self.parameter)
@@ -135,7 +140,7 @@ class MaskedWeight(nn.Module):
             return self._mix(self.mixture)
         if self.merged_weight is not None:
             return self.merged_weight
-        weight, is_scratch = self.fill(), self._is_tiled()
+        weight, is_scratch = self.fill(), self._is_fill_new()
         for name in self.names_in_use():
             weight = self.pemn_masks[name](weight, is_scratch=is_scratch)
             is_scratch = True
@@ -167,7 +172,7 @@ class MaskedWeight(nn.Module):
         """Show the target."""
         return f"{self.target}, shape={tuple(self.shape)}"
 
-    def _is_tiled(self) -> bool:
+    def _is_fill_new(self) -> bool:
         """Whether the fill is a new tensor of its own rather than a view of what is stored."""
         return self.bank is not None and self.bank.tiles(self.shape)
 

@@ -8,7 +8,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from pemn_surgery.errors import FingerprintError, NothingToMaskError
+from pemn_surgery.errors import FingerprintError
 
 FILES = ("scores", "bits")
 PREFIX = "expected: "
@@ -56,7 +56,6 @@ _CHILD = "asks the layer for attributes that its child, the tuner layer, has"
 _OTHER_BASE = "loads the adapter onto other random weights than it was made for, which is refused"
 _ALL_ONES = "the first random mask of this convolution of two weights is all ones, without effect"
 _POOLER = "wants a gradient for every mask; its loss does not use the pooler, which is masked too"
-_QUANTISED = "quantised weights are not masked; the plan leaves them and says so"
 _EMPTY_CACHE = "downloads into an empty cache; there is no network here"
 
 TABLE: tuple[Expected, ...] = (
@@ -91,7 +90,6 @@ TABLE: tuple[Expected, ...] = (
         for test in ("test_training", "test_training_gradient_checkpointing")
         for model in ("Bert", "Roberta")
     ),
-    Expected(("quantization",), "test_*", _QUANTISED, error=NothingToMaskError),
     Expected(("config",), "test_from_pretrained_cache_dir", _EMPTY_CACHE, error=ValueError),
 )  # fmt: skip
 
