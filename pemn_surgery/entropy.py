@@ -3,7 +3,7 @@
 A weight of a mask of density p holds H = -p log2 p - (1 - p) log2 (1 - p) bits: 1 at .5, .08 at
 .99. What comes near that (``docs/coding.md`` has the other ways that were measured):
 
-* ``width`` weights (8, 6 or 1) are a *unit*. A symbol is a run of full units (all ones) and the
+* ``width`` weights (8, 7, 6 or 1) are a *unit*. A symbol is a run of full units (all ones) and the
   unit that ends it, or the longest run alone: at most 256 symbols. With ``width`` 8 it is a byte of
   the mask, with 1 a distance between zeros.
 * Symbols get the best prefix code for independent weights of one density. It follows from
@@ -25,19 +25,19 @@ import numpy as np
 
 Array = Any  # of numpy; its element type is in the docstrings
 
-WIDTHS = (1, 6, 8)
+WIDTHS = (1, 6, 7, 8)
 
 _END = 256  # DEFLATE's symbol for the end of a block
 _LONGEST_CODE = 15  # DEFLATE's limit
 # Arrays between steps stay in the processor's cache.
 _CODED_AT_ONCE = 2**14
-_ROWS_AT_ONCE = 2**14
+_ROWS_AT_ONCE = 2**13
 _UNITS_AT_ONCE = 2**16
 _PAIRS_AT_ONCE = 2**14
 
 _NEARLY_HALF = 0.54  # below it less than .1 % would be gained
-# Up to which density each width is used: within .95 % of the entropy, and fast (docs/coding.md).
-_WIDTH_UP_TO = ((0.78, 8), (0.92, 6), (1.0, 1))
+# Up to which density each width is used: within .9 % of the entropy, and fast (docs/coding.md).
+_WIDTH_UP_TO = ((0.655, 8), (0.685, 7), (0.78, 8), (0.92, 6), (1.0, 1))
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def decode(coded: bytes, weights: int, model: Model) -> Array:
     """
     inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
     count = -(-weights // model.width)
-    # Room for what the last row of 4 lacks, and for the unit that may stand after the last.
-    units = np.full(-(-count // 4) * 4 + 4, model.full, np.uint8)
+    # Room for what the last row of 8 lacks, and for the unit that may stand after the last.
+    units = np.full(-(-count // 8) * 8 + 8, model.full, np.uint8)
     place = 0
     put = _put if model.longest == 1 else _expand
     try:
@@ -147,51 +147,56 @@ def _odds(odds: int) -> float:
 def _units(packed: Array, weights: int, model: Model) -> Array:
     """Return a mask's units, uint8; ones fill up the last."""
     count = -(-weights // model.width)
-    filled = np.full(-(-count // 4) * 3 if model.width == 6 else len(packed), 255, np.uint8)
+    groups = -(-count // 8)  # of 8 units, that is ``width`` bytes
+    filled = np.full(groups * model.width, 255, np.uint8)
     filled[: len(packed)] = packed
     if weights % 8:
         filled[len(packed) - 1] |= 255 << weights % 8 & 255
     if model.width == 8:
-        return filled
+        return filled[:count]
     if model.width == 1:
         return np.unpackbits(filled, count=count, bitorder="little")
-    units = np.empty((len(filled) // 3, 4), np.uint8)
-    for part in _parts(len(units)):
-        units[part] = _split(filled.reshape(-1, 3)[part])
+    units = np.empty((groups, 8), np.uint8)
+    for part in _parts(groups):
+        units[part] = _split(filled.reshape(groups, model.width)[part], model.width)
     return units.reshape(-1)[:count]
 
 
-def _split(rows: Array) -> Array:
-    """Return the 4 units of 6 bits of each row of 3 bytes, by halving: 24 to 12 to 6 bits."""
-    words = np.zeros((len(rows), 4), np.uint8)
-    words[:, :3] = rows
-    halves = words.view("<u4")
-    quarters = ((halves & 0xFFF) | (halves >> 12) << 16).view("<u2")
-    return ((quarters & 0x3F) | (quarters >> 6) << 8).view(np.uint8)
+def _split(rows: Array, width: int) -> Array:
+    """Return the 8 units of each row of ``width`` bytes, by halving: 64 to 32 to 16 to 8 bits."""
+    words = np.zeros((len(rows), 8), np.uint8)
+    words[:, :width] = rows
+    for size in (4, 2, 1):
+        whole = words.view(f"<u{2 * size}")
+        low = 2 ** (size * width) - 1
+        words = (whole & low) | (whole >> size * width & low) << 8 * size
+    return words.view(np.uint8)
 
 
 def _packed(units: Array, weights: int, model: Model) -> Array:
-    """Undo `_units`; the number of units is a multiple of 4."""
+    """Undo `_units`; the number of units is a multiple of 8."""
     if model.width == 8:
         filled = units
     elif model.width == 1:
         filled = np.packbits(units, bitorder="little")
     else:
-        rows = units.reshape(-1, 4)
-        filled = np.empty((len(rows), 3), np.uint8)
+        rows = units.reshape(-1, 8)
+        filled = np.empty((len(rows), model.width), np.uint8)
         for part in _parts(len(rows)):
-            filled[part] = _joined(rows[part])
+            filled[part] = _joined(rows[part], model.width)
     packed = filled.reshape(-1)[: -(-weights // 8)]
     if weights % 8:
         packed[-1] &= 2 ** (weights % 8) - 1
     return packed
 
 
-def _joined(rows: Array) -> Array:
-    """Undo `_split`: the upper half moves down, beside the lower."""
-    quarters = rows.view("<u2")
-    halves = (quarters - (quarters >> 8) * 0xC0).view("<u4")
-    return (halves - (halves >> 16) * 0xF000).view(np.uint8)[:, :3]
+def _joined(rows: Array, width: int) -> Array:
+    """Undo `_split`: the upper half of each word moves down, beside the lower."""
+    words = rows
+    for size in (1, 2, 4):
+        whole = words.view(f"<u{2 * size}")
+        words = whole - (whole >> 8 * size) * (2 ** (8 * size) - 2 ** (size * width))
+    return words.view(np.uint8)[:, :width]
 
 
 def _parts(rows: int) -> Iterator[slice]:
