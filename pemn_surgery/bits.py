@@ -95,7 +95,7 @@ def coded(stored: Tensor) -> Tensor:
     """
     header = verify(stored, "mask")
     payload = stored.detach().cpu().numpy()[HEADER_BYTES:]
-    ones = int(np.unpackbits(payload).sum())
+    ones = int.from_bytes(payload.tobytes(), "little").bit_count()
     inverted = 2 * ones < header.weights
     model = entropy.choose_model(max(ones, header.weights - ones) / max(header.weights, 1))
     if model is None:
@@ -118,23 +118,22 @@ def decoded(stored: Tensor, name: str) -> Tensor:
         What `pack` returned; ``stored`` itself if it is that already.
 
     Raises:
-        MaskFormatError: If anything does not hold. Memory stays within a few hundred times the
-            bytes given, whatever the header says.
+        MaskFormatError: If anything does not hold. Memory stays within some 2,500 bytes for each
+            one given (a mask of ones alone is so much shorter), whatever the header says.
     """
     header = inspect(stored, name)
     if header.coding == "bits":
         return stored
-    content = stored.detach().cpu().numpy()
+    content = _content(stored, name)
     model, inverted = _model(content, name)
     try:
-        code = content[_CODED_HEADER_BYTES:].tobytes()
-        payload = entropy.decode(code, header.weights, model)
+        payload = entropy.decode(content[_CODED_HEADER_BYTES:], header.weights, model)
     except entropy.CodeError as error:
         _refuse(name, str(error))
     payload = _flipped(payload, header.weights, inverted).tobytes()
     found = _sealed((_BITS, 0, 0, header.weights), header.base, payload)
     (expected,) = struct.unpack_from("<I", content, HEADER_BYTES)
-    actual = inspect(found, name).checksum
+    (actual,) = struct.unpack_from("<I", found[:HEADER_BYTES].numpy().tobytes(), _CHECKSUM_OFFSET)
     if actual != expected:
         _refuse(name, f"decodes to checksum {actual:08x}, its payload says {expected:08x}")
     return found
@@ -253,12 +252,12 @@ def _check_length(content: bytes, coding: int, weights: int, name: str) -> None:
         _refuse(name, f"has {len(content)} bytes, too few for {weights} weights (at most {most})")
 
 
-def _model(content: bytes | np.ndarray, name: str) -> tuple[entropy.Model, bool]:
+def _model(content: bytes, name: str) -> tuple[entropy.Model, bool]:
     """Return which code a coded mask has, and whether it is inverted."""
     if len(content) < _CODED_HEADER_BYTES:
         needed = _CODED_HEADER_BYTES
         _refuse(name, f"has {len(content)} bytes, the header of a coded mask needs {needed}")
-    width, odds = int(content[6]), int(content[7])
+    width, odds = content[6], content[7]
     if width & ~_INVERTED not in entropy.WIDTHS:
         _refuse(name, f"has code {width}, this release reads {entropy.WIDTHS}", old=False)
     return entropy.Model(width & ~_INVERTED, odds), bool(width & _INVERTED)

@@ -272,8 +272,10 @@ def _running_sum(counts: bytes, largest: int) -> Array:
     # One multiplication makes the sums within 8 bytes, which is several times as fast.
     eights = np.frombuffer(counts.ljust(-(-len(counts) // 8) * 8, b"\0"), "<u8")
     within = (eights * np.uint64(0x0101010101010101)).view(np.uint8).reshape(-1, 8)
-    before = np.cumsum(within[:, 7].astype(np.int64)) - within[:, 7]
-    return (within.astype(np.int64) + before[:, None]).reshape(-1)[: len(counts)]
+    eighth = within[:, 7].astype(np.int64)
+    sums = np.repeat(np.cumsum(eighth) - eighth, 8)
+    sums += within.reshape(-1)
+    return sums[: len(counts)]
 
 
 @lru_cache(maxsize=8)
