@@ -211,7 +211,9 @@ def _symbols(units: Array, model: Model) -> Array:
     for start in range(0, len(units), _UNITS_AT_ONCE):
         part = units[start : start + _UNITS_AT_ONCE]
         ends = np.flatnonzero(part != model.full)
-        runs = np.diff(ends, prepend=-1 - run) - 1
+        runs = ends.copy()
+        runs[1:] -= ends[:-1] + 1
+        runs[:1] += run
         found.append(_symbols_of_runs(runs, part[ends], model))
         run = len(part) - 1 - int(ends[-1]) if len(ends) else run + len(part)
     if run:
@@ -227,7 +229,7 @@ def _symbols_of_runs(runs: Array, last: Array, model: Model) -> Array:
     ending = rest * np.uint8(model.full) + last
     if not longest.any():
         return ending
-    places = np.cumsum(longest + 1, dtype=np.int64) - 1
+    places = np.cumsum((longest + 1).astype(np.int64)) - 1
     symbols = np.full(places[-1] + 1, model.symbols - 1, np.uint8)
     symbols[places] = ending
     return symbols
@@ -341,8 +343,8 @@ def symbol_weights(model: Model) -> list[int]:
         run, unit = divmod(symbol, model.full)
         length = min((run + 1) * model.width, longest)
         zeros_in = model.width - unit.bit_count() if run < model.longest else 0
-        share = ones ** (length - zeros_in) * zeros**zeros_in * both ** (longest - length)
-        found.append(max((share << 32) // both**longest, 1))
+        share = ones ** (length - zeros_in) * zeros**zeros_in
+        found.append(max((share << 32) // both**length, 1))
     return found
 
 
@@ -417,8 +419,8 @@ def _append(words: Array, place: int, bits: Array, lengths: Array) -> int:
     if len(bits) % 2:
         bits, lengths = np.append(bits, np.uint64(0)), np.append(lengths, 0)
     bits = bits[::2] | bits[1::2] << lengths[::2].astype(np.uint64)
-    lengths = lengths[::2] + lengths[1::2]
-    ends = np.cumsum(lengths, dtype=np.int64) + place
+    lengths = (lengths[::2] + lengths[1::2]).astype(np.int64)
+    ends = np.cumsum(lengths) + place
     starts = ends - lengths
     in_word, shifts = starts >> 6, (starts & 63).astype(np.uint64)
     first = np.flatnonzero(np.diff(in_word, prepend=-1))
