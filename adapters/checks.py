@@ -20,6 +20,7 @@ from pemn_surgery.errors import (
     ConfigError,
     GraphModeError,
     LowCoverageWarning,
+    MaskFormatError,
     NothingToMaskError,
     UnsupportedModelError,
 )
@@ -340,6 +341,29 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None
         "Build the model that the adapter was trained for. Nothing was changed."
     )
     raise ArchitectureError(message)
+
+
+def check_loader_decodes(config: PemnConfig) -> None:
+    """Refuse an adapter of coded masks where tensors are put in place as they are.
+
+    Transformers' ``load_adapter`` does so, and with it ``from_pretrained`` of an adapter's folder:
+    they ask for masks to be added here, then fill the places without asking anybody.
+
+    Args:
+        config: The adapter's configuration; one that names its base was read with an adapter.
+
+    Raises:
+        MaskFormatError: If the adapter's file holds coded masks.
+    """
+    if config.coding != "bits" and config.trained_on is not None:
+        message = (
+            f"The adapter's masks are coded for files (coding={config.coding!r}), and "
+            "transformers' load_adapter and from_pretrained put tensors in place without decoding "
+            "them. Load it with PeftModel.from_pretrained(base, folder); or recode it: load it so, "
+            'set model.peft_config["default"].coding = "bits", and save it again. Nothing was '
+            "loaded."
+        )
+        raise MaskFormatError(message)
 
 
 def check_swap_fits(given: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:

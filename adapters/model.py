@@ -17,6 +17,7 @@ from pemn_surgery import graph_surgery
 from pemn_surgery.adapters.algebra import CombinationName, add_combination
 from pemn_surgery.adapters.checks import (
     check_in_place,
+    check_loader_decodes,
     check_mode,
     check_model,
     check_name_is_free,
@@ -52,6 +53,8 @@ class PemnModel(BaseTuner):
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         check_name_is_free(model, adapter_name)
+        if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of them
+            check_loader_decodes(peft_config)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: PemnConfig, model_config: dict) -> PemnConfig:
