@@ -17,7 +17,6 @@ from pemn_surgery import graph_surgery
 from pemn_surgery.adapters.algebra import CombinationName, add_combination
 from pemn_surgery.adapters.checks import (
     check_in_place,
-    check_loader_decodes,
     check_mode,
     check_model,
     check_name_is_free,
@@ -26,6 +25,7 @@ from pemn_surgery.adapters.checks import (
 )
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX
+from pemn_surgery.adapters.file_checks import check_loader_decodes
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
 from pemn_surgery.adapters.matching import (
     follow_forward,

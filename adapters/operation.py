@@ -12,13 +12,13 @@ from pemn_surgery import bank as banks
 from pemn_surgery import materialise, surgery
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.checks import (
-    check_file_fits,
     check_in_place,
     check_same_bank,
     check_same_targets,
     check_signs,
 )
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.file_checks import check_file_fits
 from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
 from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
 from pemn_surgery.bank import Bank

@@ -8,14 +8,13 @@ A weight of a mask of density p holds H = -p log2 p - (1 - p) log2 (1 - p) bits:
   the mask, with 1 a distance between zeros.
 * Symbols get the best prefix code for independent weights of one density. It follows from
   ``width`` and the density, rounded to a byte, so that a file holds no table.
-* Codes lie in bytes as in DEFLATE (RFC 1951), whose decoder zlib is in C and comes with Python. It
-  is fed the head of a DEFLATE stream that announces the code, then the bytes of the file.
+* Codes lie in bytes as in DEFLATE (`deflate`), which zlib decodes: it is fed the head of a stream
+  that announces the code, then the bytes of the file.
 
 ``docs/format.md`` describes the bytes.
 """
 
 import zlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,17 +22,16 @@ from typing import Any
 
 import numpy as np
 
+from pemn_surgery.deflate import PrefixCode, concatenate, make_code
+
 Array = Any  # of numpy; its element type is in the docstrings
 
 WIDTHS = (1, 6, 7, 8)
 
-_END = 256  # DEFLATE's symbol for the end of a block
-_LONGEST_CODE = 15  # DEFLATE's limit
 # Arrays between steps stay in the processor's cache.
 _CODED_AT_ONCE = 2**14
 _ROWS_AT_ONCE = 2**13
 _UNITS_AT_ONCE = 2**16
-_PAIRS_AT_ONCE = 2**14
 
 _NEARLY_HALF = 0.54  # below it less than .1 % would be gained
 # Up to which density each width is used: within .9 % of the entropy, and fast (docs/coding.md).
@@ -98,7 +96,7 @@ def encode(packed: Array, weights: int, model: Model) -> bytes:
         weights: Number of weights.
         model: The code.
     """
-    return _concatenate(_symbols(_units(packed, weights, model), model), _code(model))
+    return concatenate(_symbols(_units(packed, weights, model), model), _code(model))
 
 
 def decode(coded: bytes, weights: int, model: Model) -> Array:
@@ -292,39 +290,9 @@ def _expansions(model: Model) -> tuple[bytes, bytes]:
 # -- the code --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Code:
-    """A prefix code.
-
-    Attributes:
-        head: Start of a DEFLATE stream that announces the code, to the byte.
-        bits: The code of every symbol, its first bit lowest, uint64 of shape (257,).
-        lengths: Bits of every code, int64 of shape (257,).
-        pair_bits: Codes of two symbols, first + 256 * second, uint64 of shape (65536,).
-        pair_lengths: Bits of those, uint8 of shape (65536,).
-    """
-
-    head: bytes
-    bits: Array
-    lengths: Array
-    pair_bits: Array
-    pair_lengths: Array
-
-
 @lru_cache(maxsize=32)
-def _code(model: Model) -> _Code:
-    used = [*range(model.symbols), _END]
-    lengths = np.zeros(257, np.int64)
-    lengths[used] = code_lengths([*symbol_weights(model), 1])
-    bits = _canonical(lengths)
-    one, two = lengths[:256], lengths[:256, None]
-    return _Code(
-        _head(lengths.tolist()),
-        bits,
-        lengths,
-        (bits[:256] | bits[:256, None] << one.astype(np.uint64)).reshape(-1),
-        (one + two).astype(np.uint8).reshape(-1),
-    )
+def _code(model: Model) -> PrefixCode:
+    return make_code(symbol_weights(model))
 
 
 def symbol_weights(model: Model) -> list[int]:
@@ -346,87 +314,3 @@ def symbol_weights(model: Model) -> list[int]:
         share = ones ** (length - zeros_in) * zeros**zeros_in
         found.append(max((share << 32) // both**length, 1))
     return found
-
-
-def code_lengths(weights: list[int]) -> list[int]:
-    """Return the lengths of the best prefix code with codes of at most 15 bits (package-merge).
-
-    Args:
-        weights: At least two; what each symbol's length counts.
-    """
-    coins = sorted(((weight, (place,)) for place, weight in enumerate(weights)), key=_weight)
-    row = coins
-    for _ in range(_LONGEST_CODE - 1):
-        pairs = zip(row[::2], row[1::2], strict=False)
-        packages = [(one[0] + two[0], one[1] + two[1]) for one, two in pairs]
-        row = sorted(coins + packages, key=_weight)
-    chosen = Counter(place for _, places in row[: 2 * len(coins) - 2] for place in places)
-    return [chosen[place] for place in range(len(weights))]
-
-
-def _weight(coin: tuple[int, tuple[int, ...]]) -> int:
-    return coin[0]
-
-
-def _canonical(lengths: Array) -> Array:
-    """Return DEFLATE's codes for these lengths, uint64, the first bit lowest (RFC 1951, 3.2.2)."""
-    bits = np.zeros(len(lengths), np.uint64)
-    code, length = 0, 0
-    for symbol in np.lexsort((np.arange(len(lengths)), lengths)):
-        if lengths[symbol]:
-            code <<= int(lengths[symbol]) - length
-            length = int(lengths[symbol])
-            bits[symbol] = int(f"{code:0{length}b}"[::-1], 2)
-            code += 1
-    return bits
-
-
-def _head(lengths: list[int]) -> bytes:
-    """Return 140 bytes: an empty block, and the start of the last (RFC 1951, 3.2.7).
-
-    The empty block, and a second distance code, which is never used either, make it end with a
-    byte. Every length takes 4 bits.
-    """
-    fields = [(2, 10), (5, 3), (0, 5), (1, 5), (15, 4), (0, 9), *[(4, 3)] * 16]
-    fields += [(int(f"{length:04b}"[::-1], 2), 4) for length in [*lengths, 1, 1]]
-    value, place = 0, 0
-    for number, size in fields:
-        value |= number << place
-        place += size
-    return value.to_bytes(place // 8, "little")
-
-
-def _concatenate(symbols: Array, code: _Code) -> bytes:
-    """Return the codes of symbols and of the end, one after the other."""
-    size = int(np.bincount(symbols, minlength=257) @ code.lengths + code.lengths[_END])
-    words = np.zeros(size // 64 + 2, "<u8")
-    place = 0
-    pairs = symbols[: len(symbols) // 2 * 2].view("<u2")
-    for start in range(0, len(pairs), _PAIRS_AT_ONCE):
-        part = pairs[start : start + _PAIRS_AT_ONCE]
-        place = _append(words, place, code.pair_bits[part], code.pair_lengths[part])
-    rest = [*symbols[2 * len(pairs) :].tolist(), _END]
-    _append(words, place, code.bits[rest], code.lengths[rest])
-    return words.tobytes()[: (size + 7) // 8]
-
-
-def _append(words: Array, place: int, bits: Array, lengths: Array) -> int:
-    """Put numbers of at most 30 bits into words of 64 bits from bit ``place`` on.
-
-    Returns:
-        The bit after them.
-    """
-    if len(bits) % 2:
-        bits, lengths = np.append(bits, np.uint64(0)), np.append(lengths, 0)
-    bits = bits[::2] | bits[1::2] << lengths[::2].astype(np.uint64)
-    lengths = (lengths[::2] + lengths[1::2]).astype(np.int64)
-    ends = np.cumsum(lengths) + place
-    starts = ends - lengths
-    in_word, shifts = starts >> 6, (starts & 63).astype(np.uint64)
-    first = np.flatnonzero(np.diff(in_word, prepend=-1))
-    here = words[int(in_word[0]) : int(in_word[-1]) + 2]
-    here[:-1] |= np.bitwise_or.reduceat(bits << shifts, first)
-    last = np.append(first[1:] - 1, len(bits) - 1)
-    # What the last number of a word has for the next; in two steps, as no shift by 64 is defined.
-    here[1:] |= bits[last] >> 1 >> (63 - shifts[last])
-    return int(ends[-1])

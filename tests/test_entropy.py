@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pemn_surgery import bits, entropy
+from pemn_surgery import bits, deflate, entropy
 from pemn_surgery.errors import MaskFormatError
 from tests import oracles, reader
 
@@ -163,7 +163,7 @@ def test_code_lengths_are_the_best():
     generator = np.random.default_rng(0)
     for _ in range(20):
         weights = generator.integers(50, 1000, generator.integers(2, 257)).tolist()
-        lengths = entropy.code_lengths(weights)
+        lengths = deflate.code_lengths(weights)
         heap, best = sorted(weights), 0
         while len(heap) > 1:
             both = heapq.heappop(heap) + heapq.heappop(heap)
@@ -174,7 +174,7 @@ def test_code_lengths_are_the_best():
 
 
 def test_code_lengths_at_the_limit():
-    lengths = entropy.code_lengths([2**place for place in range(30)])
+    lengths = deflate.code_lengths([2**place for place in range(30)])
     assert max(lengths) == 15
     assert sum(2.0**-length for length in lengths) == 1
 

@@ -163,9 +163,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # no default, or one that does not build
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _FORECAST),
     # a random head under relu may give nothing but zeros; the other kind of head ends in a sigmoid
-    **dict.fromkeys(
-        ("depth_anything", "prompt_depth_anything"), {"depth_estimation_type": "metric"}
-    ),
+    "depth_anything": {"depth_estimation_type": "metric"},
+    "prompt_depth_anything": {"depth_estimation_type": "metric"},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "chameleon": {
         "vq_config.num_embeddings": 10,
