@@ -12,6 +12,7 @@ from peft.config import PeftConfig
 from pemn_surgery.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter_file, seal
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.bank import BankName, BankSpec, InitName
+from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import AdapterFileError, ConfigError, PemnError
 from pemn_surgery.request import RestName, TiedName
 from pemn_surgery.selector import Selector, SelectorName
@@ -100,6 +101,9 @@ class PemnConfig(PeftConfig):
         modules_to_save: Modules to train and save as a whole, as in PEFT. On a timm model with
             ``bank_init="model"`` the default is its classifier; an empty list masks that too.
         trainable_token_indices: Not supported; present because TRL reads it.
+        coding: How a file holds masks. "bits": one bit a weight. "entropy": near the entropy of
+            each mask's density, .08 bit a weight at .99 (docs/coding.md); such a file is read by
+            PEFT's loaders, not by transformers' own.
         fingerprint: Identifies the base that the masks belong to. Filled in by the library.
         digest: Ties ``adapter_config.json`` to the weights it was saved with. Filled in by the
             library.
@@ -130,13 +134,15 @@ class PemnConfig(PeftConfig):
     tied: TiedName = "leave"
     modules_to_save: list[str] | None = None
     trainable_token_indices: None = None
+    coding: CodingName = "bits"
     fingerprint: dict[str, str] | None = field(default=None, repr=False)
     digest: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = cast("Any", PEMN)
-        # Runtime only, never saved: whether saving keeps float scores (Trainer checkpoints).
+        # Runtime only, never saved: whether float scores are kept, in files (Trainer checkpoints)
+        # and in models that load them for inference.
         self.keep_scores = False
         # Runtime only: whether signs and scales are put in place next (`from_finetuned`).
         self.signs_follow = False
@@ -240,6 +246,7 @@ class PemnConfig(PeftConfig):
         _one_of("selector", self.selector, get_args(SelectorName))
         _one_of("scale", self.scale, (None, *get_args(ScaleName)))
         _one_of("form", self.form, get_args(FormName))
+        _one_of("coding", self.coding, get_args(CodingName))
         _one_of("rest", self.rest, (None, *get_args(RestName)))
         _one_of("tied", self.tied, get_args(TiedName))
         if isinstance(self.score_init, str):

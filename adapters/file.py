@@ -206,7 +206,8 @@ def _sort_out(
             masks[parameter_name(key)] = tensor.numel()
         else:
             name = parameter_name(key)
-            stored[name] = bits.verify(tensor, key)
+            stored[name] = bits.inspect(tensor, key)
             masks[name] = stored[name].weights
-            ones[name] = int(bits.unpack(tensor, (masks[name],)).sum())
+            mask = bits.unpack(bits.decoded(tensor, key), (masks[name],))
+            ones[name] = int(mask.sum())
     return AdapterFile(path, nbytes, masks, ones, stored, others, scales, sealed)

@@ -27,7 +27,7 @@ def make_fingerprint(
     spec: BankSpec,
     layout: Layout | None,
     targets: Sequence[tuple[str, Shape]],
-    values: Sequence[Tensor],
+    values: Iterable[Tensor],
 ) -> Fingerprint:
     """Return the fingerprint of a base.
 
@@ -35,7 +35,8 @@ def make_fingerprint(
         spec: What decides the frozen numbers.
         layout: The bank's prototypes, None for ``bank="own"``.
         targets: Name and shape of every masked weight.
-        values: The frozen numbers themselves; read only where no seed makes them.
+        values: The frozen numbers themselves, one weight at a time; read only where no seed makes
+            them.
 
     Returns:
         16 hexadecimal digits by dtype; empty if values are on the meta device.
@@ -45,12 +46,14 @@ def make_fingerprint(
         "targets": [[name, list(shape)] for name, shape in sorted(targets)],
     }
     start = json.dumps(recipe, sort_keys=True).encode()
-    if spec.generated:
-        return dict.fromkeys(_TYPES, _digest(start, ()))
-    if any(value.is_meta for value in values):
-        return {}
-    names = [name for name in _TYPES if all(_rounds_to(value, _TYPES[name]) for value in values)]
-    return {name: _digest(start, (value.to(_TYPES[name]) for value in values)) for name in names}
+    digests = {name: hashlib.sha256(start) for name in _TYPES}
+    for value in () if spec.generated else values:
+        if value.is_meta:
+            return {}
+        digests = {n: digest for n, digest in digests.items() if _rounds_to(value, _TYPES[n])}
+        for name, digest in digests.items():
+            digest.update(_bytes(value.to(_TYPES[name])))
+    return {name: digest.hexdigest()[:16] for name, digest in digests.items()}
 
 
 def check_fingerprint(expected: Mapping[str, str], actual: Mapping[str, str], base: str) -> None:
@@ -104,9 +107,6 @@ def _rounds_to(value: Tensor, dtype: torch.dtype) -> bool:
     return value.dtype in (dtype, torch.float32, torch.float64)
 
 
-def _digest(start: bytes, values: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256(start)
-    for value in values:
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()[:16]
+def _bytes(value: Tensor) -> memoryview:
+    flat = value.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())

@@ -36,8 +36,14 @@ from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.finetuned_errors import tensors_differ
 from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
 from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default_head
+from pemn_surgery.adapters.quantised import quantised_weights
 from pemn_surgery.adapters.state import scores_from_mask
-from pemn_surgery.errors import ConfigError, FinetunedMismatchError, MetaTensorError
+from pemn_surgery.errors import (
+    ConfigError,
+    FinetunedMismatchError,
+    MetaTensorError,
+    UnsupportedModelError,
+)
 from pemn_surgery.sign_delta import Rows
 from pemn_surgery.targets import Plan
 from pemn_surgery.task import TASK_CHILD
@@ -84,13 +90,14 @@ def from_finetuned(
         ConfigError: If an option cannot have its value, or follows from the method.
         FinetunedMismatchError: If names, shapes or ties differ, or a weight is not finite.
         MetaTensorError: If a tensor of either model has no values.
-        UnsupportedModelError: If a model is not a plain module.
+        UnsupportedModelError: If a model is not a plain module, or the base is quantised.
         AlreadyPemnifiedError: If the base carries adapters already.
         NothingToMaskError: If no weight would be masked.
     """
     config = _config(method, options, is_trainable=is_trainable)
     check_model(base)
     check_fresh(base)
+    _check_not_quantised(base, config)
     before = base.state_dict()
     state = _with_ties(before, _state_of(finetuned))
     _check_pair(before, state)
@@ -171,6 +178,17 @@ def _config(method: str, options: Mapping[str, Any], *, is_trainable: bool) -> P
     )
     config.signs_follow = True
     return config
+
+
+def _check_not_quantised(base: nn.Module, config: PemnConfig) -> None:
+    names = list(quantised_weights(base, config.bank_spec))
+    if names:
+        message = (
+            f"The base stores {len(names)} weights quantised (first: {names[0]}), so that what "
+            "fine-tuning changed cannot be read from them. Compare the unquantised checkpoints, "
+            "or train masks on this base. Nothing was changed."
+        )
+        raise UnsupportedModelError(message)
 
 
 def _state_of(finetuned: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -17,9 +17,10 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from pemn_surgery.adapters import fingerprint as fingerprints
-from pemn_surgery.adapters.checks import check_not_merged, check_swap_fits
+from pemn_surgery.adapters.checks import check_not_merged
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import MASKS, TENSORS
+from pemn_surgery.adapters.file_checks import check_swap_fits
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.registry import PEMN
 

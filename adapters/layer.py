@@ -11,13 +11,16 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from pemn_surgery import bits, rng, surgery
 from pemn_surgery.adapter_mask import AdapterMask, SignDelta
+from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
 from pemn_surgery.errors import NonFiniteScoresError
+from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.roles import rows_of
 from pemn_surgery.selector import check_finite
@@ -73,17 +76,27 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
     Attributes:
         spec: What decided the frozen numbers under the masks.
+        quantization_backend: Reads and writes the layer's weight if it is stored quantised, else
+            None. PEFT's name.
     """
 
     adapter_layer_names = ("pemn_masks",)
     other_param_names = ()
 
-    def __init__(self, owner: nn.Module, target: Target, spec: BankSpec, bank: Bank | None) -> None:
+    def __init__(
+        self,
+        owner: nn.Module,
+        target: Target,
+        spec: BankSpec,
+        bank: Bank | None,
+        backend: QuantizationBackend | None = None,
+    ) -> None:
         MaskedWeight.__init__(
             self, owner, target.name, target.parameter, target.shape, target.fan_in, bank
         )
         PemnTunerLayer.__init__(self)
         self.spec = spec
+        self.quantization_backend = backend
 
     @property
     def in_features(self) -> int:
@@ -100,6 +113,34 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         """Type of the effective weight."""
         return self.fill().dtype
 
+    def fill(self) -> Tensor:
+        """Return the unmasked weight; of a quantised one its values, made for this call."""
+        stored = None if self.quantization_backend is None else self.own_weight()
+        if self.quantization_backend is None or stored is None:
+            return super().fill()
+        return quantised.dequantised(self.quantization_backend, self.owner, stored)
+
+    def read(self) -> Tensor:
+        """Return the effective weight; a quantised one as it is stored while no adapter applies.
+
+        So the layer's own forward, which reads it, is the base's to the last bit.
+        """
+        stored = self.own_weight() if self.quantization_backend is not None else None
+        return stored if stored is not None and self.is_bare() else super().read()
+
+    def _sources(self) -> Sources | None:
+        """A quantised weight's values are never kept: that they are not is what it is for."""
+        return super()._sources() if self.quantization_backend is None else None
+
+    def _is_fill_new(self) -> bool:
+        return self.quantization_backend is not None or super()._is_fill_new()
+
+    def extra_repr(self) -> str:
+        """Show the target, and how it is stored."""
+        backend = self.quantization_backend
+        stored = f", quantization_backend={backend.backend_name!r}" if backend else ""
+        return super().extra_repr() + stored
+
     def add_mask(
         self, adapter_name: str, config: PemnConfig, fingerprint: Mapping[str, str]
     ) -> None:
@@ -107,9 +148,9 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
         Args:
             adapter_name: The adapter.
-            config: Its configuration. With ``inference_mode`` the mask is bits: the place for them
-                where a file is about to be read, else the initial mask. A sign delta's signs and
-                scales always come later.
+            config: Its configuration. With ``inference_mode`` the mask is bits, unless scores are
+                kept: the place for them where a file is about to be read, else the initial mask. A
+                sign delta's signs and scales always come later.
             fingerprint: Identifies the base under all of the adapter's masks.
         """
         make = self._sign_delta if config.form == "sign_delta" else self._mask
@@ -117,10 +158,11 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _mask(self, config: PemnConfig, fingerprint: Mapping[str, str]) -> AdapterMask:
-        loading = config.inference_mode and config.file is not None
+        holds_bits = config.inference_mode and not config.keep_scores
+        loading = holds_bits and config.file is not None
         scores = None if loading else initial_scores(config, self.target, self.shape, self.fan_in)
         stored = None
-        if config.inference_mode:
+        if holds_bits:
             weights = int(torch.Size(self.shape).numel())
             start = scores if scores is not None else torch.empty(0)
             mask = config.selection.mask_in_little_memory
@@ -193,7 +235,14 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         with onload_layer(self.owner):
             if merge:
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            surgery.restore_parameter(self, self.merged_weight if merge else None)
+            merged = self.merged_weight if merge else None
+            if self.quantization_backend is None or merged is None:
+                surgery.restore_parameter(self, merged)
+                return
+            surgery.restore_parameter(self, None)
+            quantised.store(self.quantization_backend, self.owner, merged)
+            for module, name in self.shared_with:
+                module._parameters[name] = self.owner._parameters[self.parameter]
 
     def _check_scores(self, names: Sequence[str]) -> None:
         """A NaN score vanishes in a comparison, so the merged weight alone would not show it."""
@@ -227,10 +276,17 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
 
 class PemnTaskLayer(PemnTunerLayer, TaskTensors):
-    """A task's copies of one module's unmasked tensors, by adapter."""
+    """A task's copies of one module's unmasked tensors, by adapter.
+
+    Attributes:
+        in_features: None, PEFT's word for a layer that does not multiply.
+        out_features: None likewise.
+    """
 
     adapter_layer_names = ("pemn_tensors",)
     other_param_names = ()
+    in_features: None = None
+    out_features: None = None
 
     def __init__(self, owner: nn.Module, target: str) -> None:
         TaskTensors.__init__(self, owner, target)

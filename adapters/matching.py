@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.quantised import quantised_weights
 from pemn_surgery.errors import TraceError
 from pemn_surgery.graph import Trace, trace
 from pemn_surgery.masked import MaskedWeight
@@ -118,6 +119,7 @@ def plan_for(
             tied=config.tied,
             carried=frozenset(config.carried or ()),
             row_scaled=config.form == "sign_delta",
+            quantised=quantised_weights(model, config.bank_spec),
             trace=followed if isinstance(followed, Trace) else None,
             untraced=str(followed) if isinstance(followed, TraceError) else "",
         ),

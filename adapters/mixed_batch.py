@@ -97,7 +97,10 @@ def _check(model: nn.Module, names: Sequence[str]) -> None:
         raise AdapterError(message)
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged:
-        message = f"Adapters are merged ({', '.join(merged)}); call unmerge_adapter() first."
+        message = (
+            "Cannot pass `adapter_names` when there are merged adapters, please call "
+            f"`unmerge_adapter` first (merged: {', '.join(merged)})."
+        )
         raise MixedBatchError(message)
 
 
@@ -172,8 +175,8 @@ def _check_size(given: Any, names: tuple[str, ...]) -> None:
     sizes = sorted(set(_first_dimensions(given)))
     if len(names) not in sizes:
         message = (
-            f"adapter_names has {len(names)} names, but the inputs' first dimensions are "
-            f"{sizes or 'none'}: one name a sample is needed."
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} names for inputs whose first dimensions are {sizes or 'none'}."
         )
         raise MixedBatchError(message)
 

@@ -25,6 +25,7 @@ from pemn_surgery.adapters.checks import (
 )
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX
+from pemn_surgery.adapters.file_checks import check_loader_decodes
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
 from pemn_surgery.adapters.matching import (
     follow_forward,
@@ -34,6 +35,7 @@ from pemn_surgery.adapters.matching import (
 )
 from pemn_surgery.adapters.mixed_batch import mixed_batches
 from pemn_surgery.adapters.operation import Operation
+from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
 
@@ -51,6 +53,8 @@ class PemnModel(BaseTuner):
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         check_name_is_free(model, adapter_name)
+        if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of them
+            check_loader_decodes(peft_config)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: PemnConfig, model_config: dict) -> PemnConfig:
@@ -212,6 +216,8 @@ class PemnModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         check_in_place(self.model, "merge or unload")
+        if kwargs.get("merge", args[0] if args else True):
+            check_can_store(self.model)
         reads = graph_surgery.graph_reads(self.model)
         with _not_taken_for_layers(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)

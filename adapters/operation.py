@@ -1,24 +1,26 @@
 """One planned injection: everything is checked when it is made, then carried out path by path."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from pemn_surgery import bank as banks
 from pemn_surgery import materialise, surgery
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.checks import (
-    check_file_fits,
     check_in_place,
     check_same_bank,
     check_same_targets,
     check_signs,
 )
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.file_checks import check_file_fits
 from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
+from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
 from pemn_surgery.bank import Bank
 from pemn_surgery.roles import base_modules
 from pemn_surgery.swapping import find_masked, find_task
@@ -33,6 +35,7 @@ class Operation:
         self.config, self.plan = config, plan
         self.done: set[str] = set()
         self.modules = dict(base_modules(model))
+        self.requantiser = find_requantiser(model)
         self.by_path: dict[str, list[Target]] = defaultdict(list)
         for target in plan.targets:
             self.by_path[target.path].append(target)
@@ -69,7 +72,8 @@ class Operation:
         spec = self.config.bank_spec
         if self.bank is None and spec.generated:
             self._redraw(target, module)
-        layer = PemnLayer(module, target, spec, self.bank)
+        backend = self._backend(module, target.parameter)
+        layer = PemnLayer(module, target, spec, self.bank, backend)
         if target.untied_from:
             surgery.untie_parameter(layer)
         layer.keeps = not self.is_lean
@@ -133,10 +137,10 @@ class Operation:
 
     def _fingerprint(self) -> fingerprints.Fingerprint:
         spec = self.config.bank_spec
-        values: list[Tensor] = []
+        values: Iterable[Tensor] = ()
         if not spec.generated:
             names = sorted(target.name for target in self.plan.targets)
-            values = [self.bank.values] if self.bank else [self._weight(name) for name in names]
+            values = [self.bank.values] if self.bank else map(self._values, names)
         layout = self.bank.layout if self.bank else None
         targets = [(target.name, target.shape) for target in self.plan.targets]
         return fingerprints.make_fingerprint(spec, layout, targets, values)
@@ -161,6 +165,20 @@ class Operation:
     def _weight(self, name: str) -> Tensor:
         path, _, parameter = name.rpartition(".")
         return cast("Tensor", self.modules[path]._parameters[parameter])
+
+    def _values(self, name: str) -> Tensor:
+        """Return a weight's numbers; of a quantised one what it stands for."""
+        path, _, parameter = name.rpartition(".")
+        module = self.modules[path]
+        held = find_masked(module, parameter)
+        if held is not None:
+            return held.fill()
+        backend = self._backend(module, parameter)
+        weight = self._weight(name)
+        return weight if backend is None else dequantised(backend, module, weight)
+
+    def _backend(self, module: nn.Module, parameter: str) -> QuantizationBackend | None:
+        return resolve_backend(module, self.requantiser) if parameter == "weight" else None
 
     def _held_layers(self) -> Iterator[PemnLayer]:
         for module in self.modules.values():

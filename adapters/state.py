@@ -49,7 +49,7 @@ def pack_for_file(
             saved[f"{place}.bits"] = bits.pack(mask.selector.mask(whole), base)
         else:
             saved[key] = whole
-    return saved
+    return _coded(saved, masks) if config.coding == "entropy" else saved
 
 
 def prepare_for_model(
@@ -91,6 +91,8 @@ def prepare_for_model(
             loaded[key] = value
             continue
         mask, kind = masks[key]
+        if kind == "bits":
+            value = bits.decoded(value, key)
         if kind == "row_scale":
             loaded[key] = value
             continue
@@ -126,6 +128,16 @@ def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> T
     threshold = mask.selector.threshold
     margin = (start - threshold).abs().clamp(min=1e-3)
     return torch.where(chosen, threshold + margin, threshold - margin)
+
+
+def _coded(saved: StateDict, masks: Mapping[str, AdapterMask]) -> StateDict:
+    """Return the entries with masks coded; a place that was never loaded stays as it is."""
+    return {
+        key: bits.coded(value)
+        if key.removesuffix(".bits") in masks and bits.is_loaded(value)
+        else value
+        for key, value in saved.items()
+    }
 
 
 def _kinds(mask: AdapterMask) -> tuple[str, str]:
@@ -179,7 +191,7 @@ def _check_size(key: str, kind: str, value: Tensor, mask: AdapterMask) -> None:
         _check_scales(key, value, mask)
         return
     weights = int(torch.Size(mask.shape).numel())
-    count = value.numel() if kind == "scores" else bits.verify(value, key).weights
+    count = value.numel() if kind == "scores" else bits.inspect(value, key).weights
     if count != weights:
         message = (
             f"{key} masks {count} weights, but {mask.target} has {weights} weights (shape "
@@ -199,7 +211,7 @@ def _check_scales(key: str, value: Tensor, mask: SignDelta) -> None:
 
 
 def _check_base(key: str, value: Tensor, mask: AdapterMask) -> None:
-    expected = fingerprints.from_short_form(bits.verify(value, key).base)
+    expected = fingerprints.from_short_form(bits.inspect(value, key).base)
     actual = fingerprints.shorten(mask.fingerprint)
     if expected and actual:
         fingerprints.check_fingerprint(expected, actual, "the given model")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         rename_adapter,
         to_trainable,
     )
+    from pemn_surgery.adapters.task_inference import TaskGuess, infer_task
     from pemn_surgery.masked import keep_weights
     from pemn_surgery.trainer import PemnCallback, for_trainer
 
@@ -34,6 +35,8 @@ _HOMES = {
     "to_trainable": "pemn_surgery.adapters",
     "from_finetuned": "pemn_surgery.adapters",
     "measure_errors": "pemn_surgery.adapters",
+    "TaskGuess": "pemn_surgery.adapters.task_inference",
+    "infer_task": "pemn_surgery.adapters.task_inference",
     "keep_weights": "pemn_surgery.masked",
     "PemnCallback": "pemn_surgery.trainer",
     "for_trainer": "pemn_surgery.trainer",
@@ -42,10 +45,12 @@ _HOMES = {
 __all__ = [
     "PemnCallback",
     "PemnConfig",
+    "TaskGuess",
     "__version__",
     "errors",
     "for_trainer",
     "from_finetuned",
+    "infer_task",
     "keep_weights",
     "measure_errors",
     "pemnify",

@@ -1,14 +1,14 @@
-"""Masks as bytes: one bit a weight behind a header of 32 bytes.
+"""Masks as bytes: one bit a weight behind a header of 32 bytes, or a shorter code for files.
 
-A stored mask is one uint8 tensor (``docs/format.md`` has the reasons):
+A stored mask is one uint8 tensor (``docs/format.md`` has the reasons, and the bytes of coded ones):
 
 ====== ===== =========================================================
 offset bytes content
 ====== ===== =========================================================
 0      4     ``PEMN``
 4      1     version of this layout, 1
-5      1     coding, 0 = one bit a weight
-6      2     zero
+5      1     coding, 0 = one bit a weight (1 = entropy, files only)
+6      2     zero (coding 1: which code)
 8      8     number of weights n
 16     4     CRC-32 of all the other bytes
 20     12    base: first four bytes of its fingerprint in float32,
@@ -23,22 +23,28 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, NoReturn, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pemn_surgery import entropy
 from pemn_surgery.errors import MaskFormatError
+
+CodingName = Literal["bits", "entropy"]
 
 HEADER_BYTES = 32
 VERSION = 1
-CODING_BITS = 0
 UNKNOWN_BASE = bytes(12)
 
 _MAGIC = b"PEMN"
-_LAYOUT = struct.Struct("<4sBBHQI12s")
+_LAYOUT = struct.Struct("<4sBBBBQI12s")
 _CHECKSUM_OFFSET = 16
+_CODINGS = get_args(CodingName)
+_BITS, _ENTROPY = range(2)
+_INVERTED = 0x80
+_CODED_HEADER_BYTES = HEADER_BYTES + 4  # and the checksum of the mask as bits
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,13 @@ class StoredMask:
         weights: Number of weights, that is of mask bits.
         checksum: CRC-32 of all bytes but its own four.
         base: 12 bytes that identify the base, see the module's table.
+        coding: "bits" or "entropy".
     """
 
     weights: int
     checksum: int
     base: bytes
+    coding: CodingName = "bits"
 
 
 def packed_bytes(weights: int) -> int:
@@ -72,10 +80,63 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
         Uint8 tensor of shape (32 + ceil(n / 8),) on the CPU.
     """
     payload = np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little")
-    content = bytearray(_LAYOUT.pack(_MAGIC, VERSION, CODING_BITS, 0, mask.numel(), 0, base))
-    content += payload.tobytes()
-    struct.pack_into("<I", content, _CHECKSUM_OFFSET, _checksum(content))
-    return torch.frombuffer(content, dtype=torch.uint8)
+    return _sealed((_BITS, 0, 0, mask.numel()), base, payload.tobytes())
+
+
+def coded(stored: Tensor) -> Tensor:
+    """Return a stored mask as it is kept in files with ``coding="entropy"``.
+
+    Args:
+        stored: What `pack` returned.
+
+    Returns:
+        Uint8 tensor on the CPU, within 1 % of the mask's entropy where it is large (see
+        ``docs/coding.md``); ``stored`` itself where no code is shorter.
+    """
+    header = verify(stored, "mask")
+    payload = stored.detach().cpu().numpy()[HEADER_BYTES:]
+    ones = int.from_bytes(payload.tobytes(), "little").bit_count()
+    inverted = 2 * ones < header.weights
+    model = entropy.choose_model(max(ones, header.weights - ones) / max(header.weights, 1))
+    if model is None:
+        return stored
+    code = entropy.encode(_flipped(payload, header.weights, inverted), header.weights, model)
+    if _CODED_HEADER_BYTES + len(code) >= stored.numel():
+        return stored
+    which = (_ENTROPY, model.width | inverted * _INVERTED, model.odds, header.weights)
+    return _sealed(which, header.base, struct.pack("<I", header.checksum) + code)
+
+
+def decoded(stored: Tensor, name: str) -> Tensor:
+    """Check a stored mask of any coding, and return it as one bit a weight.
+
+    Args:
+        stored: Tensor that should be a stored mask.
+        name: The tensor's name, for the error.
+
+    Returns:
+        What `pack` returned; ``stored`` itself if it is that already.
+
+    Raises:
+        MaskFormatError: If anything does not hold. Memory stays within some 2,500 bytes for each
+            one given (a mask of ones alone is so much shorter), whatever the header says.
+    """
+    header = inspect(stored, name)
+    if header.coding == "bits":
+        return stored
+    content = _content(stored, name)
+    model, inverted = _model(content, name)
+    try:
+        payload = entropy.decode(content[_CODED_HEADER_BYTES:], header.weights, model)
+    except entropy.CodeError as error:
+        _refuse(name, str(error))
+    payload = _flipped(payload, header.weights, inverted).tobytes()
+    found = _sealed((_BITS, 0, 0, header.weights), header.base, payload)
+    (expected,) = struct.unpack_from("<I", content, HEADER_BYTES)
+    (actual,) = struct.unpack_from("<I", found[:HEADER_BYTES].numpy().tobytes(), _CHECKSUM_OFFSET)
+    if actual != expected:
+        _refuse(name, f"decodes to checksum {actual:08x}, its payload says {expected:08x}")
+    return found
 
 
 def unpack(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -122,7 +183,7 @@ def is_loaded(stored: Tensor) -> bool:
 
 
 def verify(stored: Tensor, name: str) -> StoredMask:
-    """Check a stored mask from outside: layout, version, coding, length and checksum.
+    """Check a stored mask that is to be used as it is, that is one bit a weight.
 
     Args:
         stored: Tensor that should be a stored mask.
@@ -132,27 +193,92 @@ def verify(stored: Tensor, name: str) -> StoredMask:
         What the header says.
 
     Raises:
-        MaskFormatError: If anything does not hold.
+        MaskFormatError: If `inspect` finds a fault, or the mask is coded.
+    """
+    header = inspect(stored, name)
+    if header.coding != "bits":
+        message = (
+            f"The stored mask {name!r} has coding={header.coding!r}, which is for files and must "
+            "be decoded by PEFT's loaders (PeftModel.from_pretrained, PeftModel.load_adapter). "
+            'Load it with those, or recode it: save it again with coding="bits" in its PemnConfig.'
+        )
+        raise MaskFormatError(message)
+    return header
+
+
+def inspect(stored: Tensor, name: str) -> StoredMask:
+    """Check a stored mask of any coding: layout, version, coding, length and checksum.
+
+    Args:
+        stored: Tensor that should be a stored mask.
+        name: The tensor's name, for the error.
+
+    Returns:
+        What the header says.
+
+    Raises:
+        MaskFormatError: If anything does not hold. A coded payload is not decoded (see `decoded`).
     """
     content = _content(stored, name)
-    magic, version, coding, reserved, weights, checksum, base = cast(
-        "tuple[bytes, int, int, int, int, int, bytes]", _LAYOUT.unpack_from(content)
+    magic, version, coding, code, odds, weights, checksum, base = cast(
+        "tuple[bytes, int, int, int, int, int, int, bytes]", _LAYOUT.unpack_from(content)
     )
-    if magic != _MAGIC or reserved != 0:
+    if magic != _MAGIC or (coding == _BITS and (code or odds)):
         _refuse(name, f"starts with {content[:8].hex()}, a mask starts with {_MAGIC.hex()}")
     if version != VERSION:
         _refuse(name, f"has layout version {version}, this release reads {VERSION}", old=False)
-    if coding != CODING_BITS:
-        _refuse(name, f"has coding {coding}, this release reads {CODING_BITS}", old=False)
-    if len(content) != packed_bytes(weights):
-        needed = packed_bytes(weights)
-        _refuse(name, f"has {len(content)} bytes, a mask of {weights} weights needs {needed}")
+    if coding >= len(_CODINGS):
+        known = " and ".join(str(number) for number in range(len(_CODINGS)))
+        _refuse(name, f"has coding {coding}, this release reads {known}", old=False)
+    _check_length(content, coding, weights, name)
     actual = _checksum(content)
     if actual != checksum:
         _refuse(name, f"has checksum {actual:08x}, its header says {checksum:08x}")
-    if weights % 8 and content[-1] >> (weights % 8):
+    if coding == _BITS and weights % 8 and content[-1] >> (weights % 8):
         _refuse(name, f"has bits set past its {weights} weights")
-    return StoredMask(weights, checksum, base)
+    return StoredMask(weights, checksum, base, _CODINGS[coding])
+
+
+def _check_length(content: bytes, coding: int, weights: int, name: str) -> None:
+    """Refuse a number of weights that the bytes cannot hold, before memory is taken for them."""
+    if coding == _BITS:
+        needed = packed_bytes(weights)
+        if len(content) != needed:
+            _refuse(name, f"has {len(content)} bytes, a mask of {weights} weights needs {needed}")
+        return
+    model, _ = _model(content, name)
+    most = model.most_weights(len(content) - _CODED_HEADER_BYTES)
+    if weights > most:
+        _refuse(name, f"has {len(content)} bytes, too few for {weights} weights (at most {most})")
+
+
+def _model(content: bytes, name: str) -> tuple[entropy.Model, bool]:
+    """Return which code a coded mask has, and whether it is inverted."""
+    if len(content) < _CODED_HEADER_BYTES:
+        needed = _CODED_HEADER_BYTES
+        _refuse(name, f"has {len(content)} bytes, the header of a coded mask needs {needed}")
+    width, odds = content[6], content[7]
+    if width & ~_INVERTED not in entropy.WIDTHS:
+        _refuse(name, f"has code {width}, this release reads {entropy.WIDTHS}", old=False)
+    return entropy.Model(width & ~_INVERTED, odds), bool(width & _INVERTED)
+
+
+def _flipped(payload: np.ndarray, weights: int, inverted: bool) -> np.ndarray:
+    """Return packed bits, each turned around if asked for; unused bits stay zero."""
+    if not inverted:
+        return payload
+    flipped = ~payload
+    if weights % 8:
+        flipped[-1] &= 2 ** (weights % 8) - 1
+    return flipped
+
+
+def _sealed(which: tuple[int, int, int, int], base: bytes, payload: bytes) -> Tensor:
+    """Return header and payload with their checksum."""
+    *coding, weights = which
+    content = bytearray(_LAYOUT.pack(_MAGIC, VERSION, *coding, weights, 0, base) + payload)
+    struct.pack_into("<I", content, _CHECKSUM_OFFSET, _checksum(content))
+    return torch.frombuffer(content, dtype=torch.uint8)
 
 
 def _checksum(content: bytes | bytearray) -> int:
@@ -170,7 +296,7 @@ def _content(stored: Tensor, name: str) -> bytes:
     return stored.detach().cpu().numpy().tobytes()
 
 
-def _refuse(name: str, problem: str, *, old: bool = True) -> None:
+def _refuse(name: str, problem: str, *, old: bool = True) -> NoReturn:
     remedy = "get the file again from where it was saved" if old else "upgrade pemn-surgery"
     message = f"The stored mask {name!r} {problem}. Nothing was loaded; {remedy}."
     raise MaskFormatError(message)

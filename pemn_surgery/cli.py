@@ -175,15 +175,23 @@ def _plan(parsed: argparse.Namespace) -> int:
 def _inspect(parsed: argparse.Namespace) -> int:
     config, file = _read_adapter(parsed.adapter)
     masks = [
-        {"name": name, "weights": weights, "density": _share(file.ones.get(name), weights)}
+        {
+            "name": name,
+            "weights": weights,
+            "density": _share(file.ones.get(name), weights),
+            "coding": file.stored[name].coding if name in file.stored else "scores",
+        }
         for name, weights in file.masks.items()
     ]
     if parsed.json:
         settings = config.to_dict()
         _print_json({"config": settings, "bytes": file.nbytes, "masks": masks}, default=sorted)
         return 0
-    columns = ("weight", "weights", "density")
-    rows = [(mask["name"], f"{mask['weights']:,}", _shown_share(mask["density"])) for mask in masks]
+    columns = ("weight", "weights", "density", "coding")
+    rows = [
+        (mask["name"], f"{mask['weights']:,}", _shown_share(mask["density"]), mask["coding"])
+        for mask in masks
+    ]
     shown = report.table(escape(str(parsed.adapter)), columns, rows)
     total = sum(file.masks.values())
     shown.caption = (

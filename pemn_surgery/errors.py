@@ -73,6 +73,10 @@ class NonFiniteScoresError(PemnError, ValueError):
     """Scores contain NaN or infinity, so that no mask can be chosen from them."""
 
 
+class TaskInferenceError(PemnError, ValueError):
+    """The task of a batch cannot be inferred: from these adapters, heads or outputs."""
+
+
 class RecipeError(PemnError, ValueError):
     """A recipe is incomplete or cannot be run as written."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.bank import Bank
 from pemn_surgery.kept import Kept, Sources, is_untracked
+from pemn_surgery.mixture import Mixture
 
 
 def masked_child_name(parameter: str) -> str:
@@ -40,6 +41,8 @@ class MaskedWeight(nn.Module):
         keeps: Whether an effective weight that was made is kept for the next read.
         pemn_masks: The masks by adapter name.
         merged_weight: The merged effective weight while adapters are merged, else None.
+        mixture: While set, it is read in place of the active adapters or what they were merged to;
+            never kept, never saved.
     """
 
     merged_weight: Tensor | None
@@ -60,6 +63,7 @@ class MaskedWeight(nn.Module):
         self.untied: list[nn.Parameter] = []
         self._kept = Kept()
         self.keeps = True
+        self.mixture: Mixture | None = None
         self.target = target
         self.parameter = parameter
         self.shape = shape
@@ -85,6 +89,11 @@ class MaskedWeight(nn.Module):
     def active_adapter_names(self) -> Sequence[str]:
         """Return the active adapters; without PEFT every adapter is."""
         return list(self.pemn_masks.keys())
+
+    def is_bare(self) -> bool:
+        """Tell whether nothing applies at the moment: the effective weight is the fill."""
+        fixed = self.mixture is not None or self.merged_weight is not None
+        return not fixed and not self.names_in_use()
 
     def own_weight(self) -> Tensor | None:
         """Return the layer's own frozen weight, or None where a bank replaced it."""
@@ -127,13 +136,20 @@ class MaskedWeight(nn.Module):
         return cast("Tensor", self())
 
     def _make(self) -> Tensor:
+        if self.mixture is not None:
+            return self._mix(self.mixture)
         if self.merged_weight is not None:
             return self.merged_weight
-        weight, is_scratch = self.fill(), self._is_tiled()
+        weight, is_scratch = self.fill(), self._is_fill_new()
         for name in self.names_in_use():
             weight = self.pemn_masks[name](weight, is_scratch=is_scratch)
             is_scratch = True
         return weight
+
+    def _mix(self, mixture: Mixture) -> Tensor:
+        """Return the mixed effective weight; an adapter without a mask of it adds all of it."""
+        masks = [self.pemn_masks._modules.get(name) for name in mixture.names]
+        return mixture.of_masks(self.fill(), masks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedWeight":
         """Forget first: ``.to()`` and ``.half()`` replace data without a trace in versions."""
@@ -156,7 +172,7 @@ class MaskedWeight(nn.Module):
         """Show the target."""
         return f"{self.target}, shape={tuple(self.shape)}"
 
-    def _is_tiled(self) -> bool:
+    def _is_fill_new(self) -> bool:
         """Whether the fill is a new tensor of its own rather than a view of what is stored."""
         return self.bank is not None and self.bank.tiles(self.shape)
 
@@ -172,6 +188,8 @@ class MaskedWeight(nn.Module):
         Trained scores are read anew without gradients: an optimizer that writes through ``.data``
         changes them without a trace in the version counter.
         """
+        if self.mixture is not None:
+            return None
         names = tuple(self.names_in_use())
         grad = torch.is_grad_enabled()
         masks = [cast("AdapterMask", self.pemn_masks[name]) for name in names]

@@ -187,5 +187,5 @@ def _count_parameters(model: nn.Module, slots: Sequence[Slot]) -> int:
     for _, module in base_modules(model):
         for tensor in module._parameters.values():
             if tensor is not None and not isinstance(tensor, nn.parameter.UninitializedParameter):
-                counted[id(tensor)] = tensor.numel()
+                counted.setdefault(id(tensor), tensor.numel())  # not what it is packed into
     return sum(counted.values())

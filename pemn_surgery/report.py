@@ -19,7 +19,7 @@ _TEXT_WIDTH = 140
 
 def environment() -> dict[str, Any]:
     """Return what measured figures depend on: date, machine, versions; for result files."""
-    packages = ("pemn-surgery", "torch", "torchvision", "timm", "transformers", "peft", "datasets")
+    libraries = ("torch", "torchvision", "timm", "transformers", "peft", "datasets", "scikit-learn")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": {
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in packages},
+        | {package: _version(package) for package in ("pemn-surgery", *libraries)},
     }
 
 
@@ -61,6 +61,20 @@ def as_text(renderable: Table) -> str:
         renderable
     )
     return buffer.getvalue()
+
+
+def as_markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table, or "None." where it has no rows.
+
+    Args:
+        heads: Headings.
+        rows: Cells, one for each heading.
+    """
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    if not cells:
+        return "None.\n"
+    lines = [list(heads), ["---"] * len(heads), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def check_plotting() -> None:

@@ -1,6 +1,6 @@
 """What a plan is asked for."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +30,8 @@ class Request:
         untraced: Why there is no trace.
         carried: Names of further unmasked tensors that the task has its own copy of.
         row_scaled: Whether a mask has a scale for each output.
+        quantised: Names of weights that a library stores quantised, with the reason why each cannot
+            be masked, or "".
     """
 
     spec: BankSpec
@@ -45,3 +47,4 @@ class Request:
     untraced: str = ""
     carried: Collection[str] = ()
     row_scaled: bool = False
+    quantised: Mapping[str, str] = field(default_factory=dict)

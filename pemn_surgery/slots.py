@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pemn_surgery.bank import Shape
 from pemn_surgery.graph_modules import GraphUse
@@ -52,6 +54,7 @@ def weight_slots(
     """
     for path, module in base_modules(model):
         held = held_masks(module)
+        yield from _packed_elsewhere(path, module, request)
         for parameter, tensor in list(module._parameters.items()):
             child = held.get(parameter)
             if tensor is None and child is None:
@@ -67,6 +70,14 @@ def weight_slots(
                     yield slot
 
 
+def _packed_elsewhere(path: str, module: Any, request: Request) -> Iterator[Slot]:
+    """Yield a quantised weight that no parameter holds: GPTQ and others pack it into buffers."""
+    problem = request.quantised.get(f"{path}.weight" if path else "weight")
+    if problem is not None and module._parameters.get("weight") is None:
+        shape = (module.out_features, module.in_features)
+        yield Slot(path, "weight", module, shape, id(module), problem, maskable=True)
+
+
 def _describe(
     path: str, parameter: str, module: nn.Module, tensor: Tensor, request: Request, use: GraphUse
 ) -> Slot | None:
@@ -80,15 +91,18 @@ def _describe(
         return Slot(path, parameter, module, (0,), id(tensor), "has no shape yet (lazy)", maskable)
     if tensor.dim() < 2 and not maskable:
         return None
-    shape = tuple(tensor.shape)
+    shape = _shape(name, module, tensor, request)
     problem = use.problem if maskable else _why_not(module, parameter, name, request, use)
     unnamed = table and not maskable
     if not maskable and not table and _multiplies(name, request):
         maskable = not TABLES.search(parameter)
     if path.endswith(".parametrizations.weight") and not asked:
         maskable, problem = True, "is parametrised (weight norm or the like)"
-    if maskable and not tensor.is_floating_point():
-        problem = f"is stored as {tensor.dtype} (quantised)"
+    packed = _quantised_type(tensor)
+    if maskable and name in request.quantised:
+        problem = request.quantised[name]
+    elif maskable and packed:
+        problem = f"is stored as {packed} (quantised)"
     elif maskable and tensor.numel() == 0:
         problem = "has no elements"
     elif maskable and name in request.rewritten:
@@ -106,6 +120,24 @@ def _describe(
         fan_in=fan_in,
         is_embedding=unnamed,
     )
+
+
+def _shape(name: str, module: Any, tensor: Tensor, request: Request) -> Shape:
+    """Return the shape of a weight's values; packed ones are stored in another."""
+    if name in request.quantised:
+        return (module.out_features, module.in_features)
+    return tuple(tensor.shape)
+
+
+def _quantised_type(tensor: Tensor) -> str:
+    """Return what holds a weight without plain float values, or "".
+
+    torchao's tensors only look like floats; sharded ones (DTensor) are floats.
+    """
+    is_sharded = type(tensor).__module__.startswith("torch.distributed")
+    if is_traceable_wrapper_subclass(tensor) and not is_sharded:
+        return type(tensor).__name__
+    return "" if tensor.is_floating_point() else str(tensor.dtype)
 
 
 def is_named(name: str, request: Request) -> bool:

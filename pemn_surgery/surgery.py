@@ -8,6 +8,7 @@ all of them, and base state-dict keys stay what they were (``docs/mechanism.md``
 ways).
 """
 
+import copy
 from typing import cast
 
 from torch import Tensor, nn
@@ -41,7 +42,8 @@ def untie_parameter(child: MaskedWeight) -> None:
     shared = cast("nn.Parameter", child.owner._parameters[child.parameter])
     child.untied.append(shared)
     if child.bank is None:
-        copied = nn.Parameter(shared.detach().clone(), requires_grad=False)
+        copied = copy.deepcopy(shared)  # with what a quantised one carries beside its values
+        copied.requires_grad = False
         child.owner._parameters[child.parameter] = copied
 
 

@@ -29,6 +29,10 @@ from pemn_surgery.task import TASK_CHILD, TaskTensors
 SHARED_MASKS = "_pemn_shared_masks"  # the MaskedWeight
 SHARED_TENSORS = "_pemn_shared_tensors"  # the TaskTensors and the tensor's name there
 
+# Libraries that read a layer's weight to get it as it is stored.
+_FSDP = "torch.distributed.fsdp"
+_BITSANDBYTES = "bitsandbytes."
+
 
 def find_masked(module: nn.Module, parameter: str) -> MaskedWeight | None:
     """Return what makes this parameter's effective weight, or None where nothing does."""
@@ -99,8 +103,7 @@ def unswap(module: nn.Module, names: tuple[str, ...]) -> None:
     if masks or tensors or has_task:
         _set_class(module, masks, tensors)
     else:
-        module.__class__ = original_class(module)
-        _recompile(module)
+        _change_class(module, original_class(module))
 
 
 def _recompile(module: nn.Module) -> None:
@@ -112,7 +115,13 @@ def _recompile(module: nn.Module) -> None:
 def _set_class(module: nn.Module, masks: tuple[str, ...], tensors: tuple[str, ...]) -> None:
     original = original_class(module)
     make = _graph_class if issubclass(original, GraphModule) else swapped_class
-    module.__class__ = make(original, masks, tensors)
+    _change_class(module, make(original, masks, tensors))
+
+
+def _change_class(module: nn.Module, wanted: type[nn.Module]) -> None:
+    before = type(module)
+    module.__class__ = wanted
+    _rebind(module, before)
     _recompile(module)
 
 
@@ -145,6 +154,8 @@ def swapped_class(
         namespace[name] = _property(name, _masked_getter(name))
     for name in tensors:
         namespace[name] = _property(name, _tensor_getter(name))
+    if "weight" in masks and _reads_packed(original):
+        namespace["forward"] = _dense_forward(original)
     if issubclass(original, nn.RNNBase):
         namespace["_flat_weights"] = _property("_flat_weights", _read_flat_weights)
     swapped = cast("type[nn.Module]", type(original.__name__, (original,), namespace))
@@ -235,7 +246,7 @@ def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         child = cast("MaskedWeight | None", self._modules.get(child_name))
         if child is None:
             child = cast("MaskedWeight", self.__dict__[SHARED_MASKS][name])
-        if not torch.compiler.is_compiling() and _called_by_fsdp():
+        if not torch.compiler.is_compiling() and _called_by(_FSDP, _BITSANDBYTES):
             return child.own_weight()
         return child.read()
 
@@ -247,7 +258,7 @@ def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         shared = self.__dict__.get(SHARED_TENSORS, {})
         own = cast("TaskTensors", self._modules.get(TASK_CHILD))
         child, source = shared.get(name, (own, name))
-        if not torch.compiler.is_compiling() and _called_by_fsdp():
+        if not torch.compiler.is_compiling() and _called_by(_FSDP):
             return child.base(source)
         return child.read(source)
 
@@ -259,10 +270,43 @@ def _read_flat_weights(self: nn.Module) -> Any:
     return [getattr(self, name) for name in cast("Any", self)._flat_weights_names]
 
 
-def _called_by_fsdp() -> bool:
-    """Tell whether FSDP reads the attribute: two frames up, behind the getter."""
+def _reads_packed(original: type[nn.Module]) -> bool:
+    """Tell whether a layer's own forward reads packed numbers: bitsandbytes, without import."""
+    is_theirs = any(base.__module__.startswith(_BITSANDBYTES) for base in original.__mro__)
+    return is_theirs and issubclass(original, nn.Linear)
+
+
+def _dense_forward(original: type[nn.Module]) -> Callable[..., Tensor]:
+    """Return a forward that computes with the dequantised, masked weight.
+
+    It casts as bitsandbytes does; while nothing applies it is the original one.
+    """
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        child = find_masked(self, "weight")
+        if child is None or child.is_bare():
+            return original.forward(self, x)
+        dtype = getattr(self, "compute_dtype", None) or x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias).to(x.dtype)
+
+    return forward
+
+
+def _rebind(module: nn.Module, before: type[nn.Module]) -> None:
+    """Let accelerate's hook, which holds the former class's forward, call the present one."""
+    held = module.__dict__.get("_old_forward")
+    if getattr(held, "__func__", None) is before.forward:
+        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
+
+
+def _called_by(*libraries: str) -> bool:
+    """Tell whether a library reads the attribute: two frames up, behind the getter.
+
+    FSDP shards what is stored; bitsandbytes saves and loads it.
+    """
     caller = sys._getframe(2).f_globals.get("__name__", "")
-    return caller.startswith("torch.distributed.fsdp")
+    return caller.startswith(libraries)
 
 
 def _follow_task(swapped: type[nn.Module], original: type[nn.Module]) -> None:

@@ -10,6 +10,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from pemn_surgery.mixture import Mixture
+
 # The attribute that holds a module's `TaskTensors`.
 TASK_CHILD = "task_tensors"
 
@@ -71,6 +73,7 @@ class TaskTensors(nn.Module):
         target: Path of the module within the model.
         shared_with: Further modules (and tensor names) that hold the same, tied tensor.
         pemn_tensors: The tensor sets by adapter name.
+        mixture: While set, tensors are read mixed, and what the forward assigns is not kept.
     """
 
     def __init__(self, owner: nn.Module, target: str) -> None:
@@ -79,6 +82,7 @@ class TaskTensors(nn.Module):
         self._owner = [owner]
         self.shared_with: list[tuple[nn.Module, str]] = []
         self.target = target
+        self.mixture: Mixture | None = None
         self.pemn_tensors = nn.ModuleDict()
 
     @property
@@ -111,7 +115,7 @@ class TaskTensors(nn.Module):
         base = self.base(name)
         if base is None or (base.is_meta and self._is_offloaded()):
             return base
-        owned = self.active_tensor(name)
+        owned = self.active_tensor(name) if self.mixture is None else self._mixed(name, base)
         return base if owned is None else owned.to(base.dtype)
 
     def forward(self, name: str) -> Tensor | None:
@@ -125,17 +129,37 @@ class TaskTensors(nn.Module):
     def active_tensor(self, name: str) -> Tensor | None:
         """Return the first active adapter's tensor of this name, or None."""
         for adapter in self.active_adapter_names():
-            if adapter in self.pemn_tensors:
-                tensors = cast("TensorSet", self.pemn_tensors[adapter])
-                if tensors.holds(name):
-                    return tensors(name)
+            tensor = self._tensor_of(adapter, name)
+            if tensor is not None:
+                return tensor
         return None
 
+    def _mixed(self, name: str, base: Tensor) -> Tensor:
+        """Return the mixture; an adapter without such a tensor adds the module's own.
+
+        Only parameters pass gradients on: torch refuses running statistics that ask for one.
+        """
+        mixture = cast("Mixture", self.mixture)
+        held = [self._tensor_of(adapter, name) for adapter in mixture.names]
+        mixed = mixture.of_tensors([base if tensor is None else tensor for tensor in held])
+        return mixed if name in self.owner._parameters else mixed.detach()
+
+    def _tensor_of(self, adapter: str, name: str) -> Tensor | None:
+        if adapter not in self.pemn_tensors:
+            return None
+        tensors = cast("TensorSet", self.pemn_tensors[adapter])
+        return tensors(name) if tensors.holds(name) else None
+
     def write(self, name: str, value: Tensor | None) -> bool:
-        """Replace the active adapter's buffer of this name; return False where there is none."""
-        for adapter in self.active_adapter_names():
+        """Replace the active adapter's buffer of this name; return False where there is none.
+
+        What is written to a mixture belongs to no adapter and is dropped.
+        """
+        mixture = self.mixture
+        for adapter in mixture.names if mixture is not None else self.active_adapter_names():
             if adapter in self.pemn_tensors and name in self.pemn_tensors[adapter]._buffers:
-                self.pemn_tensors[adapter]._buffers[name] = value
+                if mixture is None:
+                    self.pemn_tensors[adapter]._buffers[name] = value
                 return True
         return False
 

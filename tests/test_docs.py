@@ -87,6 +87,9 @@ def test_planning_figures():
     shown = " ".join(page.split())
     for text in said:
         assert text.replace("0.", ".") in shown, text
+    timed = [row for row in rows.values() if "meta_forward" in row]
+    assert len(timed) == 3
+    assert all(row["plan"] < row["meta_forward"] for row in timed)
 
 
 FINETUNED = json.loads((ROOT / "docs/results/from_finetuned.json").read_text(encoding="utf-8"))
@@ -115,3 +118,41 @@ def test_finetuned_table(case):
         for figures in found["summary"].values()
         if "others_differing" in figures
     )
+
+
+CODING = json.loads((ROOT / "docs/results/coding.json").read_text(encoding="utf-8"))
+
+
+def test_coding_tables():
+    page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    found = {(row["weights"], row["density"]): row for row in CODING["rows"]}
+    densities = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
+    counts = (10_000, 100_000, 1_000_000, 10_000_000)
+    assert set(found) == {(weights, density) for weights in counts for density in densities}
+    for weights in counts:
+        sizes = [f"{found[weights, density]['size_to_entropy']:.4f}" for density in densities]
+        assert [f"{weights:,}", *sizes] in rows
+    for density in densities:
+        speeds = []
+        for way in ("encode", "decode"):
+            figures = found[10_000_000, density][way]
+            low, high = figures["mb_per_s_quartiles"]
+            speeds += [f"{figures['mb_per_s']:.0f} ({low:.0f}-{high:.0f})"]
+            speeds += [f"{figures['times_numpy']:.1f}"]
+        assert [str(density), *speeds] in rows
+    assert all(row["size_to_entropy"] <= 1.01 for row in CODING["rows"] if row["weights"] >= 10**6)
+
+
+def test_coding_comparison():
+    page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
+    rows = [cells(line.replace("`", "")) for line in page.splitlines() if line.startswith("|")]
+    ways = {row["way"] for row in CODING["compared"]}
+    assert len(ways) == 9
+    found = {(row["way"], row["density"]): row for row in CODING["compared"]}
+    for way in ways:
+        figures = [found[way, density] for density in (0.6, 0.8, 0.9, 0.975)]
+        shown = [
+            f"{row['size_to_entropy']:.3f}, {row['decode']['mb_per_s']:.0f}" for row in figures
+        ]
+        assert [way, *shown] in rows

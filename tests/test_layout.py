@@ -70,17 +70,11 @@ print(sorted(heavy), sorted(set(pemn_surgery.__all__) - set(dir(pemn_surgery))))
 @pytest.mark.parametrize(
     "name",
     [
-        "PemnCallback",
-        "PemnConfig",
-        "errors",
-        "for_trainer",
-        "from_finetuned",
-        "keep_weights",
-        "measure_errors",
-        "pemnify",
-        "plan",
+        "PemnCallback", "PemnConfig", "TaskGuess", "errors", "for_trainer", "from_finetuned",
+        "infer_task", "keep_weights", "measure_errors", "pemnify", "plan", "rename_adapter",
+        "to_trainable",
     ],
-)
+)  # fmt: skip
 def test_public_names(name):
     package = importlib.import_module("pemn_surgery")
     assert name in package.__all__

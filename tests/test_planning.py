@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pemn_surgery import PemnConfig, pemnify, plan
@@ -278,6 +279,15 @@ def test_quantised_weight():
     with pytest.warns(LowCoverageWarning, match="30 of 70 maskable weights stay unmasked"):
         pemnify(net, bank="own")
     net[0].weight.requires_grad_(requires_grad=False)
+
+
+def test_weights_that_only_look_like_floats_stay():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    wrapped = TwoTensor(torch.ones(2, 3), torch.zeros(2, 3))
+    model[0].weight = nn.Parameter(wrapped, requires_grad=False)
+    made = plan(model, bank="own")
+    assert names(made) == ["1.weight"]
+    assert reasons(made) == {"0.weight": "is stored as TwoTensor (quantised)"}
 
 
 def test_chosen_targets_are_not_warned_of():

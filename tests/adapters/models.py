@@ -171,22 +171,23 @@ def task_layers(model):
 
 def masks(model, adapter="default"):
     """The bool masks of an adapter by the weight's name, chosen with plain torch."""
-    found = {}
-    for name, layer in mask_layers(model).items():
-        mask = layer.mask_of(adapter)
-        if mask.scores is None:
-            payload = mask.bits[32:].tolist()
-            flat = [payload[i // 8] >> (i % 8) & 1 for i in range(_count(layer))]
-            found[name] = torch.tensor(flat, dtype=torch.bool).view(layer.shape)
-        elif mask.selector.name == "threshold":
-            found[name] = mask.scores.detach() > mask.selector.threshold
-        else:
-            size = mask.scores.detach().abs().flatten()
-            order = torch.argsort(size, stable=True)
-            chosen = torch.ones(size.numel(), dtype=torch.bool)
-            chosen[order[: int((1 - mask.selector.density) * size.numel())]] = False
-            found[name] = chosen.view(layer.shape)
-    return found
+    return {name: mask_of_layer(layer, adapter) for name, layer in mask_layers(model).items()}
+
+
+def mask_of_layer(layer, adapter):
+    """The bool mask of one layer, chosen with plain torch."""
+    mask = layer.mask_of(adapter)
+    if mask.scores is None:
+        payload = mask.bits[32:].tolist()
+        flat = [payload[i // 8] >> (i % 8) & 1 for i in range(_count(layer))]
+        return torch.tensor(flat, dtype=torch.bool).view(layer.shape)
+    if mask.selector.name == "threshold":
+        return mask.scores.detach() > mask.selector.threshold
+    size = mask.scores.detach().abs().flatten()
+    order = torch.argsort(size, stable=True)
+    chosen = torch.ones(size.numel(), dtype=torch.bool)
+    chosen[order[: int((1 - mask.selector.density) * size.numel())]] = False
+    return chosen.view(layer.shape)
 
 
 def _count(layer):

@@ -559,6 +559,23 @@ def test_saved_configuration_says_everything_and_nothing_of_the_runtime(tmp_path
     assert not {"keep_scores", "file"} & set(stored)
 
 
+def test_scores_are_kept_in_a_model_that_is_loaded_for_inference(tmp_path):
+    model = models.train(make("own"))
+    model.peft_config["default"].keep_scores = True
+    model.save_pretrained(str(tmp_path))
+    config = PemnConfig.from_pretrained(str(tmp_path))
+    config.keep_scores = True
+    again = PeftModel.from_pretrained(models.net(), str(tmp_path), config=config)
+    expected = {key: value for key, value in model.state_dict().items() if ".scores" in key}
+    assert len(expected) == len(models.NET_TARGETS)
+    assert config.inference_mode
+    models.assert_same_tensors(
+        {key: value for key, value in again.state_dict().items() if ".pemn_masks." in key}, expected
+    )
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    models.assert_equal(models.logits(again), models.logits(model))
+
+
 def test_saving_refuses_broken_scores(tmp_path):
     model = models.train(make("rp"))
     scores = models.mask_layers(model)["conv3.weight"].mask_of("default").scores

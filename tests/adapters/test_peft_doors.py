@@ -12,6 +12,7 @@ from peft import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -76,6 +77,26 @@ def test_model_status():
     assert status.num_adapter_layers == 4 + 5  # weights; modules with tensors of the task
     assert status.trainable_params == 216 + 2 * 576 + 32 + 3 * 16 + 8 + 4
     assert status.requires_grad == {"default": True}
+
+
+def test_every_tuner_layer_says_its_features():
+    model = pemnify(models.net(), bank="rp")
+    layers = {
+        name.removeprefix("base_model.model."): (layer.in_features, layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+    assert layers == {
+        "conv1.masked_weight": (27, 8),
+        "conv2.masked_weight": (72, 8),
+        "conv3.masked_weight": (72, 8),
+        "head.masked_weight": (8, 4),
+        "conv1.task_tensors": (None, None),
+        "bn1.task_tensors": (None, None),
+        "bn2.task_tensors": (None, None),
+        "bn3.task_tensors": (None, None),
+        "head.task_tensors": (None, None),
+    }
 
 
 def test_adapter_state_dict_is_the_file(tmp_path):

@@ -117,5 +117,7 @@ CASES = {
     "attention_own": ("attention", {"bank": "own", "rest": "norms"}),
     "experts_mp": ("mixture", {"bank": "mp", "functional_weights": EXPERTS}),
     "experts_own": ("mixture", {"bank": "own", "functional_weights": EXPERTS}),
+    "entropy": ("attention", {"bank": "rp", "ratio": 0.2, "density": 0.9, "coding": "entropy"}),
+    "entropy_low": ("attention", {"bank": "own", "density": 0.08, "coding": "entropy"}),
     "scores": ("net", {"bank": "rp", "ratio": 0.1}),  # a Trainer's checkpoint: float scores
 }

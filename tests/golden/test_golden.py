@@ -43,7 +43,7 @@ def assert_as_expected(model, expected):
 
 def test_there_are_stored_adapters_of_every_kind():
     first = {folder.name for folder in STORED if folder.parent.name == "0.1"}
-    assert len(first) == 23
+    assert len(first) == 25
     assert first <= set(cases.CASES)  # later versions may have more
     assert {cases.CASES[name][0] for name in first} == {"net", "attention", "mixture"}
 

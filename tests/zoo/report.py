@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pemn_surgery.report import environment
+from pemn_surgery.report import as_markdown, environment
 from tests.zoo import run
 
 Row = dict[str, Any]
@@ -52,11 +52,11 @@ def page(rows: Sequence[Row]) -> str:
         _INTRO,
         f"{made['date']}; {versions}.\n",
         "## In short\n",
-        _table(
+        as_markdown(
             ("", "models", "walked", "do not build", "pass", "of those that build"), _totals(rows)
         ),
         "## What fails, and why\n",
-        _table(
+        as_markdown(
             ("library", "model", "step", "error"),
             (
                 [row["library"], row["name"], row["failed"], _short(row["error"])]
@@ -64,11 +64,11 @@ def page(rows: Sequence[Row]) -> str:
             ),
         ),
         "## Maskable weights that stay\n",
-        _table(("reason", "models", "weights", "for example"), _left(rows)),
+        as_markdown(("reason", "models", "weights", "for example"), _left(rows)),
         "## What was masked\n",
-        _table(("class and parameter", "models", "tensors"), _kinds(rows)),
+        as_markdown(("class and parameter", "models", "tensors"), _kinds(rows)),
         "## Targets that the model's own forward gives no gradient\n",
-        _table(
+        as_markdown(
             ("library", "model", "targets", "for example"),
             (
                 [row["library"], row["name"], len(row["unreached"]), row["unreached"][0]]
@@ -77,7 +77,7 @@ def page(rows: Sequence[Row]) -> str:
             ),
         ),
         "## Forwards that could not be followed on shapes\n",
-        _table(
+        as_markdown(
             ("library", "model", "why"),
             (
                 [row["library"], row["name"], _short(row["untraced"])]
@@ -86,7 +86,7 @@ def page(rows: Sequence[Row]) -> str:
             ),
         ),
         "## Every model\n",
-        _table(
+        as_markdown(
             (
                 "library",
                 "model",
@@ -176,11 +176,3 @@ def _line(row: Row) -> list[Any]:
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 160 else f"{line[:157]}..."
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    if not cells:
-        return "None.\n"
-    lines = [list(heads), ["---"] * len(heads), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -118,5 +118,5 @@ def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     if not path.exists():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
+    rows = [{"failed": "", **json.loads(line)} for line in lines if line.strip()]
     return {(row["library"], row["name"]): row for row in rows if "library" in row}

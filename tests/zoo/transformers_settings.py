@@ -162,6 +162,9 @@ _MOE = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
 SETTINGS: dict[str, dict[str, Any]] = {
     # no default, or one that does not build
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _FORECAST),
+    # a random head under relu may give nothing but zeros; the other kind of head ends in a sigmoid
+    "depth_anything": {"depth_estimation_type": "metric"},
+    "prompt_depth_anything": {"depth_estimation_type": "metric"},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "chameleon": {
         "vq_config.num_embeddings": 10,

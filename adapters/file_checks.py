@@ -1,0 +1,129 @@
+"""What is refused of an adapter's file or tensors: names, sizes, the loader's way."""
+
+from collections.abc import Mapping, Set
+
+from torch import Tensor
+
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, TENSORS, AdapterFile
+from pemn_surgery.errors import ArchitectureError, MaskFormatError
+from pemn_surgery.targets import Plan
+from pemn_surgery.task import TASK_CHILD
+
+
+def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None:
+    """Refuse an adapter of another architecture before anything changes.
+
+    Args:
+        file: The adapter file.
+        plan: What would be masked, and what the task owns.
+        base_names: Names of all tensors of the model: PEFT adds resized embeddings to a file.
+
+    Raises:
+        ArchitectureError: If names or sizes of masks or of other tensors differ.
+    """
+    masks = {
+        name: _shown_mask(weights, file.scales.get(name, 0)) for name, weights in file.masks.items()
+    }
+    targets = {item.name: _shown_mask(item.weights, item.row_scales) for item in plan.targets}
+    others = {
+        _plain(key): _shown(shape, is_float=dtype.is_floating_point)
+        for key, (shape, dtype) in file.others.items()
+    }
+    owned = {
+        _plain(item.name): _shown(item.shape, is_float=item.is_float)
+        for item in (*plan.owned, *plan.whole)
+        if item.saved and not item.tied_to and ".modules_to_save." not in item.name
+    }
+    extra = {name for name in others if name not in owned and name in base_names}
+    differing = [
+        *_differences(masks, targets, "no mask"),
+        *_differences({k: v for k, v in others.items() if k not in extra}, owned, "none"),
+    ]
+    if not differing:
+        return
+    message = (
+        f"The adapter masks {len(masks)} tensors of {sum(file.masks.values())} weights and has "
+        f"{len(others)} others; the model has {len(targets)} of {plan.masked_weights} to mask. "
+        f"{len(differing)} differ ({'; '.join(differing[:3])}{'; ...' * (len(differing) > 3)}). "
+        "Build the model that the adapter was trained for. Nothing was changed."
+    )
+    raise ArchitectureError(message)
+
+
+def check_loader_decodes(config: PemnConfig) -> None:
+    """Refuse an adapter of coded masks where tensors are put in place as they are.
+
+    Transformers' ``load_adapter`` does so, and with it ``from_pretrained`` of an adapter's folder:
+    they ask for masks to be added here, then fill the places without asking anybody.
+
+    Args:
+        config: The adapter's configuration; one that names its base was read with an adapter.
+
+    Raises:
+        MaskFormatError: If the adapter's file holds coded masks.
+    """
+    if config.coding != "bits" and config.trained_on is not None:
+        message = (
+            f"The adapter's masks are coded for files (coding={config.coding!r}), and "
+            "transformers' load_adapter and from_pretrained put tensors in place without decoding "
+            "them. Load it with PeftModel.from_pretrained(base, folder); or recode it: load it so, "
+            'set model.peft_config["default"].coding = "bits", and save it again. Nothing was '
+            "loaded."
+        )
+        raise MaskFormatError(message)
+
+
+def check_swap_fits(given: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    """Refuse to put an adapter in the place of another that has other tensors.
+
+    Args:
+        given: The new adapter's tensors by key.
+        held: Those of the adapter that gives way. Sizes of masks are checked when they are loaded.
+
+    Raises:
+        ArchitectureError: If the two do not have the same masks, or other tensors of one shape.
+    """
+    differing = _differences(_kinds(given), _kinds(held), "none")
+    if differing:
+        message = (
+            f"The adapter cannot take the other's place: {len(differing)} of their tensors differ "
+            f"({'; '.join(differing[:3])}{'; ...' * (len(differing) > 3)}). Load it under a name "
+            "of its own instead (load_adapter). Nothing was changed."
+        )
+        raise ArchitectureError(message)
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return what each tensor is; a mask is one whether as bits or as scores."""
+    kinds: dict[str, str] = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(KEY_PREFIX)
+        if f".{MASKS}." in key:
+            kinds[name.rpartition(".")[0]] = "a mask"
+        else:
+            kinds[name] = _shown(tuple(value.shape), is_float=value.is_floating_point())
+    return kinds
+
+
+def _differences(given: Mapping[str, str], wanted: Mapping[str, str], none: str) -> list[str]:
+    """Return one sentence for each name that a file and a model disagree on."""
+    return [
+        f"{name}: file {given.get(name, none)}, model {wanted.get(name, none)}"
+        for name in sorted({*given, *wanted})
+        if given.get(name) != wanted.get(name)
+    ]
+
+
+def _plain(key: str) -> str:
+    """Return the model's own name of a tensor that PEFT or a task holds a copy of."""
+    name = key.removeprefix(KEY_PREFIX).replace(".original_module.", ".")
+    return name.replace(f"{TASK_CHILD}.{TENSORS}.", "")
+
+
+def _shown_mask(weights: int, row_scales: int) -> str:
+    return f"{weights} weights" + (f" and {row_scales} row scales" if row_scales else "")
+
+
+def _shown(shape: tuple[int, ...], *, is_float: bool) -> str:
+    return f"{'float' if is_float else 'integer'} {shape}"

@@ -1,0 +1,217 @@
+"""Adapters with coding="entropy": every way to save, load, show and refuse them."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from pemn_surgery import PemnConfig, bits, cli, from_finetuned, pemnify
+from pemn_surgery.errors import ConfigError, MaskFormatError
+from tests import reader
+from tests.adapters import models
+from tests.golden.make import FOLDER
+
+pytestmark = models.ignore_peft_on_transformers
+
+
+def stored_masks(folder):
+    tensors = load_file(folder / models.WEIGHTS_FILE)
+    found = {key: value for key, value in tensors.items() if ".pemn_masks." in key}
+    assert len(found) >= 4
+    return found
+
+
+def save(folder, coding="entropy", density=0.95, **options):
+    model = models.train(
+        pemnify(models.net(), bank="rp", density=density, coding=coding, **options)
+    )
+    model.save_pretrained(str(folder))
+    return model
+
+
+def codings(folder):
+    return {bits.inspect(value, key).coding for key, value in stored_masks(folder).items()}
+
+
+def load(folder, **options):
+    return PeftModel.from_pretrained(models.net(), str(folder), **options)
+
+
+def test_the_default_is_bits(tmp_path):
+    save(tmp_path, coding="bits")
+    assert PemnConfig().coding == "bits"
+    assert codings(tmp_path) == {"bits"}
+
+
+def test_an_unknown_coding_is_refused():
+    with pytest.raises(ConfigError, match=r"coding='zip'.*'bits', 'entropy'"):
+        PemnConfig(coding="zip")
+
+
+@pytest.mark.parametrize("density", [0.1, 0.95])
+def test_saved_and_loaded(tmp_path, density):
+    model = save(tmp_path, density=density)
+    assert "entropy" in codings(tmp_path)
+    again = load(tmp_path)
+    models.assert_equal(models.logits(again), models.logits(model))
+    held = [value for key, value in again.state_dict().items() if key.endswith(".bits")]
+    assert len(held) >= 4
+    assert {bits.verify(value, "held").coding for value in held} == {"bits"}
+
+
+def test_it_is_smaller_than_bits(tmp_path):
+    save(tmp_path / "entropy", density=0.99)
+    save(tmp_path / "bits", density=0.99, coding="bits")
+    sizes = {
+        coding: sum(value.numel() for value in stored_masks(tmp_path / coding).values())
+        for coding in ("entropy", "bits")
+    }
+    assert sizes["entropy"] < sizes["bits"]
+    for key, value in stored_masks(tmp_path / "bits").items():
+        coded = stored_masks(tmp_path / "entropy")[key]
+        assert torch.equal(bits.decoded(coded, key), value)
+
+
+def test_saving_again_keeps_the_coding_and_recoding_changes_it(tmp_path):
+    model = save(tmp_path / "first")
+    loaded = load(tmp_path / "first")
+    loaded.save_pretrained(str(tmp_path / "second"))
+    models.assert_same_tensors(stored_masks(tmp_path / "first"), stored_masks(tmp_path / "second"))
+    loaded.peft_config["default"].coding = "bits"
+    loaded.save_pretrained(str(tmp_path / "bits"))
+    assert codings(tmp_path / "bits") == {"bits"}
+    models.assert_equal(models.logits(load(tmp_path / "bits")), models.logits(model))
+
+
+def test_training_goes_on_from_coded_masks(tmp_path):
+    model = save(tmp_path)
+    with pytest.warns(UserWarning, match="bits, not scores"):
+        again = load(tmp_path, is_trainable=True)
+    found, expected = models.masks(again), models.masks(model)
+    assert len(found) >= 4
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_checkpoints_keep_scores(tmp_path):
+    model = pemnify(models.net(), bank="rp", density=0.95, coding="entropy")
+    model.peft_config["default"].keep_scores = True
+    model.save_pretrained(str(tmp_path))
+    assert all(key.endswith(".scores") for key in stored_masks(tmp_path))
+
+
+def test_hotswap(tmp_path):
+    expected = save(tmp_path / "one", seed=1), save(tmp_path / "two", seed=1, score_init=None)
+    again = load(tmp_path / "one")
+    models.assert_equal(models.logits(again), models.logits(expected[0]))
+    hotswap_adapter(again, str(tmp_path / "two"), adapter_name="default")
+    models.assert_equal(models.logits(again), models.logits(expected[1]))
+
+
+def test_signs_and_scales(tmp_path):
+    base, tuned = models.net(), models.net()
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            weight.add_(0.01)  # every sign is plus
+    model = from_finetuned(base, tuned, method="sign_delta", coding="entropy")
+    model.save_pretrained(str(tmp_path))
+    signs = {k: v for k, v in load_file(tmp_path / models.WEIGHTS_FILE).items() if "bits" in k}
+    assert "entropy" in {bits.inspect(value, key).coding for key, value in signs.items()}
+    models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
+    found = reader.read(tmp_path / models.WEIGHTS_FILE)
+    scales = [key for key in found if key.endswith(".row_scale")]
+    assert len(scales) == len(signs) >= 4
+    assert all(found[key].all() for key in signs)
+
+
+def test_transformers_own_loaders_say_what_to_do(tmp_path):
+    models.bert(kind="BertModel").save_pretrained(str(tmp_path / "base"))
+    base = AutoModel.from_pretrained(str(tmp_path / "base"))
+    model = pemnify(base, bank="rp", density=0.95, coding="entropy", task_type="FEATURE_EXTRACTION")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    for load_it in (
+        lambda: AutoModel.from_pretrained(str(tmp_path / "adapter")),
+        lambda: AutoModel.from_pretrained(str(tmp_path / "base")).load_adapter(
+            str(tmp_path / "adapter")
+        ),
+    ):
+        with pytest.raises(MaskFormatError, match=r'PeftModel\.from_pretrained.*coding = "bits"'):
+            load_it()
+
+
+def test_transformers_may_add_and_save_one(tmp_path):
+    model = models.bert(kind="BertModel")
+    model.add_adapter(PemnConfig(bank="rp", density=0.95, coding="entropy"))
+    model.save_pretrained(str(tmp_path))
+    assert "entropy" in codings(tmp_path)
+    again = PeftModel.from_pretrained(models.bert(kind="BertModel"), str(tmp_path))
+    with torch.no_grad():
+        found = again.eval()(input_ids=models.tokens()).last_hidden_state
+        expected = model.eval()(input_ids=models.tokens()).last_hidden_state
+    models.assert_equal(found, expected)
+
+
+def test_a_damaged_one_leaves_the_base_alone(tmp_path):
+    save(tmp_path)
+    path = tmp_path / models.WEIGHTS_FILE
+    tensors = load_file(path)
+    masks = stored_masks(tmp_path)
+    key = next(k for k, value in masks.items() if bits.inspect(value, k).coding == "entropy")
+    tensors[key][-1] ^= 1
+    save_file(tensors, path)
+    base = models.net()
+    before = models.Snapshot(base)
+    with pytest.raises(MaskFormatError, match="pemn_masks"):
+        PeftModel.from_pretrained(base, str(tmp_path))
+    before.assert_unchanged()
+
+
+def test_inspect_and_card(tmp_path, capsys):
+    model = save(tmp_path)
+    found = models.masks(model)
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {mask["name"]: mask["density"] for mask in shown["masks"]} == {
+        name: int(mask.sum()) / mask.numel() for name, mask in found.items()
+    }
+    assert "entropy" in {mask["coding"] for mask in shown["masks"]}
+    assert shown["config"]["coding"] == "entropy"
+    ones = sum(int(mask.sum()) for mask in found.values())
+    weights = sum(mask.numel() for mask in found.values())
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"| density | {ones / weights:.4f} ({ones:,} ones) |" in card
+    assert f"| file | {(tmp_path / models.WEIGHTS_FILE).stat().st_size:,} bytes" in card
+
+
+@pytest.mark.parametrize("folder", sorted(FOLDER.glob("0.1/*")), ids=lambda folder: folder.name)
+def test_the_independent_reader_reads_every_stored_adapter(folder):
+    """From docs/format.md alone: masks, the task's tensors, scales."""
+    path = folder / models.WEIGHTS_FILE
+    found, tensors = reader.read(path), load_file(path)
+    assert found.keys() == tensors.keys()
+    assert len(found) >= 1
+    for key, value in tensors.items():
+        if key.endswith(".pemn_masks.bits"):
+            stored = bits.decoded(value, key)
+            weights = bits.verify(stored, key).weights
+            value = bits.unpack(stored, (weights,))
+        assert torch.equal(torch.from_numpy(found[key].copy()), value)
+
+
+def test_stored_adapters_have_both_codings():
+    found = {
+        bits.inspect(value, key).coding
+        for path in FOLDER.glob(f"0.1/entropy*/{models.WEIGHTS_FILE}")
+        for key, value in load_file(path).items()
+        if key.endswith(".bits")
+    }
+    assert found == {"bits", "entropy"}
+
+
+def test_get_peft_model(tmp_path):
+    model = get_peft_model(models.net(), PemnConfig(bank="rp", density=0.95, coding="entropy"))
+    model.save_pretrained(str(tmp_path))
+    assert "entropy" in codings(tmp_path)

@@ -1,0 +1,1 @@
+"""PEFT's own tests, unedited, with our configurations: ``python -m tests.peft_suite``."""

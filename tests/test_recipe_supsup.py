@@ -1,0 +1,155 @@
+"""The recipe on permuted digits: a small run counted anew, and the README's figures."""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from pemn_surgery import infer_task
+from pemn_surgery import recipe as recipes
+from pemn_surgery.errors import RecipeError
+
+FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "supsup_permuted_digits"
+RECIPE = recipes.load(FOLDER)
+RUN = RECIPE.module("run")
+RESULTS = {
+    path.name: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((FOLDER / "results").glob("*.json"))
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Two seeds of four tasks, a few epochs: the result, its options and where the files are."""
+    case = RECIPE.cases["outputs_100"]
+    quick = dataclasses.replace(case, rule=case.rule | {"epochs": 3})
+    recipe = dataclasses.replace(RECIPE, cases={"outputs_100": quick})
+    work = tmp_path_factory.mktemp("work")
+    options = RUN.Options(
+        "outputs_100", work, tasks=4, seeds=(0, 1), sizes=(2, 5), repeats=2, dense_tasks=1
+    )
+    return RUN.run(recipe, options), options, work
+
+
+def loaded(folder):
+    names = [f"task{number:03d}" for number in range(4)]
+    network = RUN.mlp([64, 300, 100, 100])
+    model = PeftModel.from_pretrained(network, folder / names[0], adapter_name=names[0])
+    for name in names[1:]:
+        model.load_adapter(str(folder / name), name)
+    return model.eval(), names
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_rows_are_what_counting_one_by_one_gives(small, place):
+    result, options, work = small
+    seed = options.seeds[place]
+    model, names = loaded(work / f"outputs_100-s{seed}")
+    data = RUN.digits(seed, 4)
+    rows = {(row["task"], row["batch"]): row for row in result["seeds"][place]["rows"]}
+    assert set(rows) == {("given", 450), *((m, b) for m in RUN.METHODS for b in (2, 5))}
+    right = 0
+    for task, name in enumerate(names):
+        model.set_adapter(name)
+        for image, label in zip(*data.test, strict=True):
+            right += int(model(image[data.permutations[task]][None]).argmax()) == int(label)
+    assert rows["given", 450]["accuracy"] == pytest.approx(right / 1800)
+    for (method, size), row in rows.items():
+        if method == "given":
+            continue
+        generator = torch.Generator().manual_seed(seed)
+        found = correct = 0
+        for task in [0, 1, 2, 3] * 2:
+            chosen = torch.randperm(450, generator=generator)[:size].tolist()
+            images = torch.stack([data.test[0][i][data.permutations[task]] for i in chosen])
+            guess = infer_task(model, images, method=method).name
+            model.set_adapter(guess)
+            hits = [model(images).argmax(1)[j] == data.test[1][i] for j, i in enumerate(chosen)]
+            found += guess == names[task]
+            correct += sum(map(int, hits)) if guess == names[task] else 0
+        assert (row["found"], row["accuracy"]) == (found / 8, correct / (8 * size))
+
+
+def test_summary_is_mean_and_sample_deviation(small):
+    result, *_ = small
+    assert len(result["summary"]) == 6
+    for place, row in enumerate(result["summary"][1:]):
+        values = [seed["rows"][place]["accuracy"] for seed in result["seeds"]]
+        assert row["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
+        assert row["accuracy"]["std"] == pytest.approx(statistics.stdev(values))
+    assert result["summary"][0]["task"] == "dense, given"
+
+
+def test_a_task_is_masks_alone_and_its_bytes_are_the_files(small):
+    result, _, work = small
+    folder = work / "outputs_100-s0"
+    stored = load_file(folder / "task003" / "adapter_model.safetensors")
+    assert len(stored) == 3
+    assert all(name.endswith(".bits") for name in stored)
+    weights = 64 * 300 + 300 * 100 + 100 * 100
+    assert sum(t.numel() - 32 for t in stored.values()) == weights // 8
+    sizes = result["seeds"][0]["bytes"]
+    assert sizes["masks"] == sum(f.stat().st_size for f in (folder / "task000").glob("*.[js]*"))
+    assert sizes["dense"] == (folder / "dense" / "model.safetensors").stat().st_size
+    assert 4 * weights < sizes["dense"] < 4 * weights + 1000
+
+
+def test_tasks_differ_and_seeds_decide_them():
+    data, again, other = RUN.digits(0, 60), RUN.digits(0, 60), RUN.digits(1, 60)
+    assert len({tuple(p.tolist()) for p in data.permutations}) == 60
+    assert all(sorted(p.tolist()) == list(range(64)) for p in data.permutations)
+    assert torch.equal(data.test[0], again.test[0])
+    assert torch.equal(data.permutations[59], again.permutations[59])
+    assert not torch.equal(data.test[0], other.test[0])
+    assert (len(data.train[1]), len(data.test[1])) == (1347, 450)
+    assert data.train[0].min() == 0
+    assert data.train[0].max() == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tasks": 0}, {"repeats": 0}, {"seeds": ()}, {"sizes": (0,)}, {"dense_tasks": 101}]
+)
+def test_options_refuse_what_cannot_run(wrong, tmp_path):
+    with pytest.raises(RecipeError, match=f"{next(iter(wrong))}.*give 1 "):
+        RUN.Options("outputs_100", tmp_path, **wrong)
+
+
+def test_command_line_writes_and_shows(tmp_path, capsys, monkeypatch):
+    main = RECIPE.module("__main__")
+    assert main.main(["--results", str(tmp_path), "show"]) == 0
+    assert "the verb run writes one" in " ".join(capsys.readouterr().out.split())
+    assert main.main(["run", "--work", str(tmp_path), "--tasks", "0"]) == 1
+    assert "tasks: 0; give 1 or more" in capsys.readouterr().out
+    given = {"case": "outputs_10", "work": tmp_path, "tasks": 5, "seeds": [0, 2]}
+    command = "python recipes/supsup_permuted_digits run --work WORK --case outputs_10 --tasks 5"
+    assert main._command(given) == f"{command} --seeds 0 2"
+
+
+def percent(spread):
+    return f"{100 * spread['mean']:.2f} ({100 * spread['std']:.2f})"
+
+
+def test_readme_figures_are_those_of_the_results():
+    rows = [
+        [cell.strip() for cell in line.strip("| \n").split("|")]
+        for line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    assert set(RESULTS) == {"outputs_100-t100.json", "outputs_10-t50.json"}
+    for result in RESULTS.values():
+        assert result["tasks"] >= 50
+        assert len(result["seeds"]) >= 3
+        for line in result["summary"]:
+            found = percent(line["found"]) if "given" not in line["task"] else "given"
+            cells = [line["task"].removesuffix(", given"), str(line["batch"])]
+            start = [result["case"], str(result["tasks"])]
+            wanted = [*start, *cells, found, percent(line["accuracy"])]
+            assert wanted in rows, wanted
+        sizes = result["seeds"][0]["bytes"]
+        ratio = f"{sizes['dense'] / sizes['masks']:.1f} x"
+        assert [result["case"], f"{sizes['dense']:,}", f"{sizes['masks']:,}", ratio] in rows
