@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,23 +61,68 @@ class AdapterFile:
     sealed: Mapping[str, Any] | None
 
 
-def read_adapter_file(path: Path) -> AdapterFile:
-    """Read and check every mask of a file.
+@dataclass(frozen=True)
+class Contents:
+    """An adapter file's tensors, and what they are.
+
+    Attributes:
+        file: What the file holds.
+        tensors: Its tensors by key, on the CPU; coded masks as bits.
+    """
+
+    file: AdapterFile
+    tensors: Mapping[str, Tensor]
+
+
+_held: ContextVar[dict[Path, Contents] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def one_reading() -> Iterator[None]:
+    """Read each adapter file once: all who ask within get the same content.
+
+    PEFT asks for an adapter in several steps, and another process may save a new one in between.
+    """
+    if _held.get() is not None:  # a loading method that another one calls
+        yield
+        return
+    token = _held.set({})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def read_adapter(path: Path) -> Contents:
+    """Read and check every mask of a file; within `one_reading` return what was read before.
 
     Args:
         path: ``adapter_model.safetensors`` of an adapter.
 
     Returns:
-        What it holds.
+        Its tensors, and what they are.
 
     Raises:
         AdapterFileError: If the file is missing, truncated, altered or not a safetensors file.
     """
-    nbytes, tensors, metadata = _contents(path)
-    file = _sort_out(path, nbytes, tensors, _sealed(path, metadata))
-    if file.sealed is not None:
-        _check_seal(path, tensors, file.sealed)
-    return file
+    held = _held.get()
+    if held is None:
+        return _read(path)
+    if path not in held:
+        held[path] = _read(path)
+    return held[path]
+
+
+def read_adapter_file(path: Path) -> AdapterFile:
+    """Return what an adapter file holds, without its tensors.
+
+    Args:
+        path: ``adapter_model.safetensors`` of an adapter.
+
+    Raises:
+        AdapterFileError: If the file is missing, truncated, altered or not a safetensors file.
+    """
+    return read_adapter(path).file
 
 
 def holds_masks(path: Path) -> bool:
@@ -88,7 +134,7 @@ def holds_masks(path: Path) -> bool:
     Raises:
         AdapterFileError: If the file is missing, truncated, altered or not a safetensors file.
     """
-    with _named(path), safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         sealed = SEAL in (file.metadata() or {})
         return sealed or any(f".{MASKS}." in key for key in file.keys())  # noqa: SIM118
 
@@ -103,7 +149,7 @@ def seal(path: Path, configuration: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The configuration, its "digest" filled in.
     """
-    return {**configuration, "digest": _digest(_contents(path)[1], configuration)}
+    return {**configuration, "digest": _digest(_raw(path)[1], configuration)}
 
 
 def mask_key(name: str, kind: str) -> str:
@@ -126,15 +172,37 @@ def parameter_name(key: str) -> str:
     return f"{path}.{parameter}" if path else parameter
 
 
-def _contents(path: Path) -> tuple[int, dict[str, Tensor], Mapping[str, str]]:
-    """Return a file's size, tensors and metadata.
+def _read(path: Path) -> Contents:
+    nbytes, tensors, metadata = _raw(path)
+    stored = {key: bits.inspect(value, key) for key, value in tensors.items() if _is_mask(key)}
+    sealed = _sealed(path, metadata)
+    if sealed is not None:
+        _check_seal(path, tensors, sealed)
+    tensors |= {
+        key: bits.decoded(tensors[key], key)
+        for key, header in stored.items()
+        if header.coding != "bits"
+    }
+    return Contents(_sort_out(path, nbytes, tensors, stored, sealed), tensors)
 
-    The library checks first that the header is no longer than the file and that the tensors'
-    places fill the rest exactly, so no more is allocated than the file is long.
-    """
-    with _named(path), safe_open(path, framework="pt") as file:
+
+def _raw(path: Path) -> tuple[int, dict[str, Tensor], Mapping[str, str]]:
+    """Return a file's size, tensors as they are stored, and metadata."""
+    with _opened(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return path.stat().st_size, tensors, file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file once, so that another one may take its place meanwhile.
+
+    The default backend opens it again by its name, and would find that one's tensors under this
+    one's header. The library checks first that the header is no longer than the file and that the
+    tensors' places fill the rest exactly, so no more is allocated than the file is long.
+    """
+    with _named(path), safe_open(path, framework="pt", backend="pread") as file:
+        yield file
 
 
 @contextmanager
@@ -193,10 +261,19 @@ def _described(tensors: Mapping[str, Tensor]) -> Iterable[str]:
         yield f"{key} {tensor.dtype} {list(tensor.shape)} {zlib.crc32(content):08x}"
 
 
+def _is_mask(key: str) -> bool:
+    """Tell whether a key is a stored mask's: neither scores nor scales."""
+    return f".{MASKS}." in key and not key.endswith((".row_scale", ".scores"))
+
+
 def _sort_out(
-    path: Path, nbytes: int, tensors: Mapping[str, Tensor], sealed: Mapping[str, Any] | None
+    path: Path,
+    nbytes: int,
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, StoredMask],
+    sealed: Mapping[str, Any] | None,
 ) -> AdapterFile:
-    masks, ones, stored, others, scales = {}, {}, {}, {}, {}
+    masks, ones, others, scales = {}, {}, {}, {}
     for key, tensor in tensors.items():
         if f".{MASKS}." not in key:
             others[key] = (tuple(tensor.shape), tensor.dtype)
@@ -205,9 +282,7 @@ def _sort_out(
         elif key.endswith(".scores"):
             masks[parameter_name(key)] = tensor.numel()
         else:
-            name = parameter_name(key)
-            stored[name] = bits.inspect(tensor, key)
-            masks[name] = stored[name].weights
-            mask = bits.unpack(bits.decoded(tensor, key), (masks[name],))
-            ones[name] = int(mask.sum())
-    return AdapterFile(path, nbytes, masks, ones, stored, others, scales, sealed)
+            masks[parameter_name(key)] = stored[key].weights
+            ones[parameter_name(key)] = bits.count_ones(tensor)
+    headers = {parameter_name(key): header for key, header in stored.items()}
+    return AdapterFile(path, nbytes, masks, ones, headers, others, scales, sealed)

@@ -1,36 +1,48 @@
-"""Loading that checks first: PEFT and transformers read the same folder in several steps.
+"""Loading that checks first, and loads what was checked.
 
 ``PemnConfig.from_pretrained`` checks both files of an adapter, but not everyone asks it: PEFT looks
 up the method's name in ``adapter_config.json`` before, reads only the weights where the adapter's
 name exists already, and falls back to pickle where there are none; transformers reads the
-configuration with PEFT's base class. So their three doors get a wrapper around them
-(`wrap_loading`), which does nothing for adapters of other methods or for names on the hub.
+configuration with PEFT's base class. And both read the weights once more to load them, when another
+process may have saved others. So their doors get a wrapper around them (`wrap_loading`), which does
+nothing for adapters of other methods or for names on the hub: the weights are read once and
+checked, and every later step of a load gets that content.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import peft.peft_model
+import torch
 from peft import PeftModel
+from peft.utils import infer_device
+from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
 from pemn_surgery.adapters.config import PemnConfig, read_json
-from pemn_surgery.adapters.file import CONFIG, WEIGHTS, holds_masks
+from pemn_surgery.adapters.file import CONFIG, WEIGHTS, holds_masks, one_reading, read_adapter
 from pemn_surgery.adapters.registry import PEMN
-from pemn_surgery.errors import AdapterFileError
+from pemn_surgery.errors import AdapterError, AdapterFileError
 
 PICKLE = "adapter_model.bin"
+
+# What neither fingerprint nor tensors tell: weights that take the place of others get their meaning
+# from the configuration that is there.
+MUST_AGREE = ["bank", "selector", "density", "threshold", "scale", "form", "rest", "tied"]
 
 
 def wrap_loading() -> None:
     """Let PEFT's and transformers' loading methods check a local adapter of masks first."""
-    peft_model, mixin = cast("Any", PeftModel), cast("Any", PeftAdapterMixin)
+    module, peft_model, mixin = (
+        cast("Any", place) for place in (peft.peft_model, PeftModel, PeftAdapterMixin)
+    )
+    module.load_peft_weights = with_checked_weights(module.load_peft_weights)
     peft_model.from_pretrained = classmethod(_with_config(peft_model.from_pretrained.__func__))
     peft_model.load_adapter = _checked(peft_model.load_adapter)
-    mixin.load_adapter = _without_pickle(mixin.load_adapter)
+    mixin.load_adapter = _with_contents(mixin.load_adapter)
 
 
 def check_adapter(folder: Path) -> PemnConfig | None:
@@ -53,6 +65,40 @@ def check_adapter(folder: Path) -> PemnConfig | None:
     return PemnConfig.from_pretrained(str(folder))
 
 
+class SavedTensors(dict[str, Tensor]):
+    """An adapter's tensors as they were checked.
+
+    Attributes:
+        digest: That of their configuration; None where the file has no seal.
+    """
+
+    digest: str | None = None
+
+
+def with_checked_weights(load: Callable[..., dict[str, Tensor]]) -> Callable[..., Any]:
+    """Let PEFT's ``load_peft_weights`` return `SavedTensors` of a local adapter of masks.
+
+    Args:
+        load: That function.
+    """
+
+    @functools.wraps(load)
+    def load_peft_weights(
+        model_id: str, device: Any = None, key_mapping: Any = None, **options: Any
+    ) -> dict[str, Tensor]:
+        folder = _folder(model_id, options)
+        with one_reading():
+            if key_mapping or check_adapter(folder) is None:
+                return load(model_id, device=device, key_mapping=key_mapping, **options)
+            contents = read_adapter(folder / WEIGHTS)
+        place = torch.device(device if device is not None else infer_device())
+        saved = SavedTensors((key, value.to(place)) for key, value in contents.tensors.items())
+        saved.digest = (contents.file.sealed or {}).get("digest")
+        return saved
+
+    return load_peft_weights
+
+
 def _with_config(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
     """Hand ``PeftModel.from_pretrained`` the checked configuration."""
     signature = inspect.signature(load)
@@ -61,7 +107,7 @@ def _with_config(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
     def from_pretrained(*args: Any, **kwargs: Any) -> PeftModel:
         given = signature.bind(*args, **kwargs)
         folder = _folder(given.arguments["model_id"], given.arguments.get("kwargs"))
-        with _unchanged(folder):
+        with one_reading():
             checked = check_adapter(folder)
             if checked is not None and given.arguments.get("config") is None:
                 given.arguments["config"] = checked
@@ -78,17 +124,19 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         folder = _folder(given["model_id"], given.get("kwargs"))
-        with _unchanged(folder):
-            checked = check_adapter(folder)
-            if checked is not None and given["adapter_name"] not in self.peft_config:
+        with one_reading():
+            checked, held = check_adapter(folder), self.peft_config.get(given["adapter_name"])
+            if checked is not None and held is None:
                 _check_method(folder / CONFIG)
+            if checked is not None and isinstance(held, PemnConfig):
+                _check_agrees(given["adapter_name"], held, checked)
             return load(self, *args, **kwargs)
 
     return load_adapter
 
 
-def _without_pickle(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Hand transformers' ``load_adapter`` the checked configuration, and never pickle."""
+def _with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Hand transformers' ``load_adapter`` the checked configuration and tensors."""
     signature = inspect.signature(load)
 
     @functools.wraps(load)
@@ -97,44 +145,24 @@ def _without_pickle(load: Callable[..., Any]) -> Callable[..., Any]:
         source = given.get("peft_model_id") or getattr(
             given.get("load_config"), "pretrained_model_name_or_path", None
         )
-        if source is None or given.get("peft_config") is not None:
+        if source is None or given.get("peft_config") or given.get("adapter_state_dict"):
             return load(self, *args, **kwargs)
         folder = _folder(source, given.get("adapter_kwargs"))
-        with _unchanged(folder):
+        with one_reading():
             checked = check_adapter(folder)
             if checked is None:
                 return load(self, *args, **kwargs)
             options = {**given, **given.get("kwargs", {})}
             options = {key: options[key] for key in options if key not in {"self", "kwargs"}}
             options |= {"peft_model_id": str(folder), "peft_config": checked}
-            return load(self, **{**options, "use_safetensors": True})
+            tensors = dict(read_adapter(folder / WEIGHTS).tensors)
+            return load(self, **{**options, "adapter_state_dict": tensors})
 
     return load_adapter
 
 
 def _folder(source: Any, options: dict[str, Any] | None) -> Path:
     return Path(source) / ((options or {}).get("subfolder") or "")
-
-
-@contextmanager
-def _unchanged(folder: Path) -> Iterator[None]:
-    """Refuse what was loaded if it was saved anew meanwhile: the files are read one by one."""
-    before = _identity(folder)
-    yield
-    if _identity(folder) != before:
-        message = (
-            f"The adapter in {str(folder)!r} was saved anew while it was loaded, so the model may "
-            "hold parts of both. Load it again, onto a model that has not seen it."
-        )
-        raise AdapterFileError(message)
-
-
-def _identity(folder: Path) -> tuple[int, ...]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        return ()
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _is_ours(folder: Path) -> bool:
@@ -163,6 +191,20 @@ def _check_method(path: Path) -> None:
             "the adapter again, or load it with PeftModel.from_pretrained."
         )
         raise AdapterFileError(message)
+
+
+def _check_agrees(name: str, held: PemnConfig, given: PemnConfig) -> None:
+    """Refuse weights under the name of an adapter whose configuration reads them otherwise."""
+    other = [key for key in MUST_AGREE if getattr(held, key) != getattr(given, key)]
+    if other:
+        key = other[0]
+        message = (
+            f"The model's adapter {name!r} has {key}={getattr(held, key)!r}, the one to load in "
+            f"its place {getattr(given, key)!r} ({len(other)} such settings); PEFT keeps the "
+            "first. Load it under a name of its own, or delete the other first. Nothing was "
+            "changed."
+        )
+        raise AdapterError(message)
 
 
 def _refuse_without_weights(folder: Path) -> NoReturn:

@@ -21,17 +21,20 @@ from pemn_surgery.adapters.checks import check_not_merged
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import MASKS, TENSORS
 from pemn_surgery.adapters.file_checks import check_swap_fits
+from pemn_surgery.adapters.guard import MUST_AGREE, SavedTensors, with_checked_weights
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.registry import PEMN
-
-# What neither fingerprint nor tensors tell: a swapped adapter keeps the configuration that it had.
-_MUST_AGREE = ["bank", "selector", "density", "threshold", "scale", "form", "rest", "tied"]
+from pemn_surgery.errors import AdapterFileError
 
 
 def enter_hotswap() -> None:
     """Let PEFT's ``hotswap_adapter`` and ``prepare_model_for_compiled_hotswap`` take masks."""
     module = cast("Any", hotswap)
-    module.CONFIG_KEYS_TO_CHECK[PEMN] = _MUST_AGREE
+    module.CONFIG_KEYS_TO_CHECK[PEMN] = MUST_AGREE
+    module.load_peft_weights = with_checked_weights(module.load_peft_weights)
+    module._insert_adapter_name_into_state_dict = _or_as_saved(
+        module._insert_adapter_name_into_state_dict
+    )
     module.hotswap_adapter_from_state_dict = _or_masks(module.hotswap_adapter_from_state_dict)
     module._convert_scalings_to_tensor = _or_nothing_to_do(module._convert_scalings_to_tensor)
 
@@ -63,6 +66,18 @@ def swap_masks(
     set_peft_model_state_dict(inner, given, adapter_name=adapter_name)
 
 
+def _or_as_saved(insert: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    @functools.wraps(insert)
+    def _insert_adapter_name_into_state_dict(
+        state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        if isinstance(state_dict, SavedTensors):
+            return state_dict
+        return insert(state_dict, *args, **kwargs)
+
+    return _insert_adapter_name_into_state_dict
+
+
 def _or_masks(swap: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(swap)
     def hotswap_adapter_from_state_dict(
@@ -73,6 +88,7 @@ def _or_masks(swap: Callable[..., None]) -> Callable[..., None]:
         parameter_prefix: str = "lora_",
     ) -> None:
         if isinstance(config, PemnConfig):
+            _check_same_save(state_dict, config)
             swap_masks(model, state_dict, adapter_name, config)
         else:
             swap(model, state_dict, adapter_name, config, parameter_prefix)
@@ -87,6 +103,18 @@ def _or_nothing_to_do(convert: Callable[[nn.Module], bool]) -> Callable[[nn.Modu
         return convert(model) or has_masks
 
     return _convert_scalings_to_tensor
+
+
+def _check_same_save(state_dict: dict[str, Tensor], config: PemnConfig) -> None:
+    """Refuse tensors that were saved after PEFT had read and compared the configuration."""
+    read = config.file.sealed if config.file is not None else None
+    if isinstance(state_dict, SavedTensors) and read and state_dict.digest != read["digest"]:
+        message = (
+            f"The adapter in {str(config.file and config.file.path.parent)!r} was saved anew while "
+            f"it was read (digest {read['digest']!r}, then {state_dict.digest!r}). Nothing was "
+            "changed; swap it again."
+        )
+        raise AdapterFileError(message)
 
 
 def _without_name(key: str, adapter_name: str) -> str:

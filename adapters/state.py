@@ -12,6 +12,7 @@ from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, mask_key
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
+from pemn_surgery.bits import StoredMask
 from pemn_surgery.errors import ArchitectureError
 from pemn_surgery.selector import check_finite
 
@@ -78,12 +79,7 @@ def prepare_for_model(
     }
     given = {_with_prefix(key): value for key, value in state_dict.items()}
     _check_fit(masks, given)
-    placed = [(key, *masks[key]) for key in given if key in masks]
-    for key, mask, kind in placed:
-        _check_size(key, kind, given[key], mask)
-    for key, mask, kind in placed:
-        if kind == "bits":
-            _check_base(key, given[key], mask)
+    headers = _check_masks(masks, given)
     loaded: StateDict = {}
     lossy = 0
     for key, value in given.items():
@@ -91,7 +87,7 @@ def prepare_for_model(
             loaded[key] = value
             continue
         mask, kind = masks[key]
-        if kind == "bits":
+        if kind == "bits" and headers[key].coding != "bits":
             value = bits.decoded(value, key)
         if kind == "row_scale":
             loaded[key] = value
@@ -186,12 +182,25 @@ def _check_fit(
         raise ArchitectureError(message)
 
 
-def _check_size(key: str, kind: str, value: Tensor, mask: AdapterMask) -> None:
+def _check_masks(
+    masks: Mapping[str, tuple[AdapterMask, str]], given: Mapping[str, Tensor]
+) -> dict[str, StoredMask]:
+    """Refuse masks that are damaged, of other sizes or of another base; return their headers."""
+    placed = {key: masks[key] for key in given if key in masks}
+    headers = {key: bits.inspect(given[key], key) for key in placed if placed[key][1] == "bits"}
+    for key, (mask, kind) in placed.items():
+        count = headers[key].weights if key in headers else given[key].numel()
+        _check_size(key, kind, count, mask)
+    for key, header in headers.items():
+        _check_base(header, placed[key][0])
+    return headers
+
+
+def _check_size(key: str, kind: str, count: int, mask: AdapterMask) -> None:
     if isinstance(mask, SignDelta) and kind == "row_scale":
-        _check_scales(key, value, mask)
+        _check_scales(key, count, mask)
         return
     weights = int(torch.Size(mask.shape).numel())
-    count = value.numel() if kind == "scores" else bits.inspect(value, key).weights
     if count != weights:
         message = (
             f"{key} masks {count} weights, but {mask.target} has {weights} weights (shape "
@@ -200,18 +209,18 @@ def _check_size(key: str, kind: str, value: Tensor, mask: AdapterMask) -> None:
         raise ArchitectureError(message)
 
 
-def _check_scales(key: str, value: Tensor, mask: SignDelta) -> None:
-    if value.numel() != mask.rows.count:
+def _check_scales(key: str, count: int, mask: SignDelta) -> None:
+    if count != mask.rows.count:
         message = (
-            f"{key} holds {value.numel()} scales, but {mask.target} has {mask.rows.count} outputs "
+            f"{key} holds {count} scales, but {mask.target} has {mask.rows.count} outputs "
             f"(shape {mask.shape}). Build the model that the adapter was made for. Nothing was "
             "loaded."
         )
         raise ArchitectureError(message)
 
 
-def _check_base(key: str, value: Tensor, mask: AdapterMask) -> None:
-    expected = fingerprints.from_short_form(bits.inspect(value, key).base)
+def _check_base(header: StoredMask, mask: AdapterMask) -> None:
+    expected = fingerprints.from_short_form(header.base)
     actual = fingerprints.shorten(mask.fingerprint)
     if expected and actual:
         fingerprints.check_fingerprint(expected, actual, "the given model")

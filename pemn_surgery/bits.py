@@ -95,7 +95,7 @@ def coded(stored: Tensor) -> Tensor:
     """
     header = verify(stored, "mask")
     payload = stored.detach().cpu().numpy()[HEADER_BYTES:]
-    ones = int.from_bytes(payload.tobytes(), "little").bit_count()
+    ones = count_ones(stored)
     inverted = 2 * ones < header.weights
     model = entropy.choose_model(max(ones, header.weights - ones) / max(header.weights, 1))
     if model is None:
@@ -170,6 +170,16 @@ def unpack_piece(stored: Tensor, start: int, stop: int) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8, device=stored.device)
     flat = torch.bitwise_right_shift(payload.unsqueeze(1), places).bitwise_and(1).view(-1)
     return flat[: stop - start].to(torch.bool)
+
+
+def count_ones(stored: Tensor) -> int:
+    """Return the number of ones of a stored mask; nothing is checked.
+
+    Args:
+        stored: Uint8 tensor made by `pack`.
+    """
+    payload = stored.detach().cpu().numpy()[HEADER_BYTES:]
+    return int.from_bytes(payload.tobytes(), "little").bit_count()
 
 
 def empty(weights: int) -> Tensor:

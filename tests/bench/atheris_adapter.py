@@ -19,9 +19,9 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(
-    include=["pemn_surgery.adapters.file", "pemn_surgery.adapters.config", "pemn_surgery.bits"]
-):
+READERS = ("adapters.file", "adapters.config", "bits", "entropy", "deflate")
+
+with atheris.instrument_imports(include=[f"pemn_surgery.{name}" for name in READERS]):
     from tests.fuzz import CONFIG, ON_CONFIG, ON_WEIGHTS, WEIGHTS, Case
 
 NAMES = (WEIGHTS, CONFIG)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from pemn_surgery import PemnConfig, pemnify
@@ -128,16 +128,26 @@ def join(child: int) -> int:
 
 
 def random_kills(trials: Trials, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kill a child that saves B, A, B, ... after a random time."""
+    """Kill a child after a random time that saves the adapter that is not there, again and again.
+
+    The times grow while the old adapter is found and shrink while the new one is, so that on a
+    busy machine, too, half of the kills come before a save is done.
+    """
     trials.begin()
-    seconds = max(time_of_a_save(trials), 1e-3)
-    found, most, mixed, loaded = Counter(), 0, 0, 0
+    found, most, mixed, loaded, window = Counter(), 0, 0, 0, time_of_a_save(trials)
+    state = trials.found()
     for number in range(kills):
-        child = fork(lambda: save_for_ever(trials))
-        time.sleep(rng.uniform(0, 2.5 * seconds))
+        new = trials.models["BA".index(state)]
+        child = fork_that_saves(new, trials.folder)
+        time.sleep(rng.uniform(0, window))
         os.kill(child, signal.SIGKILL)
         found["ended by itself"] += join(child) != -signal.SIGKILL
-        found[trials.found()] += 1
+        before, state = state, trials.found()
+        found[state] += 1
+        found["old" if state == before else "new"] += 1
+        window *= 1.1 if state == before else 1 / 1.1
+        if state not in "AB":
+            break
         mixed += trials.is_mixed()
         most = max(most, len(trials.leftovers()))
         if number % 20 == 0:
@@ -147,21 +157,29 @@ def random_kills(trials: Trials, kills: int, rng: random.Random) -> dict[str, An
     return {
         "kills": kills, "found": dict(found), "files_of_two_saves": mixed,
         "most_leftovers": most, "leftovers_at_the_end": trials.leftovers(), "loaded_whole": loaded,
-        "seconds_a_save": round(seconds, 4),
     }  # fmt: skip
 
 
 def time_of_a_save(trials: Trials) -> float:
     start = time.perf_counter()
-    for _ in range(3):
-        trials.models[0].save_pretrained(str(trials.folder))
-    return (time.perf_counter() - start) / 3
+    trials.models[0].save_pretrained(str(trials.folder))
+    return time.perf_counter() - start
 
 
-def save_for_ever(trials: Trials) -> None:
-    while True:
-        for model in reversed(trials.models):
-            model.save_pretrained(str(trials.folder))
+def fork_that_saves(model: PeftModel, folder: Path) -> int:
+    """Return a child that saves for ever, once it has begun."""
+    begun, begin = os.pipe()
+
+    def save_for_ever() -> None:
+        os.write(begin, b"!")
+        while True:
+            model.save_pretrained(str(folder))
+
+    child = fork(save_for_ever)
+    os.read(begun, 1)
+    os.close(begun)
+    os.close(begin)
+    return child
 
 
 def at_operation(number: int, folder: Path, events: set[str], act: Callable[[], None]) -> list[int]:
@@ -257,40 +275,44 @@ def read_only(trials: Trials) -> dict[str, Any]:
 
 
 def two_processes(trials: Trials, saves: int) -> dict[str, Any]:
-    """Two processes save different adapters to one place while this one reads."""
+    """Two processes save different adapters to one place while this one loads it, in every way."""
+    expected = [loaded(trials.folder.with_name(str(number))) for number in range(2)]
     trials.begin()
+    enough = trials.folder.with_name("enough")
 
     def save(model: PeftModel) -> None:
-        for _ in range(saves):
+        number = 0
+        while number < saves or not enough.exists():
             model.save_pretrained(str(trials.folder))
+            number += 1
 
     children = [fork(lambda model=model: save(model)) for model in trials.models]
     found: Counter[str] = Counter()
-    while len(children) > sum(map(is_over, children)):
-        file = PemnConfig.from_pretrained(str(trials.folder))
-        ones = [count(state) for state in trials.expected]
-        shown = (file.density, dict(file.file.ones) if file.file else {})
-        found["AB"[ones.index(shown)] if shown in ones else "neither"] += 1
+    for _ in range(saves):
+        for state in loaded(trials.folder):
+            which = [state in states for states in expected]
+            found["AB"[which.index(True)] if any(which) else "neither"] += 1
+    enough.touch()
     codes = [join(child) for child in children]
     found_last = trials.found()
     trials.load()
     trials.models[0].save_pretrained(str(trials.folder))
     return {
-        "saves": saves * len(children), "reads": dict(found), "ended": codes,
+        "saves_at_least": saves * len(children), "loads": dict(found), "ended": codes,
         "found": found_last, "leftovers_at_the_end": trials.leftovers(),
     }  # fmt: skip
 
 
-def is_over(child: int) -> bool:
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def count(state: tuple[bytes, dict[str, Any]]) -> tuple[float, dict[str, int]]:
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / WEIGHTS).write_bytes(state[0])
-        (Path(folder) / CONFIG).write_text(json.dumps(state[1]))
-        config = PemnConfig.from_pretrained(folder)
-    return config.density, dict(config.file.ones) if config.file else {}
+def loaded(folder: Path) -> list[tuple[Any, dict[str, bytes]]]:
+    """Load an adapter onto a fresh model and beside it; return what of each is in force."""
+    model = PeftModel.from_pretrained(base(2), str(folder))
+    model.load_adapter(str(folder), "late")
+    states = []
+    for name in ("default", "late"):
+        state = get_peft_model_state_dict(model, adapter_name=name)
+        tensors = {key: value.numpy().tobytes() for key, value in state.items()}
+        states.append((model.peft_config[name].density, tensors))
+    return states
 
 
 def main() -> int:
@@ -298,7 +320,7 @@ def main() -> int:
         description=__doc__, epilog="example: python -m tests.bench.kills --kills 5000"
     )
     parser.add_argument("--kills", type=int, default=2000, help="random kills")
-    parser.add_argument("--saves", type=int, default=100, help="saves of each of two processes")
+    parser.add_argument("--saves", type=int, default=100, help="saves and loads beside each other")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--on", type=Path, help="a folder of the file system to save to")
     parser.add_argument("--json", type=Path, help="write the result here")
