@@ -187,7 +187,7 @@ def _fingerprint(
     ordered = sorted(layers, key=lambda layer: layer.target)
     targets = [(layer.target, tuple(layer.shape)) for layer in ordered]
     values = [layer.fill() for layer in ordered]
-    return fingerprints.make_fingerprint(config.bank_spec, None, targets, values)
+    return fingerprints.make_fingerprint(config.bank_spec, None, targets, lambda: values)
 
 
 def _add_tensors(

@@ -1,5 +1,6 @@
 """`PemnConfig`: what an adapter is, as PEFT configures it."""
 
+import copy
 import json
 import re
 from collections.abc import Mapping
@@ -350,7 +351,7 @@ def _decide(path: Path, written: dict[str, Any], file: AdapterFile) -> Mapping[s
         _check_unsealed(path, written, file)
         return written
     if written.get("digest") != sealed["digest"]:
-        return sealed
+        return copy.deepcopy(dict(sealed))  # PEFT adds to a configuration's lists
     free = {item.name for item in fields(PeftConfig)} - {"peft_type"}
     altered = [key for key in sealed if key not in free and written.get(key) != sealed[key]]
     if altered:

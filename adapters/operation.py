@@ -137,13 +137,13 @@ class Operation:
 
     def _fingerprint(self) -> fingerprints.Fingerprint:
         spec = self.config.bank_spec
-        values: Iterable[Tensor] = ()
-        if not spec.generated:
-            names = sorted(target.name for target in self.plan.targets)
-            values = [self.bank.values] if self.bank else map(self._values, names)
         layout = self.bank.layout if self.bank else None
         targets = [(target.name, target.shape) for target in self.plan.targets]
-        return fingerprints.make_fingerprint(spec, layout, targets, values)
+        return fingerprints.make_fingerprint(spec, layout, targets, self._frozen_numbers)
+
+    def _frozen_numbers(self) -> Iterable[Tensor]:
+        names = sorted(target.name for target in self.plan.targets)
+        return [self.bank.values] if self.bank else map(self._values, names)
 
     def _check_base(self) -> None:
         """Refuse masks of another base: the configuration names one, and so does every mask."""

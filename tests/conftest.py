@@ -8,10 +8,14 @@ settings.register_profile("here", deadline=None, max_examples=40, print_blob=Tru
 settings.load_profile("here")
 
 
+def pytest_configure():
+    """Fixtures of a module are made before those of a test: they too get one thread."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tiny tensors are fastest, and sums the same everywhere, in one thread."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)

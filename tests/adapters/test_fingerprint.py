@@ -6,6 +6,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.errors import ArchitectureError, BankMismatchError, FingerprintError
 from tests.adapters import models
 from tests.adapters.models import BANKS, GENERATED
@@ -198,3 +199,45 @@ def test_another_architecture_is_refused(tmp_path):
         with pytest.raises(ArchitectureError):
             model.load_adapter(str(tmp_path), name)
         before.assert_unchanged()
+
+
+def add_to_one(weight):
+    weight[3, 5] += 2**-20
+
+
+def swap_two(weight):
+    weight[7, [1, 90]] = weight[7, [90, 1]]
+
+
+def swap_rows(weight):
+    weight[[2, 40]] = weight[[40, 2]]
+
+
+def end_with_another(weight):
+    weight.view(-1)[-1] *= -1
+
+
+@pytest.mark.parametrize("change", [add_to_one, swap_two, swap_rows, end_with_another])
+@pytest.mark.parametrize("width", [128, 131])  # whole rows of words, and some left over
+def test_a_later_adapter_sees_changes_that_torch_does_not(tmp_path, change, width):
+    """Fingerprints are remembered by what the values are, not by versions or addresses."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(width, width))
+    pemnify(models.clone(base), bank="own").save_pretrained(str(tmp_path))
+    model = PeftModel.from_pretrained(base, str(tmp_path))
+    expected = model.peft_config["default"].fingerprint
+    weight = model.base_model.model[0]._parameters["weight"].data
+    whole, version = weight.clone(), model.base_model.model[0]._parameters["weight"]._version
+    change(weight)
+    assert model.base_model.model[0]._parameters["weight"]._version == version
+    with pytest.raises(FingerprintError):
+        model.load_adapter(str(tmp_path), "late")
+    weight.copy_(whole)
+    model.load_adapter(str(tmp_path), "later")
+    known = dict(fingerprints._known)
+    fingerprints._known.clear()
+    model.load_adapter(str(tmp_path), "latest")
+    assert fingerprints._known.items() <= known.items()
+    found = {name: model.peft_config[name].fingerprint for name in ("later", "latest")}
+    assert found == {"later": expected, "latest": expected}

@@ -139,6 +139,14 @@ def test_weights_of_another_save_bring_their_configuration(two, tmp_path):
     models.assert_equal(models.logits(other), two[1]["b"])
 
 
+def test_what_peft_adds_to_a_configuration_is_not_added_to_the_seal(two, tmp_path):
+    trained(0, modules_to_save=["head"]).save_pretrained(str(tmp_path / "c"))
+    shutil.copyfile(two[0] / "a" / CONFIG, tmp_path / "c" / CONFIG)
+    config = PemnConfig.from_pretrained(str(tmp_path / "c"))
+    config.modules_to_save.append("classifier")
+    assert config.file.sealed["modules_to_save"] == ["head"]
+
+
 def test_the_next_save_mends_the_folder(two, tmp_path):
     folder = mixed(two, tmp_path / "mixed")
     loaded = PeftModel.from_pretrained(models.net(2), str(folder))

@@ -288,12 +288,14 @@ def two_processes(trials: Trials, saves: int) -> dict[str, Any]:
 
     children = [fork(lambda model=model: save(model)) for model in trials.models]
     found: Counter[str] = Counter()
-    for _ in range(saves):
-        for state in loaded(trials.folder):
-            which = [state in states for states in expected]
-            found["AB"[which.index(True)] if any(which) else "neither"] += 1
-    enough.touch()
-    codes = [join(child) for child in children]
+    try:
+        for _ in range(saves):
+            for state in loaded(trials.folder):
+                which = [state in states for states in expected]
+                found["AB"[which.index(True)] if any(which) else "neither"] += 1
+    finally:  # whatever a load raises, the two must end
+        enough.touch()
+        codes = [join(child) for child in children]
     found_last = trials.found()
     trials.load()
     trials.models[0].save_pretrained(str(trials.folder))
