@@ -43,7 +43,7 @@ class RecipeCommand:
             return 1
         except KeyboardInterrupt as stop:
             how = "; add --resume to the same command to go on" if resumes else ""
-            console.print(f"{stop or 'stopped'}{how}")
+            console.print(f"{str(stop) or 'stopped'}{how}")
             return 130
         return 0
 
