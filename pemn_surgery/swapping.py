@@ -34,7 +34,7 @@ _FSDP = "torch.distributed.fsdp"
 _BITSANDBYTES = "bitsandbytes."
 
 # What PEFT's own layers answer about their adapters, and people ask the layer for.
-_ASKED_OF_LAYERS = ("active_adapters", "adapter_layer_names", "pemn_masks")
+_ASKED_OF_LAYERS = ("active_adapters", "adapter_layer_names", "other_param_names", "pemn_masks")
 
 
 def find_masked(module: nn.Module, parameter: str) -> MaskedWeight | None:
