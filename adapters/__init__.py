@@ -17,6 +17,7 @@ from pemn_surgery.adapters.guard import wrap_loading
 from pemn_surgery.adapters.hotswap import enter_hotswap
 from pemn_surgery.adapters.manage import rename_adapter, to_trainable
 from pemn_surgery.adapters.model import PemnModel
+from pemn_surgery.adapters.recode import recode
 from pemn_surgery.adapters.registry import register
 
 register(PemnConfig, PemnModel)
@@ -34,6 +35,7 @@ __all__ = [
     "measure_errors",
     "pemnify",
     "plan",
+    "recode",
     "rename_adapter",
     "to_trainable",
 ]

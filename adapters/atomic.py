@@ -39,6 +39,8 @@ from typing import Any, cast
 
 from peft import PeftModel
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import CONFIG, SEAL, WEIGHTS, seal
@@ -72,6 +74,23 @@ def replace_file(path: Path, content: bytes) -> None:
     with _named_errors(path), _beside(path.parent) as place:
         (place / path.name).write_bytes(content)
         _move(place / path.name, path)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PemnConfig) -> None:
+    """Write an adapter's two files as a save does: whole or not at all.
+
+    Args:
+        folder: Where; an adapter that is there is replaced.
+        tensors: The weights file's content.
+        config: The configuration.
+
+    Raises:
+        AdapterWriteError: If it cannot be written; an old adapter is still there.
+    """
+    with _named_errors(folder), _beside(folder) as place:
+        save_file(dict(tensors), place / WEIGHTS, {"format": "pt"})
+        config.save_pretrained(str(place))
+        _put_in_place(place, folder)
 
 
 def _whole_or_not_at_all(save: Callable[..., None]) -> Callable[..., None]:

@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-
-from pemn_surgery import bits
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import MASKS, parameter_name
+from pemn_surgery.adapters.file import mask_key, one_reading, read_adapter
 from pemn_surgery.bits import HEADER_BYTES
 from pemn_surgery.errors import AdapterFileError, ArchitectureError
 
@@ -105,21 +102,19 @@ def compare_adapters(first: str | Path, second: str | Path) -> Comparison:
 
 
 def _read(folder: str | Path) -> tuple[PemnConfig, _Masks]:
-    config = PemnConfig.from_pretrained(str(folder))  # checks the file
-    if config.file is None or not config.file.ones:
-        message = (
-            f"{str(folder)!r} holds no masks as bits. Give the folder of an adapter that "
-            "save_pretrained made; a Trainer's checkpoint holds scores."
-        )
-        raise AdapterFileError(message)
+    with one_reading():
+        config = PemnConfig.from_pretrained(str(folder))
+        if config.file is None or not config.file.ones:
+            message = (
+                f"{str(folder)!r} holds no masks as bits. Give the folder of an adapter that "
+                "save_pretrained made; a Trainer's checkpoint holds scores."
+            )
+            raise AdapterFileError(message)
+        tensors = read_adapter(config.file.path).tensors
     masks = {}
-    with safe_open(config.file.path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            if f".{MASKS}." in key and key.endswith(".bits"):
-                stored = bits.decoded(file.get_tensor(key), key)
-                payload = stored.numpy()[HEADER_BYTES:].tobytes()
-                weights = config.file.masks[parameter_name(key)]
-                masks[parameter_name(key)] = (weights, int.from_bytes(payload, "little"))
+    for name, weights in config.file.masks.items():
+        payload = tensors[mask_key(name, "bits")].numpy()[HEADER_BYTES:].tobytes()
+        masks[name] = (weights, int.from_bytes(payload, "little"))
     return config, masks
 
 

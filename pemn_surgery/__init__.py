@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         measure_errors,
         pemnify,
         plan,
+        recode,
         rename_adapter,
         to_trainable,
     )
@@ -32,6 +33,7 @@ _HOMES = {
     "pemnify": "pemn_surgery.adapters",
     "plan": "pemn_surgery.adapters",
     "PemnConfig": "pemn_surgery.adapters",
+    "recode": "pemn_surgery.adapters",
     "rename_adapter": "pemn_surgery.adapters",
     "to_trainable": "pemn_surgery.adapters",
     "compare_adapters": "pemn_surgery.adapters",
@@ -58,6 +60,7 @@ __all__ = [
     "measure_errors",
     "pemnify",
     "plan",
+    "recode",
     "rename_adapter",
     "to_trainable",
 ]

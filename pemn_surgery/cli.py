@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from pemn_surgery import __version__
-from pemn_surgery.commands import diff, inspect, merge, plan, quickstart
+from pemn_surgery.commands import diff, inspect, merge, pack, plan, quickstart, unpack
 from pemn_surgery.errors import PemnError
 
 _FAILED = 2
 _INTERRUPTED = 130
-_COMMANDS = (quickstart, plan, inspect, diff, merge)
+_COMMANDS = (quickstart, plan, inspect, diff, pack, unpack, merge)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

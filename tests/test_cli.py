@@ -19,7 +19,7 @@ from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers
 
-COMMANDS = ["quickstart", "plan", "inspect", "diff", "merge"]
+COMMANDS = ["quickstart", "plan", "inspect", "diff", "pack", "unpack", "merge"]
 
 
 def run(capsys, *words, expect=0):

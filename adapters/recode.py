@@ -1,0 +1,104 @@
+"""Writing an adapter's masks in another coding, from its files alone."""
+
+import shutil
+from pathlib import Path
+from typing import get_args
+
+from torch import Tensor
+
+from pemn_surgery import bits
+from pemn_surgery.adapters import fingerprint as fingerprints
+from pemn_surgery.adapters.atomic import CARD, write_adapter
+from pemn_surgery.adapters.card import complete_card
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.file import (
+    MASKS,
+    AdapterFile,
+    one_reading,
+    parameter_name,
+    read_adapter,
+    read_adapter_file,
+)
+from pemn_surgery.bits import CodingName
+from pemn_surgery.errors import AdapterFileError, ConfigError
+from pemn_surgery.selector import check_finite
+
+
+def recode(folder: str | Path, coding: CodingName, out: str | Path | None = None) -> AdapterFile:
+    """Write an adapter's masks in another coding; everything else of it stays as it is.
+
+    Scores, as a Trainer's checkpoint holds them, become the masks that they choose.
+
+    Args:
+        folder: The adapter's folder.
+        coding: "bits" or "entropy", as in `PemnConfig`.
+        out: Folder for the new adapter; None puts it in place of the old one, all at once.
+
+    Returns:
+        What the new file holds.
+
+    Raises:
+        AdapterFileError: If the adapter is missing, truncated or altered.
+        ConfigError: If there is no such coding, or scores would be replaced by their masks.
+        NonFiniteScoresError: If scores contain NaN or infinity.
+        AdapterWriteError: If it cannot be written; the old adapter is still there.
+    """
+    _check_coding(coding)
+    place = Path(folder if out is None else out)
+    with one_reading():
+        config = PemnConfig.from_pretrained(str(folder))
+        file = _file_of(config, folder)
+        _check_keeps_scores(file, Path(folder), place)
+        tensors = {
+            _new_key(key): _recoded(key, value, coding, config)
+            for key, value in read_adapter(file.path).tensors.items()
+        }
+    config.coding = coding
+    write_adapter(place, tensors, config)
+    _bring_card(Path(folder), place)
+    return read_adapter_file(place / file.path.name)
+
+
+def _bring_card(folder: Path, place: Path) -> None:
+    if (folder / CARD).is_file() and not (place / CARD).exists():
+        shutil.copyfile(folder / CARD, place / CARD)
+    complete_card(place)
+
+
+def _recoded(key: str, value: Tensor, coding: CodingName, config: PemnConfig) -> Tensor:
+    if f".{MASKS}." not in key or key.endswith(".row_scale"):
+        return value
+    stored = value
+    if key.endswith(".scores"):
+        check_finite(value, parameter_name(key))
+        base = fingerprints.short_form(config.fingerprint or {})
+        stored = bits.pack(config.selection.mask(value), base)
+    return bits.coded(stored) if coding == "entropy" else stored
+
+
+def _new_key(key: str) -> str:
+    is_scores = f".{MASKS}." in key and key.endswith(".scores")
+    return f"{key.removesuffix('.scores')}.bits" if is_scores else key
+
+
+def _check_coding(coding: str) -> None:
+    if coding not in get_args(CodingName):
+        message = f"coding={coding!r}; give one of {', '.join(get_args(CodingName))}."
+        raise ConfigError(message)
+
+
+def _file_of(config: PemnConfig, folder: str | Path) -> AdapterFile:
+    if config.file is None:
+        message = f"{str(folder)!r} has no adapter_model.safetensors, so there are no masks."
+        raise AdapterFileError(message)
+    return config.file
+
+
+def _check_keeps_scores(file: AdapterFile, folder: Path, place: Path) -> None:
+    scores = len(file.masks) - len(file.stored)
+    if scores and folder.resolve() == place.resolve():
+        message = (
+            f"{str(folder)!r} holds float scores of {scores} masks, a training to be resumed; "
+            "masks in their place would lose it. Give another folder for the masks (out, --out)."
+        )
+        raise ConfigError(message)
