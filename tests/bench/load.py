@@ -7,6 +7,7 @@ the processor. `load_file` is safetensors' bare reading of the same file, which 
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -133,6 +134,7 @@ def main() -> int:
             "environment": environment(),
             "model": MODEL,
             "rounds": given.rounds,
+            "load_average": os.getloadavg(),
             "results": results,
         }
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
