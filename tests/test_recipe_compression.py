@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
-from pemn_surgery import bits
+from pemn_surgery import bits, report
 from pemn_surgery import recipe as recipes
 from pemn_surgery.errors import RecipeError
 from tests import reader
@@ -28,6 +28,9 @@ RECIPE = recipes.load(FOLDER)
 RUN = RECIPE.module("run")
 DATA, NETWORKS, CODERS, STRUCTURE = RUN.DATA, RUN.NETWORKS, RUN.CODERS, RUN.STRUCTURE
 GZIP = {"gzip": lambda data: gzip.compress(data, 9, mtime=0)}
+
+IN_CODING = ("network", "task", "ones, layers", "gzip", "bz2", "lzma", "lz4", "snappy")
+IN_CODING += ("ours", "payload", "bound", "contexts")
 
 
 # -- bytes -----------------------------------------------------------------------------------------
@@ -213,6 +216,18 @@ def test_counts_so_far_are_those_of_loops():
         assert up[o, i, y, x] == (mask[o, i, y - 1, x] - share if y else 0)
 
 
+def test_ones_by_magnitude_are_counted():
+    layers = [layer(0), layer(1, shape=(4, 7, 1, 1))]
+    ones, total = [0] * 16, [0] * 16
+    for given in layers:
+        pairs = zip(np.abs(given.weight).reshape(-1), given.mask.reshape(-1), strict=True)
+        for rank, (_, bit) in enumerate(sorted(pairs)):
+            ones[16 * rank // given.mask.size] += int(bit)
+            total[16 * rank // given.mask.size] += 1
+    expected = [one / all_ for one, all_ in zip(ones, total, strict=True)]
+    assert STRUCTURE.ones_by_magnitude(layers) == pytest.approx(expected)
+
+
 def planted(seed, linked):
     """A layer whose bits have log odds 2 - 3 (|weight| in its upper half), or 2."""
     random = np.random.default_rng(seed)
@@ -299,7 +314,7 @@ def test_a_new_head_has_no_bias_and_follows_its_seed():
 
 def test_rotation_turns_each_image_by_its_label(images, tmp_path):
     source = DATA.Source(str(images), tmp_path, "img", "label")
-    splits = DATA.load("rotation", source)
+    splits = DATA.task("rotation").splits(source)
     for name, count, (turned, labels) in zip(("train", "test"), (40, 12), splits, strict=True):
         plain, _ = source.load(name, count)
         assert turned.shape == plain.shape == (count, 3, 32, 32)
@@ -310,8 +325,8 @@ def test_rotation_turns_each_image_by_its_label(images, tmp_path):
 
 
 def test_digits_are_grey_and_enlarged(tmp_path):
-    (train, labels), (test, others) = DATA.load("digits", None)
-    assert (train.shape, test.shape) == ((1347, 3, 32, 32), (450, 3, 32, 32))
+    (train, labels), (test, others) = DATA.task("digits").splits(None)
+    assert (train.shape, test.shape) == ((1347, 3, 16, 16), (450, 3, 16, 16))
     assert set(labels.tolist()) == set(others.tolist()) == set(range(10))
     assert torch.equal(train[:, 0], train[:, 2])
     from sklearn.datasets import load_digits
@@ -321,9 +336,11 @@ def test_digits_are_grey_and_enlarged(tmp_path):
     np.testing.assert_allclose(means.numpy(), np.sort(given.mean((1, 2))), atol=0.02)
 
 
-def test_an_unknown_task_is_refused():
+def test_an_unknown_task_is_refused_before_anything_is_trained(small):
+    _, recipe, options = small
+    wrong = dataclasses.replace(options, tasks=("faces",))
     with pytest.raises(RecipeError, match=r"'faces' is unknown; give one of \['digits', 'rot"):
-        DATA.load("faces", None)
+        RUN.run(recipe, wrong, quiet())
 
 
 def test_images_are_normalised_as_the_weights_expect():
@@ -393,7 +410,9 @@ def test_mask_rows_are_what_the_files_hold(small):
         stored = reader.read(folder / f"masks_lr{row['rate']:g}" / "adapter_model.safetensors")
         coded = reader.read(folder / f"masks_lr{row['rate']:g}-small" / "adapter_model.safetensors")
         masks = {key: value for key, value in stored.items() if key.endswith(".bits")}
-        assert len(masks) == len(row["layers"]) == 8
+        order = ["0", "3.conv1", "3.conv2", "4.conv1", "4.conv2", "5.conv1", "5.conv2", "8"]
+        assert list(row["layers"]) == [f"{name}.weight" for name in order]
+        assert len(masks) == 8
         weights = sum(mask.size for mask in masks.values())
         head = 64 * {"digits": 10, "rotation": 4}[row["task"]]
         assert row["weights"] == weights == 432 + 2 * 2304 + 4608 + 9216 + 18432 + 36864 + head
@@ -401,6 +420,9 @@ def test_mask_rows_are_what_the_files_hold(small):
             m.sum() for m in masks.values()
         )
         assert all(np.array_equal(coded[key], mask) for key, mask in masks.items())
+        contexts = row["structure"]["decoded bits, weights"]["adaptive"]
+        saved = 100 * (1 - 8 * contexts / weights)
+        assert row["reduction"]["contexts"] == pytest.approx(saved, abs=6e-4)
 
 
 def test_finetuned_rows_are_what_the_files_hold(small):
@@ -452,21 +474,38 @@ def test_tables_show_the_numbers(small):
     table = tables.tabulate(result | {"case": "resnet8"}, recipe.published)
     Console(file=out, width=250).print(table)
     row, files = result["rows"][0], result["rows"][1]["files"]
-    shown = [f"{row['reduction'][key]:.1f}" for key in ("ours", "payload", "bound")]
+    shown = [f"{row['reduction'][key]:.1f}" for key in tables.OURS]
     shown += [f"{saved:.1f}" for saved in row["reduction"]["packed"].values()]
     shown += [f"{row['files']['adapter_coded']:,}", f"{files['float32']:,}", "78.32", "177"]
     shown += [f"{files['float32'] / row['files']['adapter_coded']:.1f}"]
     length = row["structure"]["|weight|"]
     shown += [f"{length[key] / row['bytes']['bound']:.3f}" for key in ("adaptive", "ideal")]
-    assert len(shown) == 17
+    assert len(shown) == 18
     cells = out.getvalue().replace("│", " ").split()
     assert all(value in cells for value in shown), [v for v in shown if v not in cells]
+
+
+def test_plot_is_drawn(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    result, *_ = small
+    file = tmp_path / "plot.png"
+    whole = result | {"case": "resnet8", "seeds": [0]}
+    RECIPE.module("plot").draw([whole], file)
+    from matplotlib.image import imread
+
+    assert imread(file).shape[:2] == (440, 1540)
 
 
 def test_spread_is_mean_and_sample_deviation():
     spread = RECIPE.module("tables").spread
     assert spread([1.0, 4.0], lambda x: x) == f"2.50 ({math.sqrt(4.5):.2f})"
     assert spread([7.0], lambda x: x, 1) == "7.0"
+
+
+def test_runs_of_other_length_have_results_of_their_own(small):
+    *_, options = small
+    assert options.label == "resnet8-e2-limit24"
+    assert RUN.Options("resnet20", options.work, options.weights).label == "resnet20"
 
 
 def test_command_line(tmp_path, capsys):
@@ -479,3 +518,21 @@ def test_command_line(tmp_path, capsys):
         "python recipes/mask_compression run --work WORK --weights WEIGHTS --case resnet20 "
         f"--data .../{tmp_path.name} --seeds 0 1"
     )
+
+
+def test_figures_in_documents_are_those_of_the_results():
+    tables, readme = RECIPE.module("tables"), (FOLDER / "README.md").read_text(encoding="utf-8")
+    coding = (FOLDER.parents[1] / "docs" / "coding.md").read_text(encoding="utf-8")
+    results = [json.loads(file.read_text()) for file in sorted((FOLDER / "results").glob("*.json"))]
+    assert [result["case"] for result in results] == ["resnet20", "resnet32", "resnet56"]
+    assert len(results[0]["seeds"]) >= 2
+    for name, columns in (("saved", tables.SAVED), ("smaller", tables.SMALLER)):
+        rows = [row for result in results for row in getattr(tables, name)(result)]
+        rows += getattr(tables, f"published_{name}")(RECIPE.published)
+        assert report.as_markdown(columns, rows) in readme
+    for result in results:
+        assert report.as_markdown(*tables.structure(result)) in readme
+        for row in tables.saved(result):
+            if row[2] == "masks, lr 50":
+                chosen = [row[tables.SAVED.index(name)] for name in IN_CODING]
+                assert f"| {' | '.join(chosen)} |" in coding

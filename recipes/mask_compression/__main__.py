@@ -54,8 +54,10 @@ def _run(given: dict[str, Any], console: Console) -> tuple[str, dict[str, Any]]:
         **given | {name: tuple(given[name]) for name in ("tasks", "seeds", "rates")}
     )
     head = {"schema": 1, "recipe": RECIPE.name, "claim": RECIPE.claim, "paper": RECIPE.paper}
-    head |= {"case": options.case, "command": command, "seeds": list(options.seeds)}
-    return options.case, head | report.environment() | runner.run(RECIPE, options, console)
+    head |= {"case": options.label, "command": command, "seeds": list(options.seeds)}
+    return options.label, head | report.environment("cramjam") | runner.run(
+        RECIPE, options, console
+    )
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""Draw the results: ones by layer, and what stays of one bit a mask.
+"""Draw the results: ones by layer and by |weight|, and what stays of one bit a mask.
 
 ::
 
@@ -14,8 +14,8 @@ from typing import Any
 from pemn_surgery import report
 
 FOLDER = Path(__file__).resolve().parent
-BARS = ("gzip", "bz2", "lzma", "lz4", "snappy", "zstd", "brotli", "payload", "bound")
-COLOURS, MARKERS = ("C0", "C1", "C2"), {"digits": "o", "rotation": "^"}
+BARS = ("gzip", "bz2", "lzma", "lz4", "snappy", "zstd", "brotli", "payload", "bound", "contexts")
+COLOURS, MARKERS = ("C0", "C1", "C2", "C3"), {"digits": "o", "rotation": "^"}
 
 
 def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -31,21 +31,23 @@ def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
     report.check_plotting()
     from matplotlib.figure import Figure  # draws to a file, needs no screen
 
-    figure = Figure(figsize=(11, 4))
-    densities, saved = figure.subplots(1, 2)
+    figure = Figure(figsize=(14, 4))
+    densities, magnitudes, saved = figure.subplots(1, 3)
     chosen = [(result["case"], row) for result in results for row in _rows(result)]
     nets = list(dict.fromkeys(case for case, _ in chosen))
     for place, (case, row) in enumerate(chosen):
         label, colour = f"{case}, {row['task']}", COLOURS[nets.index(case)]
-        _draw_densities(densities, row, label, colour)
+        shares = [ones / weights for weights, ones in row["layers"].values()]
+        _draw_shares(densities, shares, row["task"], label, colour)
+        _draw_shares(magnitudes, row["ones_by_magnitude"], row["task"], label, colour)
         _draw_bytes(saved, row, label, colour, place / len(chosen))
     densities.set(title="share of ones by layer", xlabel="layer, first to last")
-    densities.set_ylabel("share of ones")
+    magnitudes.set(title="share of ones by |weight| in its layer", xlabel="smallest to largest")
     saved.set(title="bytes, in percent of one bit a mask")
     saved.set_xticks([number + 0.4 for number in range(len(BARS))], BARS, rotation=30)
-    for axes in (densities, saved):
+    for axes in (densities, magnitudes, saved):
         axes.grid(visible=True, axis="y", alpha=0.25)
-    densities.legend(frameon=False, fontsize=8)
+    magnitudes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
@@ -56,10 +58,9 @@ def _rows(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [row for row in result["rows"] if wanted.items() <= row.items()]
 
 
-def _draw_densities(axes: Any, row: Mapping[str, Any], label: str, colour: str) -> None:
-    shares = [ones / weights for weights, ones in row["layers"].values()]
+def _draw_shares(axes: Any, shares: Sequence[float], task: str, label: str, colour: str) -> None:
     places = [number / (len(shares) - 1) for number in range(len(shares))]
-    axes.plot(places, shares, MARKERS[row["task"]] + "-", color=colour, label=label, markersize=4)
+    axes.plot(places, shares, MARKERS[task] + "-", color=colour, label=label, markersize=4)
 
 
 def _draw_bytes(axes: Any, row: Mapping[str, Any], label: str, colour: str, shift: float) -> None:

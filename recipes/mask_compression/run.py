@@ -26,6 +26,7 @@ SHARED = recipes.load(HERE.folder.parent / "cifar10_rp")
 TRAINING, DATA, NETWORKS = SHARED.module("run"), HERE.module("data"), HERE.module("networks")
 CODERS, STRUCTURE = HERE.module("coders"), HERE.module("structure")
 BASE, CHECKPOINT, ADAPTER = "base.safetensors", "model.safetensors", "adapter_model.safetensors"
+CONTEXTS = "decoded bits, weights"  # what every decoder has: no other task
 OWN_TASK = 2_000  # test images that tell whether the pretrained weights were read as meant
 
 
@@ -57,6 +58,12 @@ class Options:
     limit: int | None = None
     resume: bool = False
 
+    @property
+    def label(self) -> str:
+        """Name of the result: the case, and what makes a run another one than the recipe's."""
+        epochs = f"-e{self.epochs}" if self.epochs else ""
+        return self.case + epochs + (f"-limit{self.limit}" if self.limit else "")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -83,7 +90,7 @@ class Training(TRAINING.Run):
         one = dataclasses.replace(case, rule=rule | {"lr": job.rate})
         alone = {job.title: recipe.arms[job.arm]}
         chosen = dataclasses.replace(recipe, arms=alone, cases={options.case: one})
-        epochs = options.epochs or DATA.TASKS[job.task].epochs
+        epochs = options.epochs or DATA.task(job.task).epochs
         shared = recipes.Options(
             case=options.case,
             epochs=epochs,
@@ -97,7 +104,7 @@ class Training(TRAINING.Run):
 
     def _splits(self) -> list[tuple[Tensor, Tensor]]:
         cut = self.options.limit
-        splits = DATA.load(self.job.task, source(self.recipe, self.given))
+        splits = DATA.task(self.job.task).splits(source(self.recipe, self.given))
         return [(images[:cut], labels[:cut]) for images, labels in splits]
 
     def _model(self, name: str) -> nn.Module:
@@ -117,12 +124,14 @@ def start(recipe: Recipe, options: Options, job: Job) -> nn.Sequential:
     """The network that a job's arms start from: published weights, random classifier."""
     arguments = recipe.case(options.case).arguments
     network = NETWORKS.pretrained(options.case, arguments["depth"], options.weights)
-    return NETWORKS.with_head(network, DATA.TASKS[job.task].classes, job.seed)
+    return NETWORKS.with_head(network, DATA.task(job.task).classes, job.seed)
 
 
 def jobs(recipe: Recipe, options: Options) -> Iterator[Job]:
     """All trainings: per seed and task both arms, then masks at the further rates."""
     rule = recipe.case(options.case).rule
+    for task in options.tasks:
+        DATA.task(task)  # refuses an unknown one before anything is trained
     for seed in options.seeds:
         for task in options.tasks:
             yield Job(task, seed, "masks", rule["lr"])
@@ -176,7 +185,7 @@ def run(recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
         KeyboardInterrupt: After Ctrl-C; checkpoints are written, and ``resume`` goes on.
     """
     chosen = CODERS.tools()  # refuses before anything is trained
-    all_jobs = list(jobs(recipe, options))
+    all_jobs = list(dict.fromkeys(jobs(recipe, options)))  # a rate may be the recipe's own
     network = {"own_task": own_task(recipe, options)}
     arms = {job: train(recipe, job, options, console) for job in all_jobs}
     console.print("measuring")
@@ -209,22 +218,22 @@ def _measure_masks(job: Job, arms: Mapping[Job, Arm], chosen: Any) -> dict[str, 
     base, masks = _base(arms[job]), _masks(arms[job])
     twin = next((j for j in arms if _is_twin(j, job)), None)
     others = _masks(arms[twin]) if twin else {}
-    layers = [
-        STRUCTURE.Layer(
-            STRUCTURE.four_dimensional(mask),
-            STRUCTURE.four_dimensional(base[name]),
-            STRUCTURE.four_dimensional(others[name])
-            if name in others and others[name].shape == mask.shape
-            else None,
-        )
-        for name, mask in masks.items()
-    ]
-    structure = STRUCTURE.alone(layers) | STRUCTURE.combined(layers)
-    files = {
-        "adapter": _size(arms[job].file.with_suffix("")),
-        "adapter_coded": _size(_small(arms[job])),
-    }
-    return CODERS.of_masks(masks, chosen) | {"files": files, "structure": structure}
+    layers = [_layer(mask, base[name], others.get(name)) for name, mask in masks.items()]
+    found = CODERS.of_masks(masks, chosen)
+    found["ones_by_magnitude"] = STRUCTURE.ones_by_magnitude(layers)
+    found["structure"] = STRUCTURE.alone(layers) | STRUCTURE.combined(layers)
+    contexts = {"contexts": found["structure"][CONTEXTS]["adaptive"]}
+    found["bytes"] |= contexts
+    found["reduction"] |= CODERS.reductions(contexts, found["weights"] / 8)
+    adapter, small = _size(arms[job].file.with_suffix("")), _size(_small(arms[job]))
+    return found | {"files": {"adapter": adapter, "adapter_coded": small}}
+
+
+def _layer(mask: Tensor, weight: Tensor, other: Tensor | None) -> Any:
+    """A mask beside what a decoder may have; another task's classifier has another shape."""
+    arrays = [STRUCTURE.four_dimensional(tensor) for tensor in (mask, weight)]
+    fits = other is not None and other.shape == mask.shape
+    return STRUCTURE.Layer(*arrays, STRUCTURE.four_dimensional(other) if fits else None)
 
 
 def _is_twin(job: Job, other: Job) -> bool:
@@ -247,7 +256,14 @@ def _measure(arm: Arm, chosen: Any) -> dict[str, Any]:
 
 
 def _base(arm: Arm) -> dict[str, Tensor]:
-    return load_file(arm.file.parent / BASE)
+    """The start's tensors from the first layer to the last; the file has them by the alphabet."""
+    held = load_file(arm.file.parent / BASE)
+    return {name: held[name] for name in sorted(held, key=_place)}
+
+
+def _place(name: str) -> tuple[int, str]:
+    number, rest = name.split(".", 1)
+    return int(number), rest
 
 
 def _masks(arm: Arm) -> dict[str, Tensor]:

@@ -159,6 +159,13 @@ def alone(layers: Sequence[Layer]) -> dict[str, dict[str, float]]:
     return found
 
 
+def ones_by_magnitude(layers: Sequence[Layer]) -> list[float]:
+    """Return the share of ones among each layer's smallest, ..., largest 16th of |weight|."""
+    bins = np.concatenate([_rank(np.abs(layer.weight)).reshape(-1) for layer in layers])
+    ones = np.concatenate([layer.mask.reshape(-1) for layer in layers])
+    return (np.bincount(bins, weights=ones) / np.bincount(bins)).tolist()
+
+
 # -- contexts together -----------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from pemn_surgery import report
 Row = Mapping[str, Any]
 Cells = list[list[str]]
 TOOLS = ("gzip", "bz2", "lzma", "lz4", "snappy", "zstd", "brotli")
-OURS, NOTHING = ("ours", "payload", "bound"), ("", "", "")
+OURS = ("ours", "payload", "bound", "contexts")
 SAVED = ("network", "task", "what", "accuracy", "ones, layers", *TOOLS, *OURS)
 SMALLER = (
     *("network", "task", "masks", "adapter, bits", "adapter, coded", "checkpoint"),
@@ -62,7 +62,7 @@ def saved(result: Mapping[str, Any]) -> Cells:
             continue
         for what, shown in (("finetuned", accuracy), ("change", "")):
             cells = _cells(same, lambda row, what=what: row[what]["reduction"], TOOLS)
-            rows.append([*start, what, shown, "", *cells, *NOTHING])
+            rows.append([*start, what, shown, "", *cells, *[""] * len(OURS)])
     return rows
 
 
@@ -83,7 +83,8 @@ def published_saved(published: Mapping[str, Row]) -> Cells:
     rows = []
     for name, numbers in published.items():
         cells = [f"{numbers[tool]:.2f}" if tool in numbers else "" for tool in (*TOOLS, *OURS)]
-        rows.append(["ResNet-50", "", f"{name} (published)", "", "", *cells])
+        if any(cells):
+            rows.append(["ResNet-50", "", f"{name} (published)", "", "", *cells])
     return rows
 
 
