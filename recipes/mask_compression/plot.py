@@ -73,4 +73,4 @@ def _draw_bytes(axes: Any, row: Mapping[str, Any], label: str, colour: str, shif
 
 if __name__ == "__main__":
     found = [json.loads(f.read_text(encoding="utf-8")) for f in (FOLDER / "results").glob("*.json")]
-    draw(sorted(found, key=lambda result: result["network"]["weights"]), Path(sys.argv[1]))
+    draw(sorted(found, key=lambda result: result["case"]), Path(sys.argv[1]))
