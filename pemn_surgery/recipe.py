@@ -42,7 +42,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A claim with what is needed to test it; an arm maps to its options of `pemnify`, or none."""
+    """A claim with what is needed to test it; an arm maps to its options of `pemnify`, or none.
+
+    ``published`` holds the paper's numbers that belong to none of the recipe's own cases.
+    """
 
     folder: Path
     name: str
@@ -52,6 +55,7 @@ class Recipe:
     data: dict[str, str]
     arms: dict[str, dict[str, Any]]
     cases: dict[str, Case]
+    published: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def module(self, name: str) -> ModuleType:
         """Import ``<folder>/<name>.py``; it is code and runs, so load recipes you trust.

@@ -18,8 +18,12 @@ from rich.table import Table
 _TEXT_WIDTH = 140
 
 
-def environment() -> dict[str, Any]:
-    """Return what measured figures depend on: date, machine, versions; for result files."""
+def environment(*more: str) -> dict[str, Any]:
+    """Return what measured figures depend on: date, machine, versions; for result files.
+
+    Args:
+        *more: Packages whose versions count beside the usual ones.
+    """
     libraries = ("torch", "torchvision", "timm", "transformers", "peft", "datasets", "scikit-learn")
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -29,7 +33,7 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "versions": {"python": platform.python_version()}
-        | {package: _version(package) for package in ("pemn-surgery", *libraries)},
+        | {package: _version(package) for package in ("pemn-surgery", *libraries, *more)},
     }
 
 

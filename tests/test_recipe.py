@@ -24,29 +24,6 @@ MASKS = "masks (rp 1e-2)"
 TRAIN, TEST = 40, 12
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors are fastest, and steady on a busy machine, in one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A folder of the shape of CIFAR-10 on the hub, with 40 + 12 pictures."""
-    datasets = pytest.importorskip("datasets")
-    folder = tmp_path_factory.mktemp("pictures")
-    columns = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
-    for split, n in (("train", TRAIN), ("test", TEST)):
-        pixels = np.random.default_rng(n).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        rows = {"img": list(pixels), "label": [i % 10 for i in range(n)]}
-        table = datasets.Dataset.from_dict(rows, features=columns)
-        table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def cache(images, tmp_path_factory):
     """A work folder into which the pictures have been decoded."""
@@ -117,6 +94,17 @@ def test_cosine_is_torchs_cosine_annealing(steps):
         schedule.step()
     ours = [RUN.cosine(0.1, i, steps) for i in range(steps)]
     np.testing.assert_allclose(ours, oracle, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 150, 500])
+def test_warm_cosine_is_a_line_before_a_cosine(steps):
+    warm = max(round(steps * 40 / 150), 1)
+    line = [50 * (i + 1) / warm for i in range(warm)]
+    fall = [25 * (1 + np.cos(np.pi * i / (steps - warm))) for i in range(steps - warm)]
+    ours = [RUN.warm_cosine(50.0, i, steps) for i in range(steps)]
+    np.testing.assert_allclose(ours, line + fall, rtol=0, atol=1e-12)
+    assert max(ours) == 50
+    assert min(ours) > 0
 
 
 def test_rules_are_the_papers():

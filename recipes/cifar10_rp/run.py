@@ -65,6 +65,15 @@ def cosine(lr: float, step: int, steps: int) -> float:
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
+def warm_cosine(lr: float, step: int, steps: int) -> float:
+    """Rise to ``lr`` over 40/150 of the run, then half a cosine to 0 (Self-Masking Networks).
+
+    Steps count from 0; while rising a step takes the rate of its end, so that the first is above 0.
+    """
+    warm = max(round(steps * 40 / 150), 1)
+    return lr * (step + 1) / warm if step < warm else cosine(lr, step - warm, steps - warm)
+
+
 def _adamw(weights: list[nn.Parameter], rule: Rule) -> torch.optim.Optimizer:
     return torch.optim.AdamW(weights, rule.lr, weight_decay=rule.weight_decay)
 
@@ -74,7 +83,11 @@ def _sgd(weights: list[nn.Parameter], rule: Rule) -> torch.optim.Optimizer:
     return torch.optim.SGD(weights, rule.lr, momentum=rule.momentum, weight_decay=decay)
 
 
-SCHEDULES: dict[str, Callable[[float, int, int], float]] = {"triangle": triangle, "cosine": cosine}
+SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
+    "triangle": triangle,
+    "cosine": cosine,
+    "warm_cosine": warm_cosine,
+}
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], Rule], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,

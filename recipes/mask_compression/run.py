@@ -1,0 +1,277 @@
+"""Masks learned on pretrained ResNets, fully fine-tuned weights beside them, and both compressed.
+
+Every task is learned from the same pretrained network by masks alone and by full fine-tuning, with
+the same batches. ``coders.py`` measures the files that stay of either, ``structure.py`` what a mask
+tells about itself beyond the densities of its layers.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery import recipe as recipes
+from pemn_surgery.recipe import Arm, Recipe
+
+HERE = recipes.load(Path(__file__).resolve().parent)
+SHARED = recipes.load(HERE.folder.parent / "cifar10_rp")
+TRAINING, DATA, NETWORKS = SHARED.module("run"), HERE.module("data"), HERE.module("networks")
+CODERS, STRUCTURE = HERE.module("coders"), HERE.module("structure")
+BASE, CHECKPOINT, ADAPTER = "base.safetensors", "model.safetensors", "adapter_model.safetensors"
+CONTEXTS = "decoded bits, weights"  # what every decoder has: no other task
+OWN_TASK = 2_000  # test images that tell whether the pretrained weights were read as meant
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run adds to the recipe.
+
+    Attributes:
+        case: Which network.
+        work: Takes decoded data, checkpoints, logs, adapters and fine-tuned weights.
+        weights: Folder of the published weights.
+        data: Folder or hub id of CIFAR-10, in place of the recipe's.
+        tasks: Which tasks.
+        seeds: One run of everything for each.
+        rates: Further learning rates of masks, first seed only.
+        epochs: In place of each task's own number.
+        limit: Cuts every split, for a trial.
+        resume: Continue from the checkpoints.
+    """
+
+    case: str
+    work: Path
+    weights: Path
+    data: str = ""
+    tasks: tuple[str, ...] = tuple(DATA.TASKS)
+    seeds: tuple[int, ...] = (0,)
+    rates: tuple[float, ...] = ()
+    epochs: int | None = None
+    limit: int | None = None
+    resume: bool = False
+
+    @property
+    def label(self) -> str:
+        """Name of the result: the case, and what makes a run another one than the recipe's."""
+        epochs = f"-e{self.epochs}" if self.epochs else ""
+        return self.case + epochs + (f"-limit{self.limit}" if self.limit else "")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm on one task with one seed; ``rate`` is its learning rate."""
+
+    task: str
+    seed: int
+    arm: str
+    rate: float
+
+    @property
+    def title(self) -> str:
+        """Name of its files: masks of several rates lie side by side."""
+        return f"{self.arm}_lr{self.rate:g}"
+
+
+class Training(TRAINING.Run):
+    """A job, trained, stopped and resumed as the recipe cifar10_rp trains its arms."""
+
+    def __init__(self, recipe: Recipe, job: Job, options: Options, console: Console) -> None:
+        """Load the task's images and the pretrained network, and the checkpoint, if any."""
+        case, self.job, self.given = recipe.case(options.case), job, options
+        rule = {key: value for key, value in case.rule.items() if key != "finetuned_lr"}
+        one = dataclasses.replace(case, rule=rule | {"lr": job.rate})
+        alone = {job.title: recipe.arms[job.arm]}
+        chosen = dataclasses.replace(recipe, arms=alone, cases={options.case: one})
+        epochs = options.epochs or DATA.task(job.task).epochs
+        shared = recipes.Options(
+            case=options.case,
+            epochs=epochs,
+            work=options.work / job.task,
+            data=options.data,
+            seed=job.seed,
+            limit=options.limit,
+            resume=options.resume,
+        )
+        super().__init__(chosen, shared, console)
+
+    def _splits(self) -> list[tuple[Tensor, Tensor]]:
+        cut = self.options.limit
+        splits = DATA.task(self.job.task).splits(source(self.recipe, self.given))
+        return [(images[:cut], labels[:cut]) for images, labels in splits]
+
+    def _model(self, name: str) -> nn.Module:
+        network = start(self.recipe, self.given, self.job)
+        changes = self.recipe.arms[name]
+        return pemnify(network, PemnConfig.preset(**changes)) if changes else network
+
+
+def source(recipe: Recipe, options: Options) -> Any:
+    """Where CIFAR-10 is, for ``data.py``."""
+    data = recipe.data
+    place = options.data or data["source"]
+    return DATA.Source(place, options.work, data["image"], data["label"])
+
+
+def start(recipe: Recipe, options: Options, job: Job) -> nn.Sequential:
+    """The network that a job's arms start from: published weights, random classifier."""
+    arguments = recipe.case(options.case).arguments
+    network = NETWORKS.pretrained(options.case, arguments["depth"], options.weights)
+    return NETWORKS.with_head(network, DATA.task(job.task).classes, job.seed)
+
+
+def jobs(recipe: Recipe, options: Options) -> Iterator[Job]:
+    """All trainings: per seed and task both arms, then masks at the further rates."""
+    rule = recipe.case(options.case).rule
+    for task in options.tasks:
+        DATA.task(task)  # refuses an unknown one before anything is trained
+    for seed in options.seeds:
+        for task in options.tasks:
+            yield Job(task, seed, "masks", rule["lr"])
+            yield Job(task, seed, "finetuned", rule["finetuned_lr"])
+    for rate in options.rates:
+        for task in options.tasks:
+            yield Job(task, options.seeds[0], "masks", rate)
+
+
+def train(recipe: Recipe, job: Job, options: Options, console: Console) -> Arm:
+    """Train a job to the end and write what stays of it, and its start, beside the checkpoint.
+
+    ``base.safetensors`` is the start; ``<job>/`` an adapter or the fine-tuned checkpoint, and
+    ``<job>-small/`` the adapter with coded masks or the checkpoint in float16.
+    """
+    with torch.random.fork_rng(devices=[]):
+        training = Training(recipe, job, options, console)
+        training.go()
+    (arm,) = training.arms
+    save_file(start(recipe, options, job).state_dict(), training.folder / BASE)
+    arm.stored()
+    _store_small(arm)
+    return arm
+
+
+def _store_small(arm: Arm) -> None:
+    folder = _small(arm)
+    if isinstance(arm.model, PeftModel):
+        arm.model.peft_config["default"].coding = "entropy"  # pyright: ignore[reportAttributeAccessIssue]
+        arm.model.save_pretrained(str(folder))
+        return
+    folder.mkdir(exist_ok=True)
+    state = arm.model.state_dict()
+    half = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    save_file(half, folder / CHECKPOINT)
+
+
+def _small(arm: Arm) -> Path:
+    return arm.file.with_name(f"{arm.file.stem}-small")
+
+
+def run(recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
+    """Train everything, then measure it.
+
+    Returns:
+        ``network`` (masked weights, accuracy on its own task) and ``rows``, one for
+        each job; JSON can hold it.
+
+    Raises:
+        RecipeError: If a case, a task or a file is missing, or a tool is not installed.
+        KeyboardInterrupt: After Ctrl-C; checkpoints are written, and ``resume`` goes on.
+    """
+    chosen = CODERS.tools()  # refuses before anything is trained
+    all_jobs = list(dict.fromkeys(jobs(recipe, options)))  # a rate may be the recipe's own
+    network = {"own_task": own_task(recipe, options)}
+    arms = {job: train(recipe, job, options, console) for job in all_jobs}
+    console.print("measuring")
+    rows = [_row(job, arms, chosen) for job in all_jobs]
+    network["weights"] = next(row["weights"] for row in rows if row["arm"] == "masks")
+    return {"network": network, "rule": recipe.case(options.case).rule, "rows": rows}
+
+
+def own_task(recipe: Recipe, options: Options) -> dict[str, float]:
+    """CIFAR-10's classes by the published weights in float32: percent right, of how many images."""
+    depth = recipe.case(options.case).arguments["depth"]
+    network = NETWORKS.pretrained(options.case, depth, options.weights).eval()
+    images, labels = source(recipe, options).load("test", OWN_TASK)
+    with torch.no_grad():
+        found = torch.cat([network(DATA.normalise(part)).argmax(1) for part in images.split(500)])
+    return {"accuracy": 100 * float((found == labels).float().mean()), "images": len(labels)}
+
+
+def _row(job: Job, arms: Mapping[Job, Arm], chosen: Any) -> dict[str, Any]:
+    arm = arms[job]
+    last = arm.history[-1]
+    row = dataclasses.asdict(job) | {"epochs": arm.epoch, "accuracy": last["test_accuracy"]}
+    row |= {"train_images": arm.settings["train"], "test_images": arm.settings["test"]}
+    row |= {"seconds": sum(epoch["seconds"] for epoch in arm.history), "history": arm.history}
+    measured = _measure_masks(job, arms, chosen) if job.arm == "masks" else _measure(arm, chosen)
+    return row | measured
+
+
+def _measure_masks(job: Job, arms: Mapping[Job, Arm], chosen: Any) -> dict[str, Any]:
+    base, masks = _base(arms[job]), _masks(arms[job])
+    twin = next((j for j in arms if _is_twin(j, job)), None)
+    others = _masks(arms[twin]) if twin else {}
+    layers = [_layer(mask, base[name], others.get(name)) for name, mask in masks.items()]
+    found = CODERS.of_masks(masks, chosen)
+    found["ones_by_magnitude"] = STRUCTURE.ones_by_magnitude(layers)
+    found["structure"] = STRUCTURE.alone(layers) | STRUCTURE.combined(layers)
+    contexts = {"contexts": found["structure"][CONTEXTS]["adaptive"]}
+    found["bytes"] |= contexts
+    found["reduction"] |= CODERS.reductions(contexts, found["weights"] / 8)
+    adapter, small = _size(arms[job].file.with_suffix("")), _size(_small(arms[job]))
+    return found | {"files": {"adapter": adapter, "adapter_coded": small}}
+
+
+def _layer(mask: Tensor, weight: Tensor, other: Tensor | None) -> Any:
+    """A mask beside what a decoder may have; another task's classifier has another shape."""
+    arrays = [STRUCTURE.four_dimensional(tensor) for tensor in (mask, weight)]
+    fits = other is not None and other.shape == mask.shape
+    return STRUCTURE.Layer(*arrays, STRUCTURE.four_dimensional(other) if fits else None)
+
+
+def _is_twin(job: Job, other: Job) -> bool:
+    """Whether the jobs differ in their task alone."""
+    return job.task != other.task and dataclasses.replace(job, task=other.task) == other
+
+
+def _measure(arm: Arm, chosen: Any) -> dict[str, Any]:
+    """Measure fine-tuned weights of the layers that masks would choose from, and their change."""
+    base, tuned = _base(arm), load_file(arm.file.with_suffix("") / CHECKPOINT)
+    weights = {name: tuned[name] for name, tensor in base.items() if tensor.dim() > 1}
+    change = {name: tensor - base[name] for name, tensor in weights.items()}
+    files = {"float32": _size(arm.file.with_suffix("")), "float16": _size(_small(arm))}
+    return {
+        "weights": sum(tensor.numel() for tensor in weights.values()),
+        "finetuned": CODERS.of_floats(weights, chosen),
+        "change": CODERS.of_floats(change, chosen),
+        "files": files,
+    }
+
+
+def _base(arm: Arm) -> dict[str, Tensor]:
+    """The start's tensors from the first layer to the last; the file has them by the alphabet."""
+    held = load_file(arm.file.parent / BASE)
+    return {name: held[name] for name in sorted(held, key=_place)}
+
+
+def _place(name: str) -> tuple[int, str]:
+    number, rest = name.split(".", 1)
+    return int(number), rest
+
+
+def _masks(arm: Arm) -> dict[str, Tensor]:
+    shapes = {name: tensor.shape for name, tensor in _base(arm).items()}
+    return CODERS.read_masks(arm.file.with_suffix("") / ADAPTER, shapes)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of a folder's tensors and configuration."""
+    kept = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".json")]
+    return sum(file.stat().st_size for file in kept)
