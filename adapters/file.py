@@ -113,6 +113,12 @@ def read_adapter(path: Path) -> Contents:
     return held[path]
 
 
+def held_tensors(path: Path) -> Mapping[str, Tensor] | None:
+    """Return the tensors of a file that `one_reading` has read; None for all others."""
+    contents = (_held.get() or {}).get(path)
+    return contents.tensors if contents is not None else None
+
+
 def read_adapter_file(path: Path) -> AdapterFile:
     """Return what an adapter file holds, without its tensors.
 

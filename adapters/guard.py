@@ -11,19 +11,25 @@ checked, and every later step of a load gets that content.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import peft.peft_model
 import torch
 from peft import PeftModel
-from peft.utils import infer_device
+from peft.utils import save_and_load
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
 from pemn_surgery.adapters.config import PemnConfig, read_json
-from pemn_surgery.adapters.file import CONFIG, WEIGHTS, holds_masks, one_reading, read_adapter
+from pemn_surgery.adapters.file import (
+    CONFIG,
+    WEIGHTS,
+    held_tensors,
+    holds_masks,
+    one_reading,
+    read_adapter,
+)
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.errors import AdapterError, AdapterFileError
 
@@ -37,9 +43,9 @@ MUST_AGREE = ["bank", "selector", "density", "threshold", "scale", "form", "rest
 def wrap_loading() -> None:
     """Let PEFT's and transformers' loading methods check a local adapter of masks first."""
     module, peft_model, mixin = (
-        cast("Any", place) for place in (peft.peft_model, PeftModel, PeftAdapterMixin)
+        cast("Any", place) for place in (save_and_load, PeftModel, PeftAdapterMixin)
     )
-    module.load_peft_weights = with_checked_weights(module.load_peft_weights)
+    module.safe_load_file = _or_held(module.safe_load_file)
     peft_model.from_pretrained = classmethod(_with_config(peft_model.from_pretrained.__func__))
     peft_model.load_adapter = _checked(peft_model.load_adapter)
     mixin.load_adapter = _with_contents(mixin.load_adapter)
@@ -65,38 +71,28 @@ def check_adapter(folder: Path) -> PemnConfig | None:
     return PemnConfig.from_pretrained(str(folder))
 
 
-class SavedTensors(dict[str, Tensor]):
-    """An adapter's tensors as they were checked.
-
-    Attributes:
-        digest: That of their configuration; None where the file has no seal.
-    """
-
-    digest: str | None = None
-
-
-def with_checked_weights(load: Callable[..., dict[str, Tensor]]) -> Callable[..., Any]:
-    """Let PEFT's ``load_peft_weights`` return `SavedTensors` of a local adapter of masks.
+def adapter_folder(source: Any, options: Mapping[str, Any] | None) -> Path:
+    """Return the folder that a loading method means, if it is one.
 
     Args:
-        load: That function.
+        source: Folder, or name on the hub.
+        options: Further arguments of the method.
     """
+    return Path(source) / ((options or {}).get("subfolder") or "")
 
-    @functools.wraps(load)
-    def load_peft_weights(
-        model_id: str, device: Any = None, key_mapping: Any = None, **options: Any
-    ) -> dict[str, Tensor]:
-        folder = _folder(model_id, options)
-        with one_reading():
-            if key_mapping or check_adapter(folder) is None:
-                return load(model_id, device=device, key_mapping=key_mapping, **options)
-            contents = read_adapter(folder / WEIGHTS)
-        place = torch.device(device if device is not None else infer_device())
-        saved = SavedTensors((key, value.to(place)) for key, value in contents.tensors.items())
-        saved.digest = (contents.file.sealed or {}).get("digest")
-        return saved
 
-    return load_peft_weights
+def _or_held(load_file: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Return what was checked where PEFT would read the file again."""
+
+    @functools.wraps(load_file)
+    def safe_load_file(filename: str, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        tensors = held_tensors(Path(filename))
+        if tensors is None:
+            return load_file(filename, *args, **kwargs)
+        place = torch.device(kwargs.get("device", args[0] if args else "cpu"))
+        return {key: value.to(place) for key, value in tensors.items()}
+
+    return safe_load_file
 
 
 def _with_config(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
@@ -106,7 +102,7 @@ def _with_config(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
     @functools.wraps(load)
     def from_pretrained(*args: Any, **kwargs: Any) -> PeftModel:
         given = signature.bind(*args, **kwargs)
-        folder = _folder(given.arguments["model_id"], given.arguments.get("kwargs"))
+        folder = adapter_folder(given.arguments["model_id"], given.arguments.get("kwargs"))
         with one_reading():
             checked = check_adapter(folder)
             if checked is not None and given.arguments.get("config") is None:
@@ -123,7 +119,7 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
-        folder = _folder(given["model_id"], given.get("kwargs"))
+        folder = adapter_folder(given["model_id"], given.get("kwargs"))
         with one_reading():
             checked, held = check_adapter(folder), self.peft_config.get(given["adapter_name"])
             if checked is not None and held is None:
@@ -147,7 +143,7 @@ def _with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
         )
         if source is None or given.get("peft_config") or given.get("adapter_state_dict"):
             return load(self, *args, **kwargs)
-        folder = _folder(source, given.get("adapter_kwargs"))
+        folder = adapter_folder(source, given.get("adapter_kwargs"))
         with one_reading():
             checked = check_adapter(folder)
             if checked is None:
@@ -159,10 +155,6 @@ def _with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
             return load(self, **{**options, "adapter_state_dict": tensors})
 
     return load_adapter
-
-
-def _folder(source: Any, options: dict[str, Any] | None) -> Path:
-    return Path(source) / ((options or {}).get("subfolder") or "")
 
 
 def _is_ours(folder: Path) -> bool:

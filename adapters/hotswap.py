@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.checks import check_not_merged
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import MASKS, TENSORS
+from pemn_surgery.adapters.file import MASKS, TENSORS, one_reading
 from pemn_surgery.adapters.file_checks import check_swap_fits
-from pemn_surgery.adapters.guard import MUST_AGREE, SavedTensors, with_checked_weights
+from pemn_surgery.adapters.guard import MUST_AGREE, adapter_folder, check_adapter
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.errors import AdapterFileError
@@ -31,7 +31,7 @@ def enter_hotswap() -> None:
     """Let PEFT's ``hotswap_adapter`` and ``prepare_model_for_compiled_hotswap`` take masks."""
     module = cast("Any", hotswap)
     module.CONFIG_KEYS_TO_CHECK[PEMN] = MUST_AGREE
-    module.load_peft_weights = with_checked_weights(module.load_peft_weights)
+    module.load_peft_weights = _or_checked(module.load_peft_weights)
     module._insert_adapter_name_into_state_dict = _or_as_saved(
         module._insert_adapter_name_into_state_dict
     )
@@ -64,6 +64,31 @@ def swap_masks(
     base = _fingerprint(inner, adapter_name)
     fingerprints.check_fingerprint(config.trained_on or {}, base, "the given model")
     set_peft_model_state_dict(inner, given, adapter_name=adapter_name)
+
+
+class SavedTensors(dict[str, Tensor]):
+    """A local adapter's tensors as they were checked.
+
+    Attributes:
+        digest: That of their configuration; None where the file has no seal.
+    """
+
+    digest: str | None = None
+
+
+def _or_checked(load: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    @functools.wraps(load)
+    def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        with one_reading():
+            checked = check_adapter(adapter_folder(model_id, kwargs))
+            tensors = load(model_id, *args, **kwargs)
+        if checked is None or checked.file is None:
+            return tensors
+        saved = SavedTensors(tensors)
+        saved.digest = (checked.file.sealed or {}).get("digest")
+        return saved
+
+    return load_peft_weights
 
 
 def _or_as_saved(insert: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:

@@ -449,7 +449,7 @@ def save_b_after(monkeypatch, two, folder, place, name):
 @pytest.mark.parametrize(
     ("place", "gets"), [((guard, "check_adapter"), "a"), ((config, "read_json"), "b")]
 )
-@pytest.mark.parametrize("door", ["from_pretrained", "a new name", "its own name"])
+@pytest.mark.parametrize("door", ["from_pretrained", "a new name", "its own name", "mapped keys"])
 def test_saved_anew_while_it_is_loaded(two, tmp_path, monkeypatch, door, place, gets):
     """A load gets one of the two adapters whole, whichever of its steps the save comes after."""
     folder = tmp_path / "a"
@@ -458,10 +458,11 @@ def test_saved_anew_while_it_is_loaded(two, tmp_path, monkeypatch, door, place, 
         save_b_after(monkeypatch, two, folder, *place)
         model = PeftModel.from_pretrained(models.net(2), str(folder))
     else:
-        name = "late" if door == "a new name" else "default"
+        name = "default" if door == "its own name" else "late"
+        options = {"key_mapping": {"^nothing$": ""}} if door == "mapped keys" else {}
         model = PeftModel.from_pretrained(models.net(2), str(two[0] / gets))
         save_b_after(monkeypatch, two, folder, *place)
-        model.load_adapter(str(folder), name)
+        model.load_adapter(str(folder), name, **options)
         model.set_adapter(name)
     models.assert_equal(models.logits(model), two[1][gets])
 
