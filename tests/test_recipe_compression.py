@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 from pemn_surgery import bits, report
 from pemn_surgery import recipe as recipes
 from pemn_surgery.errors import RecipeError
 from tests import reader
-from tests.bench.from_finetuned import ResNet20
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "mask_compression"
 RECIPE = recipes.load(FOLDER)
@@ -31,6 +31,39 @@ GZIP = {"gzip": lambda data: gzip.compress(data, 9, mtime=0)}
 
 IN_CODING = ("network", "task", "ones, layers", "gzip", "bz2", "lzma", "lz4", "snappy")
 IN_CODING += ("ours", "payload", "bound", "contexts")
+
+
+class Block(nn.Module):
+    """A basic block with an option-A shortcut (He et al. 2016, section 4.2)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.grows = inputs != outputs
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, 2 if self.grows else 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.grows:
+            side = out.shape[1] // 4
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, side, side))
+        return F.relu(out + x)
+
+
+class ResNet20(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(Block(16, 16), Block(16, 16), Block(16, 16))
+        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
+        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean(dim=(2, 3)))
 
 
 # -- bytes -----------------------------------------------------------------------------------------

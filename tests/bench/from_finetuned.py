@@ -1,10 +1,10 @@
 """Accuracy, errors and bytes of adapters made from fine-tuned models.
 
-    python tests/bench/from_finetuned.py --weights resnet20.th --data cifar10 --json result.json
+    python tests/bench/from_finetuned.py --weights FOLDER --data cifar10 --json result.json
 
 digits: a small network learns scikit-learn's digits, and is fine-tuned on the same digits turned by
-a quarter. resnet20: a network with published CIFAR-10 weights (option-A shortcuts, keys prefixed
-"module.") gets a new head and is fine-tuned to tell by how many quarters an image was turned. Each
+a quarter. resnet20: a network with published CIFAR-10 weights (those of recipes/mask_compression)
+gets a new head and is fine-tuned to tell by how many quarters an image was turned. Each
 fine-tuned model becomes an adapter by both methods; the scales of a sign delta are then trained for
 20 and 100 steps to give the fine-tuned model's logits (no labels). Every seed trains anew.
 """
@@ -28,43 +28,12 @@ from torch.nn import functional as F
 from pemn_surgery import from_finetuned, measure_errors
 from pemn_surgery.adapters.from_finetuned import nearest_mask
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.recipe import load
 from pemn_surgery.report import environment
 
+NETWORKS = load(Path(__file__).resolve().parents[2] / "recipes/mask_compression").module("networks")
 BATCH, DISTILL_STEPS, DISTILL_RATE = 64, (20, 100), 1e-3
 Split = tuple[Tensor, Tensor]
-
-
-class Block(nn.Module):
-    """A basic block with an option-A shortcut (He et al. 2016, section 4.2)."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.grows = inputs != outputs
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, 2 if self.grows else 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.grows:
-            side = out.shape[1] // 4
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, side, side))
-        return F.relu(out + x)
-
-
-class ResNet20(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(Block(16, 16), Block(16, 16), Block(16, 16))
-        self.layer2 = nn.Sequential(Block(16, 32), Block(32, 32), Block(32, 32))
-        self.layer3 = nn.Sequential(Block(32, 64), Block(64, 64), Block(64, 64))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean(dim=(2, 3)))
 
 
 def small_network():
@@ -250,15 +219,13 @@ def on_digits(seed: int) -> dict[str, Any]:
 
 def on_resnet20(seed: int, weights: Path, data: str, sizes: tuple[int, int]) -> dict[str, Any]:
     torch.manual_seed(seed)
-    base = ResNet20().eval()
-    held = torch.load(weights, weights_only=True, map_location="cpu")["state_dict"]
-    base.load_state_dict({key.removeprefix("module."): value for key, value in held.items()})
+    base = NETWORKS.pretrained("resnet20", 20, weights).eval()
     splits = [cifar(data, name, size) for name, size in zip(("train", "test"), sizes, strict=True)]
     own = accuracy(base, splits[1])
-    base.linear = nn.Linear(64, 4)
+    base[-1] = nn.Linear(64, 4)
     train, test = turned(splits[0], seed), turned(splits[1], 1000)
     finetuned = fit(copy.deepcopy(base), train, 2, 0.02, seed)
-    found = compare(base, finetuned, train, test, seed, modules_to_save=["linear"])
+    found = compare(base, finetuned, train, test, seed, modules_to_save=[str(len(base) - 1)])
     return found | {"base_on_its_own_task": own}
 
 
@@ -280,7 +247,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, help="published ResNet-20 weights (.th)")
+    parser.add_argument("--weights", type=Path, help="folder of the published ResNet-20 weights")
     parser.add_argument("--data", help="CIFAR-10: a folder or hub id for datasets.load_dataset")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--train", type=int, default=1280, help="CIFAR-10 images to train on")
