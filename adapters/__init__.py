@@ -9,6 +9,7 @@ if __name__ == "adapters":  # a top-level `adapters` is another project (Adapter
 from pemn_surgery.adapters.api import pemnify, plan
 from pemn_surgery.adapters.atomic import wrap_saving
 from pemn_surgery.adapters.card import wrap_cards
+from pemn_surgery.adapters.compare import compare_adapters
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.finetuned_errors import ErrorReport, measure_errors
 from pemn_surgery.adapters.from_finetuned import from_finetuned
@@ -28,6 +29,7 @@ __all__ = [
     "ErrorReport",
     "PemnConfig",
     "PemnModel",
+    "compare_adapters",
     "from_finetuned",
     "measure_errors",
     "pemnify",

@@ -14,6 +14,7 @@ from pemn_surgery import errors
 if TYPE_CHECKING:
     from pemn_surgery.adapters import (
         PemnConfig,
+        compare_adapters,
         from_finetuned,
         measure_errors,
         pemnify,
@@ -33,6 +34,7 @@ _HOMES = {
     "PemnConfig": "pemn_surgery.adapters",
     "rename_adapter": "pemn_surgery.adapters",
     "to_trainable": "pemn_surgery.adapters",
+    "compare_adapters": "pemn_surgery.adapters",
     "from_finetuned": "pemn_surgery.adapters",
     "measure_errors": "pemn_surgery.adapters",
     "TaskGuess": "pemn_surgery.adapters.task_inference",
@@ -47,6 +49,7 @@ __all__ = [
     "PemnConfig",
     "TaskGuess",
     "__version__",
+    "compare_adapters",
     "errors",
     "for_trainer",
     "from_finetuned",

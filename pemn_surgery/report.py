@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import io
+import math
 import os
 import platform
 import time
@@ -118,6 +119,45 @@ def scatter(
     axes.set_title(title, loc="left")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def profile(
+    path: Path,
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    label: str,
+    title: str,
+) -> None:
+    """Save a plot of values from 0 to 1 by layer, the first at the top.
+
+    Args:
+        path: Where; the ending decides the format.
+        names: The layers.
+        series: Values by what they are of, one for each layer; None is left out.
+        label: What a value is.
+        title: What it shows.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    check_plotting()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 1.6 + 0.2 * len(names)))
+    axes: Any = figure.add_subplot()
+    rows = range(len(names))
+    for (name, values), marker in zip(series.items(), "o|sD^v", strict=False):
+        numbers = [math.nan if value is None else value for value in values]
+        axes.plot(numbers, rows, marker, label=name)
+    axes.set_yticks(rows, names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel(label)
+    axes.set_title(title, loc="left")
+    axes.grid(visible=True, axis="x", alpha=0.25)
+    axes.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

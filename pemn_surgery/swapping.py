@@ -33,6 +33,9 @@ SHARED_TENSORS = "_pemn_shared_tensors"  # the TaskTensors and the tensor's name
 _FSDP = "torch.distributed.fsdp"
 _BITSANDBYTES = "bitsandbytes."
 
+# What PEFT's own layers answer about their adapters, and people ask the layer for.
+_ASKED_OF_LAYERS = ("active_adapters", "adapter_layer_names", "other_param_names", "pemn_masks")
+
 
 def find_masked(module: nn.Module, parameter: str) -> MaskedWeight | None:
     """Return what makes this parameter's effective weight, or None where nothing does."""
@@ -152,6 +155,9 @@ def swapped_class(
     }
     for name in masks:
         namespace[name] = _property(name, _masked_getter(name))
+    for name in _ASKED_OF_LAYERS if masks else ():
+        if not hasattr(original, name):  # transformers' models have an active_adapters of their own
+            namespace[name] = property(_answer_getter(masks[0], name))
     for name in tensors:
         namespace[name] = _property(name, _tensor_getter(name))
     if "weight" in masks and _reads_packed(original):
@@ -251,6 +257,10 @@ def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         return child.read()
 
     return getter
+
+
+def _answer_getter(parameter: str, name: str) -> Callable[[nn.Module], Any]:
+    return lambda self: getattr(find_masked(self, parameter), name)
 
 
 def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:

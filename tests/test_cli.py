@@ -6,17 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
 from pemn_surgery import __version__, cli, pemnify, plan, quickstart
+from pemn_surgery.inputs import example_inputs
 from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers
 
-COMMANDS = ["quickstart", "plan", "inspect", "merge"]
+COMMANDS = ["quickstart", "plan", "inspect", "diff", "merge"]
 
 
 def run(capsys, *words, expect=0):
@@ -181,6 +184,25 @@ def test_merge_of_a_timm_adapter(folders, tmp_path, capsys):
     assert {key.rpartition(".")[2] for key in result.missing_keys} <= {"num_batches_tracked"}
     x = models.images(4, size=32)
     models.assert_equal(models.logits(plain, x), models.logits(resnet, x))
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.parametrize("which", ["resnet", "bert"])
+def test_merge_to_onnx_runs_batches_of_any_size(which, folders, tmp_path, capsys):
+    root, resnet, bert = folders
+    base = {"resnet": ["test_resnet", "--model-arg", "num_classes=4"], "bert": [root / "bert_base"]}
+    words = ["merge", root / which, *base[which], "--out", tmp_path, "--format", "onnx"]
+    run(capsys, *words)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    model = {"resnet": resnet, "bert": bert}[which].eval()
+    inputs = {key: value.repeat(3, *[1] * (value.dim() - 1)) for key, value in
+              example_inputs(model).items()}  # fmt: skip
+    feed = {item.name: inputs[item.name].numpy() for item in session.get_inputs()}
+    with torch.no_grad():
+        output = model(**inputs)
+    expected = getattr(output, "logits", output).numpy()
+    assert len(expected) == 6
+    np.testing.assert_allclose(session.run(None, feed)[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_merge_of_a_transformers_adapter(folders, tmp_path, capsys):

@@ -417,7 +417,7 @@ def test_table_shows_best_last_and_difference():
 
 
 def test_command_line_shows_written_results(tmp_path, capsys):
-    main = RECIPE.module("__main__").main
+    main = RECIPE.module("__main__").COMMAND.main
     assert main(["--results", str(tmp_path), "show"]) == 0
     assert "the verb run writes one" in " ".join(capsys.readouterr().out.split())
     assert main(["run", "--case", "resnet32", "--epochs", "0", "--work", str(tmp_path)]) == 1

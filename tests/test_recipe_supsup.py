@@ -121,9 +121,9 @@ def test_options_refuse_what_cannot_run(wrong, tmp_path):
 
 def test_command_line_writes_and_shows(tmp_path, capsys, monkeypatch):
     main = RECIPE.module("__main__")
-    assert main.main(["--results", str(tmp_path), "show"]) == 0
+    assert main.COMMAND.main(["--results", str(tmp_path), "show"]) == 0
     assert "the verb run writes one" in " ".join(capsys.readouterr().out.split())
-    assert main.main(["run", "--work", str(tmp_path), "--tasks", "0"]) == 1
+    assert main.COMMAND.main(["run", "--work", str(tmp_path), "--tasks", "0"]) == 1
     assert "tasks: 0; give 1 or more" in capsys.readouterr().out
     given = {"case": "outputs_10", "work": tmp_path, "tasks": 5, "seeds": [0, 2]}
     command = "python recipes/supsup_permuted_digits run --work WORK --case outputs_10 --tasks 5"

@@ -7,8 +7,6 @@
 """
 
 import argparse
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,19 @@ from rich.console import Console
 from rich.table import Table
 
 from pemn_surgery import report
-from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import load
+from pemn_surgery.recipe_cli import RecipeCommand
 
 FOLDER = Path(__file__).resolve().parent
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python recipes/{FOLDER.name}")
-    parser.add_argument("--results", type=Path, default=FOLDER / "results", help="where they are")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("show", help="tabulate the results")
-    go = verbs.add_parser("run", help="train a mask a task, then infer tasks")
+def _add_options(go: argparse.ArgumentParser) -> None:
     go.add_argument("--case", default="outputs_100", choices=sorted(load(FOLDER).cases))
     go.add_argument("--work", type=Path, required=True, help="takes the adapters")
     go.add_argument("--tasks", type=int, default=100)
     go.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     go.add_argument("--repeats", type=int, default=2, help="batches a task and batch size")
     go.add_argument("--threads", type=int, default=1, help="torch's threads")
-    return parser
 
 
 def _command(given: dict[str, Any]) -> str:
@@ -47,7 +39,7 @@ def _command(given: dict[str, Any]) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _run(given: dict[str, Any], results: Path, console: Console) -> None:
+def _run(given: dict[str, Any], _: Console) -> tuple[str, dict[str, Any]]:
     recipe, command = load(FOLDER), _command(given)
     torch.set_num_threads(given.pop("threads"))
     runner = recipe.module("run")
@@ -55,19 +47,7 @@ def _run(given: dict[str, Any], results: Path, console: Console) -> None:
     head = {"schema": 1, "recipe": recipe.name, "claim": recipe.claim, "paper": recipe.paper}
     head |= {"case": options.case, "tasks": options.tasks, "command": command}
     result = head | report.environment() | runner.run(recipe, options)
-    results.mkdir(parents=True, exist_ok=True)
-    file = results / f"{options.case}-t{options.tasks}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    console.print(_table(result))
-    console.print(f"written to {file}")
-
-
-def _show(results: Path, console: Console) -> None:
-    files = sorted(results.glob("*.json"))
-    if not files:
-        console.print(f"no result in {results}; the verb run writes one")
-    for file in files:
-        console.print(_table(json.loads(file.read_text(encoding="utf-8"))))
+    return f"{options.case}-t{options.tasks}", result
 
 
 def _table(result: dict[str, Any]) -> Table:
@@ -85,17 +65,7 @@ def _cell(spread: dict[str, float]) -> str:
     return f"{100 * spread['mean']:.2f} ({100 * spread['std']:.2f})"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 after a refusal, as shells expect."""
-    given, console = vars(_parser().parse_args(arguments)), Console()
-    verb, results = given.pop("verb"), given.pop("results")
-    try:
-        _show(results, console) if verb == "show" else _run(given, results, console)
-    except RecipeError as error:
-        console.print(f"[red]{error}")
-        return 1
-    return 0
-
+COMMAND = RecipeCommand(FOLDER, "train a mask a task, then infer tasks", _add_options, _run, _table)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(COMMAND.main())

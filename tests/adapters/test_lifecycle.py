@@ -615,3 +615,26 @@ def test_a_model_that_is_nothing_but_masks_comes_back(tmp_path):
     loaded = PeftModel.from_pretrained(build(), str(tmp_path))
     assert not list(loaded.parameters())
     models.assert_equal(loaded(x), expected)
+
+
+def test_a_masked_layer_answers_for_its_masks():
+    model = make("rp")
+    model.add_adapter("b", PemnConfig(**BANKS["rp"]))
+    layer, bare = model.base_model.model.conv1, model.base_model.model.bn1
+    child = layer.masked_weight
+    assert layer.adapter_layer_names == child.adapter_layer_names == ("pemn_masks",)
+    assert layer.pemn_masks is child.pemn_masks
+    assert layer.active_adapters == ["default"]
+    model.set_adapter("b")
+    assert layer.active_adapters == ["b"]
+    assert not hasattr(bare, "pemn_masks")
+    assert not hasattr(model.merge_and_unload().conv1, "active_adapters")
+
+
+def test_a_class_with_such_a_name_keeps_it():
+    class Own(nn.Linear):
+        active_adapters = "its own"
+
+    model = pemnify(nn.Sequential(Own(8, 8)), bank="rp", ratio=0.5)
+    assert model.base_model.model[0].active_adapters == "its own"
+    assert list(model.base_model.model[0].pemn_masks) == ["default"]

@@ -53,7 +53,6 @@ FLOAT_SCORES = "looks for float scores where the file and the loaded model hold 
 _NOT_IDENTITY = "a top-k mask drops weights from the start; the test wants a start without effect"
 _BANK_REPLACES = "a bank takes the place of the original weights, which the model no longer holds"
 _TRAINS_THE_REST = "with drawn numbers all that is not masked is trained too (rest='train')"
-_CHILD = "asks the layer for attributes that its child, the tuner layer, has"
 _OTHER_BASE = "loads the adapter onto other random weights than it was made for, which is refused"
 _ALL_ONES = "the first random mask of this convolution of two weights is all ones, without effect"
 _POOLER = "wants a gradient for every mask; its loss does not use the pooler, which is masked too"
@@ -80,8 +79,6 @@ TABLE: tuple[Expected, ...] = (
         for bank in ("mp", "rp", "one_layer")
     ),
     Expected(_CUSTOM, "test_save_load_roundtrip", _ALL_ONES, "conv1d-own-threshold"),
-    Expected(_CUSTOM, "test_set_adapter_non_overlapping_modules*", _CHILD, error=AttributeError),
-    Expected(_CUSTOM, "test_set_requires_grad", _CHILD, error=AttributeError),
     Expected(
         _CUSTOM, "test_loading_model_*requires_grad_set_correctly", _OTHER_BASE,
         error=FingerprintError,

@@ -1,0 +1,1 @@
+"""The commands behind ``pemn``, a file each: its arguments, what it does, what it prints."""

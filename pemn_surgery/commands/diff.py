@@ -1,0 +1,90 @@
+"""``pemn diff``."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pemn_surgery import report
+from pemn_surgery.commands.common import add_command, add_json, print_json, read_adapter
+
+if TYPE_CHECKING:
+    from pemn_surgery.adapters.compare import Comparison, Overlap
+
+_COLUMNS = ("weight", "weights", "first", "second", "Jaccard", "chance", "alike")
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "diff",
+        _run,
+        "Compare two tasks: which weights both keep, by layer.",
+        "pemn diff quickstart/masks/digit quickstart/masks/parity --plot overlap.png",
+    )
+    parser.add_argument("first", type=Path, help="folder that save_pretrained made")
+    parser.add_argument("second", type=Path, help="another, of the same architecture")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the overlap by layer")
+    add_json(parser)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    from pemn_surgery.adapters.compare import compare_adapters
+
+    for folder in (parsed.first, parsed.second):
+        read_adapter(folder)
+    found = compare_adapters(parsed.first, parsed.second)
+    if parsed.plot is not None:
+        _plot(parsed.plot, found)
+    if parsed.json:
+        print_json(_as_dict(found))
+    else:
+        Console().print(_table(found, f"{parsed.first} and {parsed.second}"))
+    return 0
+
+
+def _table(found: "Comparison", title: str) -> Table:
+    rows = [_cells(overlap) for overlap in (*found.overlaps, found.total)]
+    shown = report.table(escape(title), _COLUMNS, rows)
+    alone = f"{len(found.only_first)} masks in the first alone, {len(found.only_second)} in the "
+    bases = "the same base" if found.same_base else "DIFFERENT bases"
+    shown.caption = (
+        "first, second: densities; Jaccard: share of the weights kept by either that both keep; "
+        "chance: that of independent masks; alike: share of equal bits\n"
+        f"{alone}second; trained on {bases}"
+    )
+    return shown
+
+
+def _cells(overlap: "Overlap") -> tuple[str, ...]:
+    densities = (ones / max(overlap.weights, 1) for ones in (overlap.first, overlap.second))
+    shares = (*densities, overlap.jaccard, overlap.chance, overlap.agreement)
+    return (overlap.name, f"{overlap.weights:,}", *(f"{share:.4f}" for share in shares))
+
+
+def _as_dict(found: "Comparison") -> dict[str, Any]:
+    return {
+        "masks": [_row(overlap) for overlap in found.overlaps],
+        "total": _row(found.total),
+        "only_first": found.only_first,
+        "only_second": found.only_second,
+        "same_base": found.same_base,
+    }
+
+
+def _row(overlap: "Overlap") -> dict[str, Any]:
+    kinds = ("name", "weights", "first", "second", "both", "jaccard", "chance", "agreement")
+    return {kind: getattr(overlap, kind) for kind in kinds}
+
+
+def _plot(path: Path, found: "Comparison") -> None:
+    names = [overlap.name for overlap in found.overlaps]
+    series = {
+        "Jaccard index": [overlap.jaccard for overlap in found.overlaps],
+        "by chance": [overlap.chance for overlap in found.overlaps],
+    }
+    report.profile(path, names, series, "Jaccard index", "overlap by layer")

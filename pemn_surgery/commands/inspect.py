@@ -1,0 +1,72 @@
+"""``pemn inspect``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from pemn_surgery import report
+from pemn_surgery.commands.common import add_command, add_json, print_json, read_adapter
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "inspect",
+        _run,
+        "Show an adapter: its configuration, the density of every mask, its bytes.",
+        "pemn inspect quickstart/masks/digit --plot densities.png",
+    )
+    parser.add_argument("adapter", type=Path, help="folder that save_pretrained made")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the densities by layer")
+    add_json(parser)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    config, file = read_adapter(parsed.adapter)
+    masks = [
+        {
+            "name": name,
+            "weights": weights,
+            "density": _share(file.ones.get(name), weights),
+            "coding": file.stored[name].coding if name in file.stored else "scores",
+        }
+        for name, weights in file.masks.items()
+    ]
+    if parsed.plot is not None:
+        series = {str(parsed.adapter): [mask["density"] for mask in masks]}
+        report.profile(parsed.plot, [*file.masks], series, "share of ones", "densities by layer")
+    if parsed.json:
+        settings = config.to_dict()
+        print_json({"config": settings, "bytes": file.nbytes, "masks": masks}, default=sorted)
+        return 0
+    columns = ("weight", "weights", "density", "coding")
+    rows = [
+        (mask["name"], f"{mask['weights']:,}", _shown_share(mask["density"]), mask["coding"])
+        for mask in masks
+    ]
+    shown = report.table(escape(str(parsed.adapter)), columns, rows)
+    total = sum(file.masks.values())
+    shown.caption = (
+        f"bank {config.bank}, {config.bank_init}, seed {config.seed}; {len(masks)} masks of "
+        f"{total:,} weights, {len(file.others)} other tensors, {file.nbytes:,} bytes; "
+        f"fingerprint {_shown_fingerprint(config.fingerprint)}"
+    )
+    Console().print(shown)
+    return 0
+
+
+def _share(ones: int | None, weights: int) -> float | None:
+    """Return the density; None where the file holds float scores."""
+    return None if ones is None else ones / max(weights, 1)
+
+
+def _shown_share(share: float | None) -> str:
+    return "scores" if share is None else f"{share:.4f}"
+
+
+def _shown_fingerprint(fingerprint: dict[str, str] | None) -> str:
+    return next(iter(fingerprint.values())) if fingerprint else "unknown"
