@@ -382,5 +382,24 @@ def initial_scores(config: PemnConfig, target: str, shape: tuple[int, ...], fan_
     if not isinstance(config.score_init, str):
         return torch.full(shape, cast("float", config.score_init), dtype=torch.float32)
     count = int(torch.Size(shape).numel())
-    values: Any = rng.uniform(config.seed, f"scores/{target}", count, fan_in**-0.5)
+    values: Any = rng.uniform(config.seed, _scores_stream(target), count, fan_in**-0.5)
     return torch.from_numpy(values).view(shape)
+
+
+def scores_key(config: PemnConfig, target: str) -> bytes | None:
+    """Return the key of the numbers that a weight's initial scores are made of (`rng.key_of`).
+
+    Args:
+        config: Says how scores begin.
+        target: Name of the weight.
+
+    Returns:
+        16 bytes; None where the size of an initial score says nothing about the mask.
+    """
+    drawn = isinstance(config.score_init, str) and config.form == "product"
+    guesses = drawn and config.selection.uses_magnitude
+    return rng.key_of(config.seed, _scores_stream(target)) if guesses else None
+
+
+def _scores_stream(target: str) -> str:
+    return f"scores/{target}"

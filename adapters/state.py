@@ -11,7 +11,7 @@ from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, mask_key
-from pemn_surgery.adapters.layer import PemnLayer, initial_scores
+from pemn_surgery.adapters.layer import PemnLayer, initial_scores, scores_key
 from pemn_surgery.errors import ArchitectureError
 from pemn_surgery.selector import check_finite
 
@@ -48,7 +48,7 @@ def pack_for_file(
             saved[f"{place}.bits"] = bits.pack(mask.selector.mask(whole), base)
         else:
             saved[key] = whole
-    return _coded(saved, masks) if config.coding == "entropy" else saved
+    return _coded(saved, masks, config) if config.coding != "bits" else saved
 
 
 def prepare_for_model(
@@ -129,14 +129,15 @@ def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> T
     return torch.where(chosen, threshold + margin, threshold - margin)
 
 
-def _coded(saved: StateDict, masks: Mapping[str, AdapterMask]) -> StateDict:
+def _coded(saved: StateDict, masks: Mapping[str, AdapterMask], config: PemnConfig) -> StateDict:
     """Return the entries with masks coded; a place that was never loaded stays as it is."""
-    return {
-        key: bits.coded(value)
-        if key.removesuffix(".bits") in masks and bits.is_loaded(value)
-        else value
-        for key, value in saved.items()
-    }
+    coded = dict(saved)
+    for key, value in saved.items():
+        mask = masks.get(key.removesuffix(".bits"))
+        if mask is not None and bits.is_loaded(value):
+            guess = scores_key(config, mask.target) if config.coding == "seeded" else None
+            coded[key] = bits.coded(value, guess)
+    return coded
 
 
 def _kinds(mask: AdapterMask) -> tuple[str, str]:

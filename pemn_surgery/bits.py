@@ -7,8 +7,9 @@ offset bytes content
 ====== ===== =========================================================
 0      4     ``PEMN``
 4      1     version of this layout, 1
-5      1     coding, 0 = one bit a weight (1 = entropy, files only)
-6      2     zero (coding 1: which code)
+5      1     coding, 0 = one bit a weight (1 = entropy and 2 = seeded,
+             files only)
+6      2     zero (codings 1 and 2: which code)
 8      8     number of weights n
 16     4     CRC-32 of all the other bytes
 20     12    base: first four bytes of its fingerprint in float32,
@@ -29,10 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pemn_surgery import entropy
+from pemn_surgery import entropy, seeded
 from pemn_surgery.errors import MaskFormatError
+from pemn_surgery.rng import KEY_BYTES
 
-CodingName = Literal["bits", "entropy"]
+CodingName = Literal["bits", "entropy", "seeded"]
 
 HEADER_BYTES = 32
 VERSION = 1
@@ -42,9 +44,10 @@ _MAGIC = b"PEMN"
 _LAYOUT = struct.Struct("<4sBBBBQI12s")
 _CHECKSUM_OFFSET = 16
 _CODINGS = get_args(CodingName)
-_BITS, _ENTROPY = range(2)
+_BITS, _ENTROPY, _SEEDED = range(3)
 _INVERTED = 0x80
 _CODED_HEADER_BYTES = HEADER_BYTES + 4  # and the checksum of the mask as bits
+_TABLE_OFFSET = _CODED_HEADER_BYTES + KEY_BYTES
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class StoredMask:
         weights: Number of weights, that is of mask bits.
         checksum: CRC-32 of all bytes but its own four.
         base: 12 bytes that identify the base, see the module's table.
-        coding: "bits" or "entropy".
+        coding: "bits", "entropy" or "seeded".
     """
 
     weights: int
@@ -83,11 +86,13 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
     return _sealed((_BITS, 0, 0, mask.numel()), base, payload.tobytes())
 
 
-def coded(stored: Tensor) -> Tensor:
-    """Return a stored mask as it is kept in files with ``coding="entropy"``.
+def coded(stored: Tensor, scores_key: bytes | None = None) -> Tensor:
+    """Return a stored mask as it is kept in files with ``coding="entropy"`` or "seeded".
 
     Args:
         stored: What `pack` returned.
+        scores_key: For "seeded", the key of the stream that the initial scores were drawn from
+            (`rng.key_of`); None where there is none.
 
     Returns:
         Uint8 tensor on the CPU, within 1 % of the mask's entropy where it is large (see
@@ -95,16 +100,29 @@ def coded(stored: Tensor) -> Tensor:
     """
     header = verify(stored, "mask")
     payload = stored.detach().cpu().numpy()[HEADER_BYTES:]
+    choices = [_with_density(header, payload)]
+    if scores_key is not None:
+        choices.append(_with_scores(header, payload, scores_key))
+    return min((stored, *(choice for choice in choices if choice is not None)), key=torch.numel)
+
+
+def _with_density(header: StoredMask, payload: np.ndarray) -> Tensor | None:
+    """Return a mask coded by its density, None where that is one half."""
     ones = int.from_bytes(payload.tobytes(), "little").bit_count()
     inverted = 2 * ones < header.weights
     model = entropy.choose_model(max(ones, header.weights - ones) / max(header.weights, 1))
     if model is None:
-        return stored
+        return None
     code = entropy.encode(_flipped(payload, header.weights, inverted), header.weights, model)
-    if _CODED_HEADER_BYTES + len(code) >= stored.numel():
-        return stored
     which = (_ENTROPY, model.width | inverted * _INVERTED, model.odds, header.weights)
     return _sealed(which, header.base, struct.pack("<I", header.checksum) + code)
+
+
+def _with_scores(header: StoredMask, payload: np.ndarray, key: bytes) -> Tensor:
+    """Return a mask coded beside its initial scores."""
+    table, streams = seeded.encode(payload, header.weights, key)
+    which = (_SEEDED, len(table).bit_length() - 1, 0, header.weights)
+    return _sealed(which, header.base, struct.pack("<I", header.checksum) + key + table + streams)
 
 
 def decoded(stored: Tensor, name: str) -> Tensor:
@@ -119,24 +137,33 @@ def decoded(stored: Tensor, name: str) -> Tensor:
 
     Raises:
         MaskFormatError: If anything does not hold. Memory stays within some 2,500 bytes for each
-            one given (a mask of ones alone is so much shorter), whatever the header says.
+            one given (a mask of ones alone is so much shorter), 8,500 for a seeded mask, whatever
+            the header says.
     """
     header = inspect(stored, name)
     if header.coding == "bits":
         return stored
     content = _content(stored, name)
-    model, inverted = _model(content, name)
     try:
-        payload = entropy.decode(content[_CODED_HEADER_BYTES:], header.weights, model)
+        payload = _payload(content, header, name).tobytes()
     except entropy.CodeError as error:
         _refuse(name, str(error))
-    payload = _flipped(payload, header.weights, inverted).tobytes()
     found = _sealed((_BITS, 0, 0, header.weights), header.base, payload)
     (expected,) = struct.unpack_from("<I", content, HEADER_BYTES)
     (actual,) = struct.unpack_from("<I", found[:HEADER_BYTES].numpy().tobytes(), _CHECKSUM_OFFSET)
     if actual != expected:
         _refuse(name, f"decodes to checksum {actual:08x}, its payload says {expected:08x}")
     return found
+
+
+def _payload(content: bytes, header: StoredMask, name: str) -> np.ndarray:
+    """Return a coded mask's packed bits."""
+    if header.coding == "seeded":
+        key, table, streams = _seeded_parts(content, name)
+        return seeded.decode(table, streams, header.weights, key)
+    model, inverted = _model(content, name)
+    payload = entropy.decode(content[_CODED_HEADER_BYTES:], header.weights, model)
+    return _flipped(payload, header.weights, inverted)
 
 
 def unpack(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -228,8 +255,7 @@ def inspect(stored: Tensor, name: str) -> StoredMask:
     if version != VERSION:
         _refuse(name, f"has layout version {version}, this release reads {VERSION}", old=False)
     if coding >= len(_CODINGS):
-        known = " and ".join(str(number) for number in range(len(_CODINGS)))
-        _refuse(name, f"has coding {coding}, this release reads {known}", old=False)
+        _refuse(name, f"has coding {coding}, this release reads 0 to {_SEEDED}", old=False)
     _check_length(content, coding, weights, name)
     actual = _checksum(content)
     if actual != checksum:
@@ -246,8 +272,10 @@ def _check_length(content: bytes, coding: int, weights: int, name: str) -> None:
         if len(content) != needed:
             _refuse(name, f"has {len(content)} bytes, a mask of {weights} weights needs {needed}")
         return
-    model, _ = _model(content, name)
-    most = model.most_weights(len(content) - _CODED_HEADER_BYTES)
+    if coding == _SEEDED:
+        most = seeded.most_weights(len(_seeded_parts(content, name)[-1]))
+    else:
+        most = _model(content, name)[0].most_weights(len(content) - _CODED_HEADER_BYTES)
     if weights > most:
         _refuse(name, f"has {len(content)} bytes, too few for {weights} weights (at most {most})")
 
@@ -261,6 +289,18 @@ def _model(content: bytes, name: str) -> tuple[entropy.Model, bool]:
     if width & ~_INVERTED not in entropy.WIDTHS:
         _refuse(name, f"has code {width}, this release reads {entropy.WIDTHS}", old=False)
     return entropy.Model(width & ~_INVERTED, odds), bool(width & _INVERTED)
+
+
+def _seeded_parts(content: bytes, name: str) -> tuple[bytes, bytes, bytes]:
+    """Return key, table and streams of a seeded mask."""
+    log2, zero = content[6], content[7]
+    if zero or log2 > seeded.MOST_BUCKETS_LOG2:
+        _refuse(name, f"has code {log2}, {zero}, this release reads 0 to 8, 0", old=False)
+    begin = _TABLE_OFFSET + (1 << log2)
+    if len(content) < begin:
+        _refuse(name, f"has {len(content)} bytes, its key and table need {begin}")
+    table = content[_TABLE_OFFSET:begin]
+    return content[_CODED_HEADER_BYTES:_TABLE_OFFSET], table, content[begin:]
 
 
 def _flipped(payload: np.ndarray, weights: int, inverted: bool) -> np.ndarray:

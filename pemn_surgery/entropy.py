@@ -84,7 +84,9 @@ def choose_model(density: float) -> Model | None:
         return None
     width = next(width for limit, width in _WIDTH_UP_TO if density <= limit)
     zeros = max(1 - density, 1e-9)
-    return Model(width, min(range(256), key=lambda odds: abs(_odds(odds) / (density / zeros) - 1)))
+    return Model(
+        width, min(range(256), key=lambda odds: abs(odds_of(odds) / (density / zeros) - 1))
+    )
 
 
 def encode(packed: Array, weights: int, model: Model) -> bytes:
@@ -115,27 +117,52 @@ def decode(coded: bytes, weights: int, model: Model) -> Array:
     Raises:
         CodeError: If the bytes are no code of so many weights.
     """
+    packed, used = decode_first(coded, weights, model)
+    if used < len(coded):
+        raise CodeError(_wrong_end(weights))
+    return packed
+
+
+def decode_first(coded: bytes | memoryview, weights: int, model: Model) -> tuple[Array, int]:
+    """Return the mask that `encode` was given, from bytes that may go on behind its code.
+
+    Args:
+        coded: What `encode` returned, and anything.
+        weights: Number of weights.
+        model: The code.
+
+    Returns:
+        uint8 array of shape (ceil(weights / 8),), and how many bytes its code has.
+
+    Raises:
+        CodeError: If the bytes do not begin with a code of so many weights.
+    """
     inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
     count = -(-weights // model.width)
     # Room for what the last row of 8 lacks, and for the unit that may stand after the last.
     units = np.full(-(-count // 8) * 8 + 8, model.full, np.uint8)
-    place = 0
+    place, read = 0, 0
     put = _put if model.longest == 1 else _expand
     try:
         inflater.decompress(_code(model).head)
-        for start in range(0, len(coded), _CODED_AT_ONCE):
-            symbols = inflater.decompress(coded[start : start + _CODED_AT_ONCE])
+        while read < len(coded) and not inflater.eof:
+            symbols = inflater.decompress(coded[read : read + _CODED_AT_ONCE])
             place = put(symbols, units[: count + 1], place, model)
+            read += _CODED_AT_ONCE
     except zlib.error as error:
         message = f"has a payload that is no code ({error})"
         raise CodeError(message) from error
-    if place < count or not inflater.eof or inflater.unused_data:
-        message = f"has a payload that does not end with its {weights} weights"
-        raise CodeError(message)
-    return _packed(units, weights, model)
+    if place < count or not inflater.eof:
+        raise CodeError(_wrong_end(weights))
+    return _packed(units, weights, model), min(read, len(coded)) - len(inflater.unused_data)
 
 
-def _odds(odds: int) -> float:
+def _wrong_end(weights: int) -> str:
+    return f"has a payload that does not end with its {weights} weights"
+
+
+def odds_of(odds: int) -> float:
+    """Return the ones to a zero that a model's byte stands for."""
     return (16 + odds % 16) * 2 ** (odds // 16) / 16
 
 

@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,57 +15,58 @@ def read(path):
     size = 8 + int.from_bytes(content[:8], "little")
     for key, entry in json.loads(content[8:size]).items():
         if key != "__metadata__":
-            start, end = entry["data_offsets"]
-            data = content[size + start : size + end]
+            data = content[size:][slice(*entry["data_offsets"])]
             values = np.frombuffer(data, DTYPES[entry["dtype"]]).reshape(entry["shape"])
             found[key] = mask(data) if key.endswith(".pemn_masks.bits") else values
     return found
 
 
 def mask(stored):
-    """One stored mask, of either coding."""
+    """One stored mask, of any coding."""
     n, crc = int.from_bytes(stored[8:16], "little"), int.from_bytes(stored[16:20], "little")
     if stored[:5] != b"PEMN\1" or zlib.crc32(stored[:16] + stored[20:]) != crc:
         raise ValueError(stored[:20])
     if stored[5] == 0:
         return np.unpackbits(np.frombuffer(stored[32:], "u1"), count=n, bitorder="little") == 1
-    width, inverted, odds = stored[6] & 127, stored[6] >> 7, stored[7]
-    units = expand(inflate(stored[36:], width, odds), width)
-    bits = np.unpackbits(units[:, None], axis=1, count=width, bitorder="little").reshape(-1)[:n]
-    packed = np.packbits(bits ^ inverted, bitorder="little").tobytes()
+    if stored[5] == 1:
+        bits = stream(stored[36:], n, stored[6] & 127, stored[7])[0] ^ stored[6] >> 7
+    else:
+        bits = seeded(stored[36:52], np.frombuffer(stored[52:], "u1", 2 ** stored[6]), stored, n)
+    packed = np.packbits(bits, bitorder="little").tobytes()
     as_bits = b"PEMN\1\0\0\0" + stored[8:16] + stored[20:32] + packed
     if zlib.crc32(as_bits) != int.from_bytes(stored[32:36], "little"):
         raise ValueError(stored[:36])
-    return (bits ^ inverted) == 1
+    return bits == 1
 
 
-def expand(symbols, width):
-    """The units that symbols stand for."""
-    full, longest = 2**width - 1, 255 // (2**width - 1)
+def seeded(key, table, stored, n):
+    """The bits of a mask coded beside its initial scores."""
+    words = np.random.Philox(key=np.frombuffer(key, "<u8")).random_raw(n // 2 + 1).astype("<u8")
+    sizes = abs(2 * words.view("<u4")[:n].astype("i8") + 1 - 2**32) >> 1
+    chosen, rest = table[sizes * len(table) >> 31], stored[52 + len(table) :]
+    bits = np.zeros(n, "u1")
+    for level in np.unique(chosen % 64).tolist():
+        there, width = chosen % 64 == level, 8 if level < 7 else 6 if level < 15 else 1
+        bits[there], rest = stream(rest, there.sum(), width, 4 * level + 2)
+    return bits ^ chosen >> 7
+
+
+def stream(payload, n, width, odds):
+    """The first n bits, and the bytes after them; zlib reads behind a head with the code."""
+    full, longest, a = 2**width - 1, 255 // (2**width - 1), (16 + odds % 16) << odds // 16
     runs = [s // full * [full] + [s % full] for s in range(longest * full)] + [longest * [full]]
-    return np.array([unit for symbol in symbols for unit in runs[symbol]], "u1")
-
-
-def inflate(payload, width, odds):
-    """The symbols of a payload: zlib reads it behind a head that announces the code."""
-    *lengths, end = code_lengths(weights(width, odds))
+    sizes = [(len(run) * width, sum(bin(unit).count("1") for unit in run)) for run in runs]
+    shares = [2**32 * a**ones * 16 ** (size - ones) // (a + 16) ** size for size, ones in sizes]
+    *lengths, end = code_lengths([*(max(share, 1) for share in shares), 1])
     lengths = [*lengths, *[0] * (256 - len(lengths)), end, 1, 1]
     fields = [(2, 10), (5, 3), (0, 5), (1, 5), (15, 4), (0, 9)] + [(4, 3)] * 16
     fields += [(int(f"{length:04b}"[::-1], 2), 4) for length in lengths]
-    bits = "".join(f"{value:0{size}b}" for value, size in reversed(fields))
-    return zlib.decompress(int(bits, 2).to_bytes(140, "little") + payload, wbits=-15)
-
-
-def weights(width, odds):
-    """How often each symbol is expected, and 1 for the end."""
-    ones, full, found = (16 + odds % 16) << odds // 16, 2**width - 1, []
-    both, most = ones + 16, 255 // full * width
-    for run, unit in (divmod(symbol, full) for symbol in range(255 // full * full + 1)):
-        length = min((run + 1) * width, most)
-        zeros = 0 if run == 255 // full else width - bin(unit).count("1")
-        share = ones ** (length - zeros) * 16**zeros * both ** (most - length)
-        found.append(max(share * 2**32 // both**most, 1))
-    return [*found, 1]
+    head = int("".join(f"{value:0{size}b}" for value, size in reversed(fields)), 2)
+    inflater = zlib.decompressobj(-15)
+    symbols = inflater.decompress(head.to_bytes(140, "little") + payload)
+    units = np.array([unit for symbol in symbols for unit in runs[symbol]], "u1")[:, None]
+    found = np.unpackbits(units, axis=1, count=width, bitorder="little").reshape(-1)[:n]
+    return found, inflater.unused_data
 
 
 def code_lengths(weights):
@@ -75,5 +75,5 @@ def code_lengths(weights):
     for _ in range(14):
         packed = [(a[0] + b[0], a[1] + b[1]) for a, b in zip(row[::2], row[1::2], strict=False)]
         row = sorted(coins + packed, key=lambda coin: coin[0])
-    count = Counter(symbol for _, symbols in row[: 2 * len(coins) - 2] for symbol in symbols)
-    return [count[symbol] for symbol in range(len(coins))]
+    chosen = [symbol for _, symbols in row[: 2 * len(coins) - 2] for symbol in symbols]
+    return np.bincount(chosen).tolist()
