@@ -23,6 +23,7 @@ Numbers are little-endian. The last byte is filled up with zero bits.
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn, cast, get_args
 
@@ -47,7 +48,7 @@ _CODINGS = get_args(CodingName)
 _BITS, _ENTROPY, _SEEDED = range(3)
 _INVERTED = 0x80
 _CODED_HEADER_BYTES = HEADER_BYTES + 4  # and the checksum of the mask as bits
-_TABLE_OFFSET = _CODED_HEADER_BYTES + KEY_BYTES
+_GUIDE = struct.Struct(f"<{KEY_BYTES}sQ")
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,14 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
     return _sealed((_BITS, 0, 0, mask.numel()), base, payload.tobytes())
 
 
-def coded(stored: Tensor, scores_key: bytes | None = None) -> Tensor:
+def coded(stored: Tensor, guides: Sequence[seeded.Guide] = (), places: int = 1) -> Tensor:
     """Return a stored mask as it is kept in files with ``coding="entropy"`` or "seeded".
 
     Args:
         stored: What `pack` returned.
-        scores_key: For "seeded", the key of the stream that the initial scores were drawn from
-            (`rng.key_of`); None where there is none.
+        guides: For "seeded", the numbers that the initial scores were made of, and if it is known
+            those that the frozen weights are.
+        places: For "seeded", the number of places in a convolution's kernel.
 
     Returns:
         Uint8 tensor on the CPU, within 1 % of the mask's entropy where it is large (see
@@ -101,8 +103,8 @@ def coded(stored: Tensor, scores_key: bytes | None = None) -> Tensor:
     header = verify(stored, "mask")
     payload = stored.detach().cpu().numpy()[HEADER_BYTES:]
     choices = [_with_density(header, payload)]
-    if scores_key is not None:
-        choices.append(_with_scores(header, payload, scores_key))
+    if guides:
+        choices.append(_with_guides(header, payload, guides, places))
     return min((stored, *(choice for choice in choices if choice is not None)), key=torch.numel)
 
 
@@ -118,11 +120,15 @@ def _with_density(header: StoredMask, payload: np.ndarray) -> Tensor | None:
     return _sealed(which, header.base, struct.pack("<I", header.checksum) + code)
 
 
-def _with_scores(header: StoredMask, payload: np.ndarray, key: bytes) -> Tensor:
-    """Return a mask coded beside its initial scores."""
-    table, streams = seeded.encode(payload, header.weights, key)
-    which = (_SEEDED, len(table).bit_length() - 1, 0, header.weights)
-    return _sealed(which, header.base, struct.pack("<I", header.checksum) + key + table + streams)
+def _with_guides(
+    header: StoredMask, payload: np.ndarray, guides: Sequence[seeded.Guide], places: int
+) -> Tensor:
+    """Return a mask coded beside seeded numbers."""
+    table, streams = seeded.encode(payload, header.weights, guides, places)
+    log2s = sum(guide.log2 << 4 * place for place, guide in enumerate(table.guides))
+    kept = [_GUIDE.pack(guide.key, guide.period) for guide in table.guides if guide.log2]
+    code = b"".join([struct.pack("<I", header.checksum), *kept, table.levels, streams])
+    return _sealed((_SEEDED, log2s, table.places, header.weights), header.base, code)
 
 
 def decoded(stored: Tensor, name: str) -> Tensor:
@@ -159,8 +165,7 @@ def decoded(stored: Tensor, name: str) -> Tensor:
 def _payload(content: bytes, header: StoredMask, name: str) -> np.ndarray:
     """Return a coded mask's packed bits."""
     if header.coding == "seeded":
-        key, table, streams = _seeded_parts(content, name)
-        return seeded.decode(table, streams, header.weights, key)
+        return seeded.decode(*_seeded_parts(content, name), header.weights)
     model, inverted = _model(content, name)
     payload = entropy.decode(content[_CODED_HEADER_BYTES:], header.weights, model)
     return _flipped(payload, header.weights, inverted)
@@ -291,16 +296,24 @@ def _model(content: bytes, name: str) -> tuple[entropy.Model, bool]:
     return entropy.Model(width & ~_INVERTED, odds), bool(width & _INVERTED)
 
 
-def _seeded_parts(content: bytes, name: str) -> tuple[bytes, bytes, bytes]:
-    """Return key, table and streams of a seeded mask."""
-    log2, zero = content[6], content[7]
-    if zero or log2 > seeded.MOST_BUCKETS_LOG2:
-        _refuse(name, f"has code {log2}, {zero}, this release reads 0 to 8, 0", old=False)
-    begin = _TABLE_OFFSET + (1 << log2)
-    if len(content) < begin:
-        _refuse(name, f"has {len(content)} bytes, its key and table need {begin}")
-    table = content[_TABLE_OFFSET:begin]
-    return content[_CODED_HEADER_BYTES:_TABLE_OFFSET], table, content[begin:]
+def _seeded_parts(content: bytes, name: str) -> tuple[seeded.Table, bytes]:
+    """Return table and streams of a seeded mask."""
+    log2s, places = (content[6] & 15, content[6] >> 4), content[7]
+    if max(log2s) > seeded.MOST_LOG2 or not places:
+        needed = "0 to 8 bits of both and 1 to 255 places"
+        problem = f"has {log2s[0]} and {log2s[1]} bits of its guides and {places} places"
+        _refuse(name, f"{problem}, this release reads {needed}", old=False)
+    used = [log2 for log2 in log2s if log2]
+    begin = _CODED_HEADER_BYTES + len(used) * _GUIDE.size
+    end = begin + (places << sum(used))
+    if len(content) < end:
+        _refuse(name, f"has {len(content)} bytes, its header and table need {end}")
+    read = _GUIDE.iter_unpack(content[_CODED_HEADER_BYTES:begin])
+    pairs = zip(read, used, strict=True)
+    guides = tuple(seeded.Guide(key, period, log2) for (key, period), log2 in pairs)
+    if not all(guide.period for guide in guides):
+        _refuse(name, "has a guide without numbers", old=False)
+    return seeded.Table(places, guides, content[begin:end]), content[end:]
 
 
 def _flipped(payload: np.ndarray, weights: int, inverted: bool) -> np.ndarray:

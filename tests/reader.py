@@ -6,17 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U8": "u1"}
-
 
 def read(path):
     """Every tensor by key; masks as flat arrays of bool, bfloat16 as its words of 16 bits."""
+    types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U8": "u1"}
     content, found = Path(path).read_bytes(), {}
     size = 8 + int.from_bytes(content[:8], "little")
     for key, entry in json.loads(content[8:size]).items():
         if key != "__metadata__":
             data = content[size:][slice(*entry["data_offsets"])]
-            values = np.frombuffer(data, DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            values = np.frombuffer(data, types[entry["dtype"]]).reshape(entry["shape"])
             found[key] = mask(data) if key.endswith(".pemn_masks.bits") else values
     return found
 
@@ -31,7 +30,7 @@ def mask(stored):
     if stored[5] == 1:
         bits = stream(stored[36:], n, stored[6] & 127, stored[7])[0] ^ stored[6] >> 7
     else:
-        bits = seeded(stored[36:52], np.frombuffer(stored[52:], "u1", 2 ** stored[6]), stored, n)
+        bits = seeded(stored, n, (stored[6] & 15, stored[6] >> 4), stored[7])
     packed = np.packbits(bits, bitorder="little").tobytes()
     as_bits = b"PEMN\1\0\0\0" + stored[8:16] + stored[20:32] + packed
     if zlib.crc32(as_bits) != int.from_bytes(stored[32:36], "little"):
@@ -39,11 +38,16 @@ def mask(stored):
     return bits == 1
 
 
-def seeded(key, table, stored, n):
-    """The bits of a mask coded beside its initial scores."""
-    words = np.random.Philox(key=np.frombuffer(key, "<u8")).random_raw(n // 2 + 1).astype("<u8")
-    sizes = abs(2 * words.view("<u4")[:n].astype("i8") + 1 - 2**32) >> 1
-    chosen, rest = table[sizes * len(table) >> 31], stored[52 + len(table) :]
+def seeded(stored, n, log2s, places):
+    """The bits of a mask coded beside seeded numbers."""
+    bucket, at = np.arange(n) % places, 36
+    for log2 in filter(None, log2s):
+        *key, period = np.frombuffer(stored, "<u8", 3, at)
+        words = np.random.Philox(key=np.array(key)).random_raw(int(period) // 2 + 1).astype("<u8")
+        sizes = abs(2 * words.view("<u4").astype("i8") + 1 - 2**32) >> 1
+        bucket, at = (bucket << log2) | sizes[np.arange(n) % int(period)] >> 31 - log2, at + 24
+    end = at + (places << sum(log2s))
+    chosen, rest = np.frombuffer(stored[at:end], "u1")[bucket], stored[end:]
     bits = np.zeros(n, "u1")
     for level in np.unique(chosen % 64).tolist():
         there, width = chosen % 64 == level, 8 if level < 7 else 6 if level < 15 else 1
@@ -52,12 +56,18 @@ def seeded(key, table, stored, n):
 
 
 def stream(payload, n, width, odds):
-    """The first n bits, and the bytes after them; zlib reads behind a head with the code."""
+    """The first n bits of a code (package-merge, read by zlib behind a head), and what follows."""
     full, longest, a = 2**width - 1, 255 // (2**width - 1), (16 + odds % 16) << odds // 16
     runs = [s // full * [full] + [s % full] for s in range(longest * full)] + [longest * [full]]
     sizes = [(len(run) * width, sum(bin(unit).count("1") for unit in run)) for run in runs]
     shares = [2**32 * a**ones * 16 ** (size - ones) // (a + 16) ** size for size, ones in sizes]
-    *lengths, end = code_lengths([*(max(share, 1) for share in shares), 1])
+    coins = [(max(share, 1), [symbol]) for symbol, share in enumerate([*shares, 1])]
+    coins = row = sorted(coins, key=lambda coin: coin[0])
+    for _ in range(14):
+        packed = [(a[0] + b[0], a[1] + b[1]) for a, b in zip(row[::2], row[1::2], strict=False)]
+        row = sorted(coins + packed, key=lambda coin: coin[0])
+    chosen = [symbol for _, symbols in row[: 2 * len(coins) - 2] for symbol in symbols]
+    *lengths, end = np.bincount(chosen).tolist()
     lengths = [*lengths, *[0] * (256 - len(lengths)), end, 1, 1]
     fields = [(2, 10), (5, 3), (0, 5), (1, 5), (15, 4), (0, 9)] + [(4, 3)] * 16
     fields += [(int(f"{length:04b}"[::-1], 2), 4) for length in lengths]
@@ -67,13 +77,3 @@ def stream(payload, n, width, odds):
     units = np.array([unit for symbol in symbols for unit in runs[symbol]], "u1")[:, None]
     found = np.unpackbits(units, axis=1, count=width, bitorder="little").reshape(-1)[:n]
     return found, inflater.unused_data
-
-
-def code_lengths(weights):
-    """Package-merge: the best code of at most 15 bits."""
-    coins = row = sorted(((w, [s]) for s, w in enumerate(weights)), key=lambda coin: coin[0])
-    for _ in range(14):
-        packed = [(a[0] + b[0], a[1] + b[1]) for a, b in zip(row[::2], row[1::2], strict=False)]
-        row = sorted(coins + packed, key=lambda coin: coin[0])
-    chosen = [symbol for _, symbols in row[: 2 * len(coins) - 2] for symbol in symbols]
-    return np.bincount(chosen).tolist()
