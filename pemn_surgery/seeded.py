@@ -35,7 +35,7 @@ _AT_ONCE = 1 << 16  # arrays between steps stay in the processor's cache
 _MOST_PLACES = 255
 # What is tried when a mask is coded.
 _STREAM_BITS = 19  # the end of a stream, and what fills up its last byte
-_COARSER = (1, 4, 16)  # a small mask gets fewer levels, as each costs a stream
+_COARSER = (1, 2, 4, 16)  # a small mask gets fewer levels, as each costs a stream
 _MOST_BUCKETS = 1 << 14
 _FEWEST_WEIGHTS = 64  # in a bucket, which has a byte in the table
 
@@ -272,9 +272,8 @@ def _choose_table(
     flags: Array, guides: Sequence[Guide], sizes: Sequence[Array], places: int
 ) -> Table:
     """Return the table with which table and streams are shortest together."""
-    costs = _bits_of_bytes()
     choices = [
-        (*_cheapest(counts.reshape(-1, 2) @ costs, step), of_places, log2s)
+        (*_cheapest(counts.reshape(-1, 2), step), of_places, log2s)
         for of_places in sorted({1, places if places <= _MOST_PLACES else 1})
         for log2s, counts in _counts(flags, guides, sizes, of_places)
         for step in _COARSER
@@ -302,20 +301,19 @@ def _counts(
             yield log2s, counts.reshape(shape).sum(axis=tuple(range(2, len(shape) - 1, 2)))
 
 
-def _bits_of_bytes() -> Array:
-    """Return what a zero and a one take by the byte in the table, float64 of shape (2, 128).
+def _cheapest(counts: Array, step: int) -> tuple[float, bytes]:
+    """Return the best table of every ``step``-th level, after the bits that all takes with it.
 
-    The first 64 are the levels, the others the levels inverted.
+    Args:
+        counts: Zeros and ones in each bucket, shape (buckets, 2).
+        step: Between the levels.
     """
-    odds = np.array([entropy.odds_of(model_of(level).odds) for level in range(_LEVELS)])
-    zero, one = np.log2(1 + odds), np.log2(1 + 1 / odds)
-    return np.stack([np.append(zero, one), np.append(one, zero)])
-
-
-def _cheapest(costs: Array, step: int) -> tuple[float, bytes]:
-    """Return the bits that all takes with the best of every ``step``-th level, and the table."""
-    kept = costs[:, ::step]
-    best = kept.argmin(axis=1) * step
-    levels = best % _LEVELS
-    total = kept.min(axis=1).sum() + 8 * len(best) + _STREAM_BITS * len(np.unique(levels))
-    return float(total), (levels + _INVERTED * (best // _LEVELS)).astype(np.uint8).tobytes()
+    levels = np.arange(0, _LEVELS, step)
+    odds = np.array([entropy.odds_of(model_of(level).odds) for level in levels.tolist()])
+    few, many = counts.min(axis=1), counts.max(axis=1)
+    between = np.sqrt(odds[1:] * odds[:-1])
+    best = np.searchsorted(between, many / np.maximum(few, 1e-9))
+    bits = many @ np.log2(1 + 1 / odds)[best] + few @ np.log2(1 + odds)[best]
+    bits += 8 * len(best) + _STREAM_BITS * len(np.unique(best))
+    table = levels[best] + _INVERTED * (counts[:, 0] > counts[:, 1])
+    return float(bits), table.astype(np.uint8).tobytes()

@@ -213,7 +213,8 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return 100 * right / len(labels)
 
 
-def _layers(model: PeftModel) -> Iterator[PemnLayer]:
+def layers(model: PeftModel) -> Iterator[PemnLayer]:
+    """Yield the masked layers of a model."""
     return (module for module in model.modules() if isinstance(module, PemnLayer))
 
 
@@ -222,10 +223,10 @@ def packed_masks(model: PeftModel) -> dict[str, np.ndarray]:
     """Return every mask by its weight's name, eight weights a byte, the first lowest."""
     return {
         layer.target: np.packbits(layer.mask_of("default").mask().numpy(), bitorder="little")
-        for layer in _layers(model)
+        for layer in layers(model)
     }
 
 
 def shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
     """Return the shape of every masked weight."""
-    return {layer.target: tuple(layer.shape) for layer in _layers(model)}
+    return {layer.target: tuple(layer.shape) for layer in layers(model)}
