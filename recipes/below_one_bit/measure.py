@@ -15,7 +15,7 @@ from pemn_surgery import bits, seeded
 from pemn_surgery.adapters.layer import PemnLayer
 
 Array = Any  # of numpy; its element type is in the docstrings
-SETTINGS = ("case", "task", "optimizer", "lr", "pull", "epochs")
+SETTINGS = ("case", "task", "optimizer", "lr", "epochs")
 RANKS, LARGE = 64, 8  # sizes of initial scores and of frozen numbers among the contexts
 
 
@@ -50,8 +50,13 @@ def _read(file: Path) -> Kept:
 
 
 def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]:
-    """Return a run's accuracy in percent, and bits a weight: stored bytes, headers included."""
-    sums = dict.fromkeys(("entropy", "seeded", "bound", "ideal", "changed"), 0.0)
+    """Return a run's accuracy in percent, and bits a weight.
+
+    "entropy", "score" (seeded, by the initial score alone) and "seeded" are stored bytes, headers
+    included; "bound" is that of independent bits, "ideal" a static code by the initial score.
+    "changed" is the share of bits that differ from the initial mask.
+    """
+    sums = dict.fromkeys(("entropy", "score", "seeded", "bound", "ideal", "changed"), 0.0)
     for name, mask in kept.masks.items():
         layer, stored = layers[name], bits.pack(torch.from_numpy(mask))
         guides, places = layer.guides(config), math.prod(layer.shape[2:])
@@ -61,6 +66,7 @@ def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]
             message = f"{name} is not decoded as it was"
             raise SystemExit(message)
         sums["seeded"] += 8 * coded.numel()
+        sums["score"] += 8 * bits.coded(stored, guides[:1]).numel()
         sums["bound"] += ideal(mask, np.zeros(mask.size, int), 1)[0]
         ranks = seeded._sizes(guides[0], mask.size)
         sums["ideal"] += ideal(mask, ranks // (256 // RANKS), RANKS)[0]
@@ -142,6 +148,8 @@ def _contexts(
     if other is not None:
         yield "other task's mask", other.astype(int), 2, 0.0
         yield "score, other task's mask", rank * 2 + other, RANKS * 2, 0.0
+        both = (rank * places + place) * 2 + other
+        yield "score, place in the kernel, other task's mask", both, RANKS * places * 2, 0.0
 
 
 def _eighths(flags: Array, group: Array, count: int) -> Array:

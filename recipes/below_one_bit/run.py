@@ -32,13 +32,11 @@ class Run:
 
     Attributes:
         case: "digits" or "cifar10".
-        optimizer: Of the scores: "adamw" or "sgd" (momentum .9).
+        optimizer: Of the scores: "adamw", "adam_by_layer" or "sgd" (momentum .9).
         lr: The scores' largest learning rate (one cycle).
         seed: Of bank, scores, and order of the images.
         epochs: Passes over the training images.
         task: For digits, "digit" or "parity".
-        pull: Share of the way back to its initial value that a score goes at each step, times its
-            learning rate.
     """
 
     case: str
@@ -47,12 +45,11 @@ class Run:
     seed: int
     epochs: int
     task: str = "digit"
-    pull: float = 0.0
 
     @property
     def label(self) -> str:
         """Name of the run's file."""
-        parts = (self.case, self.task, self.optimizer, f"{self.lr:g}", f"p{self.pull:g}")
+        parts = (self.case, self.task, self.optimizer, f"{self.lr:g}")
         return "-".join((*parts, f"e{self.epochs}", f"s{self.seed}"))
 
 
@@ -143,12 +140,11 @@ class _Fitting:
     def __init__(self, rule: dict[str, Any], model: PeftModel, data: Data, run: Run) -> None:
         self.model, self.data, self.run, self.rule = model, data, run, rule
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self.scores = [p for name, p in named if ".pemn_masks." in name]
+        scores = [p for name, p in named if ".pemn_masks." in name]
         rest = [p for name, p in named if ".pemn_masks." not in name]
-        self.start = [p.detach().clone() for p in self.scores]
         steps = run.epochs * (len(data.train[1]) // rule["batch"])
         self.optimizers = [
-            _optimizer(run.optimizer, self.scores, run.lr, 0.0),
+            _optimizer(run.optimizer, scores, run.lr, 0.0),
             _optimizer(rule["optimizer"], rest, rule["lr"], rule["weight_decay"]),
         ]
         self.schedules = [
@@ -168,7 +164,6 @@ class _Fitting:
             loss.backward()
             for optimizer in self.optimizers:
                 optimizer.step()
-            self._pull()
             for schedule in self.schedules:
                 schedule.step()
             total, steps = total + loss.item(), steps + 1
@@ -182,20 +177,41 @@ class _Fitting:
         images, labels = self.data.augment(images[order]), labels[order]
         yield from zip(images.split(size), labels.split(size), strict=True)
 
-    @torch.no_grad()
-    def _pull(self) -> None:
-        if self.run.pull:
-            share = self.run.pull * self.optimizers[0].param_groups[0]["lr"]
-            for score, start in zip(self.scores, self.start, strict=True):
-                score.lerp_(start, share)
-
 
 def _optimizer(
     name: str, parameters: list[nn.Parameter], lr: float, decay: float
 ) -> torch.optim.Optimizer:
+    if name == "adam_by_layer":
+        return AdamByLayer(parameters, {"lr": lr})
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr, weight_decay=decay)
     return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=decay)
+
+
+class AdamByLayer(torch.optim.Optimizer):
+    """Adam with one second moment a tensor: layers keep pace, and within one the gradient decides.
+
+    Adam moves every score by about its learning rate, also where gradients are noise around
+    nothing, and so flips bits that do not matter.
+    """
+
+    BETAS = (0.9, 0.999)
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Move every tensor by about ``lr``, root mean square."""
+        first, second = self.BETAS
+        for group in self.param_groups:
+            for tensor in (one for one in group["params"] if one.grad is not None):
+                state = self.state[tensor]
+                mean = state.setdefault("mean", torch.zeros_like(tensor))
+                mean.lerp_(tensor.grad, 1 - first)
+                square = state.get("square", 0.0) * second
+                state["square"] = square + (1 - second) * float(tensor.grad.square().mean())
+                state["steps"] = state.get("steps", 0) + 1
+                unbiased = state["square"] / (1 - second ** state["steps"])
+                share = 1 - first ** state["steps"]
+                tensor.sub_(mean, alpha=group["lr"] / share / (unbiased**0.5 + 1e-12))
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
