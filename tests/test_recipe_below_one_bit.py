@@ -92,7 +92,7 @@ def test_contexts_never_need_more_code_than_what_they_refine(measured):
     found = {name: one["code"] for name, one in digit["contexts"].items()}
     assert found["nothing"] == pytest.approx(1)
     refined = [name for name in found if name.startswith("score, ")]
-    assert len(refined) == 8
+    assert len(refined) == 9
     assert all(found[name] <= found["score"] + 1e-9 for name in refined)
     assert {"other task's mask", "density of the row"} < set(found)
 
