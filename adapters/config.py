@@ -101,7 +101,7 @@ class PemnConfig(PeftConfig):
             ``bank_init="model"`` the default is its classifier; an empty list masks that too.
         trainable_token_indices: Not supported; present because TRL reads it.
         coding: How a file holds masks. "bits": one bit a weight. "entropy": near the entropy of
-            each mask's density, .08 bit a weight at .99 (docs/coding.md). "seeded": also by what
+            each mask's density, .08 bit a weight at .99 (docs/coding.md). "context": also by what
             the initial scores, drawn again from ``seed``, say of each weight: below one bit a
             weight at density .5 ("topk"). Coded files are read by PEFT's loaders, not by
             transformers' own.

@@ -19,11 +19,11 @@ from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
+from pemn_surgery.context import Guide
 from pemn_surgery.errors import NonFiniteScoresError
 from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.roles import rows_of
-from pemn_surgery.seeded import Guide
 from pemn_surgery.selector import check_finite
 from pemn_surgery.targets import Owned, Target
 from pemn_surgery.task import TaskTensors, TensorSet
@@ -194,7 +194,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         )
 
     def guides(self, config: PemnConfig) -> tuple[Guide, ...]:
-        """Return the seeded numbers that may guess an adapter's mask (``coding="seeded"``).
+        """Return the seeded numbers that may guess an adapter's mask (``coding="context"``).
 
         Args:
             config: The adapter's configuration.

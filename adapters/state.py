@@ -137,7 +137,7 @@ def _coded(saved: StateDict, layers: Mapping[str, PemnLayer], config: PemnConfig
     for key, value in saved.items():
         layer = layers.get(key.removesuffix(".bits"))
         if layer is not None and bits.is_loaded(value):
-            guides = layer.guides(config) if config.coding == "seeded" else ()
+            guides = layer.guides(config) if config.coding == "context" else ()
             coded[key] = bits.coded(value, guides, math.prod(layer.shape[2:]))
     return coded
 

@@ -7,7 +7,7 @@ offset bytes content
 ====== ===== =========================================================
 0      4     ``PEMN``
 4      1     version of this layout, 1
-5      1     coding, 0 = one bit a weight (1 = entropy and 2 = seeded,
+5      1     coding, 0 = one bit a weight (1 = entropy and 2 = context,
              files only)
 6      2     zero (codings 1 and 2: which code)
 8      8     number of weights n
@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pemn_surgery import entropy, seeded
+from pemn_surgery import context, entropy
 from pemn_surgery.errors import MaskFormatError
 from pemn_surgery.rng import KEY_BYTES
 
-CodingName = Literal["bits", "entropy", "seeded"]
+CodingName = Literal["bits", "entropy", "context"]
 
 HEADER_BYTES = 32
 VERSION = 1
@@ -45,7 +45,7 @@ _MAGIC = b"PEMN"
 _LAYOUT = struct.Struct("<4sBBBBQI12s")
 _CHECKSUM_OFFSET = 16
 _CODINGS = get_args(CodingName)
-_BITS, _ENTROPY, _SEEDED = range(3)
+_BITS, _ENTROPY, _CONTEXT = range(3)
 _INVERTED = 0x80
 _CODED_HEADER_BYTES = HEADER_BYTES + 4  # and the checksum of the mask as bits
 _GUIDE = struct.Struct(f"<{KEY_BYTES}sQ")
@@ -59,7 +59,7 @@ class StoredMask:
         weights: Number of weights, that is of mask bits.
         checksum: CRC-32 of all bytes but its own four.
         base: 12 bytes that identify the base, see the module's table.
-        coding: "bits", "entropy" or "seeded".
+        coding: "bits", "entropy" or "context".
     """
 
     weights: int
@@ -87,14 +87,14 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
     return _sealed((_BITS, 0, 0, mask.numel()), base, payload.tobytes())
 
 
-def coded(stored: Tensor, guides: Sequence[seeded.Guide] = (), places: int = 1) -> Tensor:
-    """Return a stored mask as it is kept in files with ``coding="entropy"`` or "seeded".
+def coded(stored: Tensor, guides: Sequence[context.Guide] = (), places: int = 1) -> Tensor:
+    """Return a stored mask as it is kept in files with ``coding="entropy"`` or "context".
 
     Args:
         stored: What `pack` returned.
-        guides: For "seeded", the numbers that the initial scores were made of, and if it is known
+        guides: For "context", the numbers that the initial scores were made of, and if it is known
             those that the frozen weights are.
-        places: For "seeded", the number of places in a convolution's kernel.
+        places: For "context", the number of places in a convolution's kernel.
 
     Returns:
         Uint8 tensor on the CPU, within 1 % of the mask's entropy where it is large (see
@@ -104,7 +104,7 @@ def coded(stored: Tensor, guides: Sequence[seeded.Guide] = (), places: int = 1) 
     payload = stored.detach().cpu().numpy()[HEADER_BYTES:]
     choices = [_with_density(header, payload)]
     if guides:
-        choices.append(_with_guides(header, payload, guides, places))
+        choices.append(_with_contexts(header, payload, guides, places))
     return min((stored, *(choice for choice in choices if choice is not None)), key=torch.numel)
 
 
@@ -120,15 +120,15 @@ def _with_density(header: StoredMask, payload: np.ndarray) -> Tensor | None:
     return _sealed(which, header.base, struct.pack("<I", header.checksum) + code)
 
 
-def _with_guides(
-    header: StoredMask, payload: np.ndarray, guides: Sequence[seeded.Guide], places: int
+def _with_contexts(
+    header: StoredMask, payload: np.ndarray, guides: Sequence[context.Guide], places: int
 ) -> Tensor:
     """Return a mask coded beside seeded numbers."""
-    table, streams = seeded.encode(payload, header.weights, guides, places)
+    table, streams = context.encode(payload, header.weights, guides, places)
     log2s = sum(guide.log2 << 4 * place for place, guide in enumerate(table.guides))
     kept = [_GUIDE.pack(guide.key, guide.period) for guide in table.guides if guide.log2]
     code = b"".join([struct.pack("<I", header.checksum), *kept, table.levels, streams])
-    return _sealed((_SEEDED, log2s, table.places, header.weights), header.base, code)
+    return _sealed((_CONTEXT, log2s, table.places, header.weights), header.base, code)
 
 
 def decoded(stored: Tensor, name: str) -> Tensor:
@@ -143,8 +143,8 @@ def decoded(stored: Tensor, name: str) -> Tensor:
 
     Raises:
         MaskFormatError: If anything does not hold. Memory stays within some 2,500 bytes for each
-            one given (a mask of ones alone is so much shorter), 8,500 for a seeded mask, whatever
-            the header says.
+            one given (a mask of ones alone is so much shorter), 8,500 for one coded by
+            context, whatever the header says.
     """
     header = inspect(stored, name)
     if header.coding == "bits":
@@ -164,8 +164,8 @@ def decoded(stored: Tensor, name: str) -> Tensor:
 
 def _payload(content: bytes, header: StoredMask, name: str) -> np.ndarray:
     """Return a coded mask's packed bits."""
-    if header.coding == "seeded":
-        return seeded.decode(*_seeded_parts(content, name), header.weights)
+    if header.coding == "context":
+        return context.decode(*_context_parts(content, name), header.weights)
     model, inverted = _model(content, name)
     payload = entropy.decode(content[_CODED_HEADER_BYTES:], header.weights, model)
     return _flipped(payload, header.weights, inverted)
@@ -260,7 +260,7 @@ def inspect(stored: Tensor, name: str) -> StoredMask:
     if version != VERSION:
         _refuse(name, f"has layout version {version}, this release reads {VERSION}", old=False)
     if coding >= len(_CODINGS):
-        _refuse(name, f"has coding {coding}, this release reads 0 to {_SEEDED}", old=False)
+        _refuse(name, f"has coding {coding}, this release reads 0 to {_CONTEXT}", old=False)
     _check_length(content, coding, weights, name)
     actual = _checksum(content)
     if actual != checksum:
@@ -277,8 +277,8 @@ def _check_length(content: bytes, coding: int, weights: int, name: str) -> None:
         if len(content) != needed:
             _refuse(name, f"has {len(content)} bytes, a mask of {weights} weights needs {needed}")
         return
-    if coding == _SEEDED:
-        most = seeded.most_weights(len(_seeded_parts(content, name)[-1]))
+    if coding == _CONTEXT:
+        most = context.most_weights(len(_context_parts(content, name)[-1]))
     else:
         most = _model(content, name)[0].most_weights(len(content) - _CODED_HEADER_BYTES)
     if weights > most:
@@ -296,10 +296,10 @@ def _model(content: bytes, name: str) -> tuple[entropy.Model, bool]:
     return entropy.Model(width & ~_INVERTED, odds), bool(width & _INVERTED)
 
 
-def _seeded_parts(content: bytes, name: str) -> tuple[seeded.Table, bytes]:
-    """Return table and streams of a seeded mask."""
+def _context_parts(content: bytes, name: str) -> tuple[context.Table, bytes]:
+    """Return table and streams of a mask coded by context."""
     log2s, places = (content[6] & 15, content[6] >> 4), content[7]
-    if max(log2s) > seeded.MOST_LOG2 or not places:
+    if max(log2s) > context.MOST_LOG2 or not places:
         needed = "0 to 8 bits of both and 1 to 255 places"
         problem = f"has {log2s[0]} and {log2s[1]} bits of its guides and {places} places"
         _refuse(name, f"{problem}, this release reads {needed}", old=False)
@@ -310,10 +310,10 @@ def _seeded_parts(content: bytes, name: str) -> tuple[seeded.Table, bytes]:
         _refuse(name, f"has {len(content)} bytes, its header and table need {end}")
     read = _GUIDE.iter_unpack(content[_CODED_HEADER_BYTES:begin])
     pairs = zip(read, used, strict=True)
-    guides = tuple(seeded.Guide(key, period, log2) for (key, period), log2 in pairs)
+    guides = tuple(context.Guide(key, period, log2) for (key, period), log2 in pairs)
     if not all(guide.period for guide in guides):
         _refuse(name, "has a guide without numbers", old=False)
-    return seeded.Table(places, guides, content[begin:end]), content[end:]
+    return context.Table(places, guides, content[begin:end]), content[end:]
 
 
 def _flipped(payload: np.ndarray, weights: int, inverted: bool) -> np.ndarray:

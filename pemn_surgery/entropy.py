@@ -317,7 +317,7 @@ def _expansions(model: Model) -> tuple[bytes, bytes]:
 # -- the code --------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=96)  # seeded masks have 64 (some .6 MB each, once a mask was written)
+@lru_cache(maxsize=96)  # a mask coded by context may have 64 (some .6 MB each)
 def _code(model: Model) -> PrefixCode:
     return make_code(symbol_weights(model))
 

@@ -30,7 +30,7 @@ def mask(stored):
     if stored[5] == 1:
         bits = stream(stored[36:], n, stored[6] & 127, stored[7])[0] ^ stored[6] >> 7
     else:
-        bits = seeded(stored, n, (stored[6] & 15, stored[6] >> 4), stored[7])
+        bits = context(stored, n, (stored[6] & 15, stored[6] >> 4), stored[7])
     packed = np.packbits(bits, bitorder="little").tobytes()
     as_bits = b"PEMN\1\0\0\0" + stored[8:16] + stored[20:32] + packed
     if zlib.crc32(as_bits) != int.from_bytes(stored[32:36], "little"):
@@ -38,8 +38,8 @@ def mask(stored):
     return bits == 1
 
 
-def seeded(stored, n, log2s, places):
-    """The bits of a mask coded beside seeded numbers."""
+def context(stored, n, log2s, places):
+    """The bits of a mask coded by context."""
     bucket, at = np.arange(n) % places, 36
     for log2 in filter(None, log2s):
         *key, period = np.frombuffer(stored, "<u8", 3, at)

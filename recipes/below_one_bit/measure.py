@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pemn_surgery import bits, seeded
+from pemn_surgery import bits
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.context import sizes_of
 
 Array = Any  # of numpy; its element type is in the docstrings
 SETTINGS = ("case", "task", "optimizer", "lr", "epochs")
@@ -68,7 +69,7 @@ def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]
         sums["seeded"] += 8 * coded.numel()
         sums["score"] += 8 * bits.coded(stored, guides[:1]).numel()
         sums["bound"] += ideal(mask, np.zeros(mask.size, int), 1)[0]
-        ranks = seeded._sizes(guides[0], mask.size)
+        ranks = sizes_of(guides[0], mask.size)
         sums["ideal"] += ideal(mask, ranks // (256 // RANKS), RANKS)[0]
         sums["changed"] += int((mask != (ranks >= 128)).sum())
     weights = sum(mask.size for mask in kept.masks.values())
@@ -121,7 +122,7 @@ def _contexts(
     scores, *frozen = layer.guides(config)
     n, each = mask.size, np.arange(mask.size)
     places, columns, rows = math.prod(layer.shape[2:]), layer.shape[1], layer.shape[0]
-    rank = seeded._sizes(scores, n).astype(int)
+    rank = sizes_of(scores, n).astype(int)
     changed = mask != (rank >= 128)
     rank //= 256 // RANKS
     place, column, line = each % places, each // places % columns, each // (places * columns)
@@ -130,7 +131,7 @@ def _contexts(
     yield "density of the column", _eighths(mask, column, columns)[column], 8, 3.0 * columns
     yield "score", rank, RANKS, 0.0
     if frozen:
-        large = seeded._sizes(frozen[0], n)[each % frozen[0].period].astype(int) // (256 // LARGE)
+        large = sizes_of(frozen[0], n)[each % frozen[0].period].astype(int) // (256 // LARGE)
         yield "score, frozen number", rank * LARGE + large, RANKS * LARGE, 0.0
     yield "score, place in the kernel", rank * places + place, RANKS * places, 0.0
     near = {

@@ -5,7 +5,7 @@ megabytes of packed bits a second of one core's time (not of the clock: other pr
 all checks of a stored mask, medians over repeats in turn; and times relative to numpy.packbits and
 numpy.unpackbits of the same mask. Ways whose package is missing are left out.
 
-With ``--seeded``, masks follow drawn initial scores and frozen numbers more or less sharply, and
+With ``--contexts``, masks follow drawn initial scores and frozen numbers more or less sharply, and
 sizes are relative to the entropy that is left beside those.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pemn_surgery import bits, entropy, rng, seeded
+from pemn_surgery import bits, context, entropy, rng
 from pemn_surgery.report import environment, table
 
 DENSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
@@ -159,8 +159,8 @@ def ours(inflate: Any = zlib) -> Way:
     return Way(encode, decode, torch.Tensor.numel)
 
 
-def seeded_way(guides: list[seeded.Guide]) -> Way:
-    """What `coding="seeded"` writes."""
+def context_way(guides: list[context.Guide]) -> Way:
+    """What `coding="context"` writes."""
 
     def encode(flags: np.ndarray, _: float) -> torch.Tensor:
         return bits.coded(bits.pack(torch.from_numpy(flags)), guides, places=9)
@@ -168,21 +168,21 @@ def seeded_way(guides: list[seeded.Guide]) -> Way:
     return ours()._replace(encode=encode)
 
 
-def guided(weights: int, spread: float, seed: int) -> tuple[list[seeded.Guide], np.ndarray]:
+def guided(weights: int, spread: float, seed: int) -> tuple[list[context.Guide], np.ndarray]:
     """Return guides, and each weight's probability to be kept."""
-    scores = seeded.Guide(rng.key_of(seed, "scores"), weights)
-    frozen = seeded.Guide(rng.key_of(seed, "bank"), weights // 100, 3)
-    size = seeded._sizes(scores, weights).astype(float) - 127.5
-    large = np.resize(seeded._sizes(frozen, weights), weights) / 128.0
+    scores = context.Guide(rng.key_of(seed, "scores"), weights)
+    frozen = context.Guide(rng.key_of(seed, "bank"), weights // 100, 3)
+    size = context.sizes_of(scores, weights).astype(float) - 127.5
+    large = np.resize(context.sizes_of(frozen, weights), weights) / 128.0
     return [scores, frozen], 1 / (1 + np.exp(-np.clip(size / (spread * (large + 0.1)), -30, 30)))
 
 
-def measure_seeded(weights: int, spread: float, seed: int, repeats: int) -> dict[str, Any]:
-    """Measure `coding="seeded"` on one mask."""
+def measure_contexts(weights: int, spread: float, seed: int, repeats: int) -> dict[str, Any]:
+    """Measure `coding="context"` on one mask."""
     guides, share = guided(weights, spread, seed)
     flags = np.random.default_rng(seed).random(weights) < share
     held = float(-(share * np.log2(share) + (1 - share) * np.log2(1 - share)).sum())
-    ways = {'coding="seeded"': seeded_way(guides)}
+    ways = {'coding="context"': context_way(guides)}
     (found,) = measure_flags(ways, flags, float(flags.mean()), repeats)
     left = {"spread": spread, "entropy_a_weight": held / weights}
     return found | left | {"size_to_entropy": 8 * found["bytes"] / held}
@@ -288,11 +288,11 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeded", action="store_true", help='coding="seeded" alone')
+    parser.add_argument("--contexts", action="store_true", help='coding="context" alone')
     parser.add_argument("--json", type=Path, help="write the result here")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = seeded_rows(given) if given.seeded else all_rows(given)
+    found = context_rows(given) if given.contexts else all_rows(given)
     if given.json:
         packages = ("numpy", "zstandard", "constriction", "isal")
         result = {
@@ -306,11 +306,11 @@ def main() -> int:
     return 0
 
 
-def seeded_rows(given: argparse.Namespace) -> dict[str, Any]:
+def context_rows(given: argparse.Namespace) -> dict[str, Any]:
     sizes = ((weights, spread) for weights in WEIGHTS for spread in SPREADS)
-    rows = [measure_seeded(*size, given.seed, given.repeats) for size in sizes]
-    show("seeded; density: see spread", [row | {"density": row["spread"]} for row in rows])
-    return {"seeds": [given.seed], "repeats": [given.repeats], "seeded": rows}
+    rows = [measure_contexts(*size, given.seed, given.repeats) for size in sizes]
+    show("context; density: see spread", [row | {"density": row["spread"]} for row in rows])
+    return {"seeds": [given.seed], "repeats": [given.repeats], "contexts": rows}
 
 
 def all_rows(given: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Seeded masks: buckets by hand, known conditional entropies, an independent reader, hostility."""
+"""Masks coded by context: buckets by hand, known entropies, an independent reader, hostility."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pemn_surgery import bits, rng, seeded
+from pemn_surgery import bits, context, rng
 from pemn_surgery.adapters import PemnConfig
 from pemn_surgery.adapters.layer import initial_scores
 from pemn_surgery.errors import MaskFormatError
@@ -37,25 +37,25 @@ def guided_mask(weights, spread, seed=0, guides=None):
     Returns:
         The mask, and the bits that it holds beside its guides.
     """
-    (guide, *others) = guides or [seeded.Guide(key("scores", seed), max(weights, 1))]
-    size = seeded._sizes(guide, weights)[:weights].astype(float)
+    (guide, *others) = guides or [context.Guide(key("scores", seed), max(weights, 1))]
+    size = context.sizes_of(guide, weights)[:weights].astype(float)
     for other in others:
-        spread = spread * (0.2 + np.resize(seeded._sizes(other, weights), weights) / 256)
+        spread = spread * (0.2 + np.resize(context.sizes_of(other, weights), weights) / 256)
     share = 1 / (1 + np.exp(np.clip((127.5 - size) / spread, -30, 30)))
     held = -(share * np.log2(share) + (1 - share) * np.log2(1 - share)).sum()
     return torch.from_numpy(np.random.default_rng(seed).random(weights) < share), float(held)
 
 
 def guides_of(weights, period=None, seed=0):
-    scores = seeded.Guide(key("scores", seed), max(weights, 1))
-    return [scores] if period is None else [scores, seeded.Guide(key("bank", seed), period, 3)]
+    scores = context.Guide(key("scores", seed), max(weights, 1))
+    return [scores] if period is None else [scores, context.Guide(key("bank", seed), period, 3)]
 
 
 def forced(mask, guides, places=1, base=bytes(12)):
-    """The seeded form, also where another is shorter."""
+    """The form coded by context, also where another is shorter."""
     stored = bits.pack(mask, base)
     header = bits.verify(stored, "m")
-    return bits._with_guides(header, stored.numpy()[bits.HEADER_BYTES :], guides, places)
+    return bits._with_contexts(header, stored.numpy()[bits.HEADER_BYTES :], guides, places)
 
 
 def as_bytes(stored):
@@ -73,7 +73,7 @@ def resealed(content):
 def check_round_trip(mask, guides, places=1, base=bytes(12)):
     coded = forced(mask, guides, places, base)
     assert bits.inspect(coded, "m") == bits.StoredMask(
-        mask.numel(), struct.unpack_from("<I", as_bytes(coded), 16)[0], base, "seeded"
+        mask.numel(), struct.unpack_from("<I", as_bytes(coded), 16)[0], base, "context"
     )
     oracles.assert_same(bits.decoded(coded, "m"), bits.pack(mask, base))
     oracles.assert_same(torch.from_numpy(reader.mask(as_bytes(coded))), mask.view(-1))
@@ -82,7 +82,7 @@ def check_round_trip(mask, guides, places=1, base=bytes(12)):
 
 @given(st.integers(0, 2**40), st.integers(0, 70), st.integers(0, 8))
 def test_sizes_are_the_upper_bits_of_the_seeds_integers(seed, weights, log2):
-    found = seeded._sizes(seeded.Guide(key("s", seed), max(weights, 1)), weights)[:weights]
+    found = context.sizes_of(context.Guide(key("s", seed), max(weights, 1)), weights)[:weights]
     assert (found >> 8 - log2).tolist() == sizes_by_hand(seed, "s", weights, log2)
 
 
@@ -91,7 +91,7 @@ def test_sizes_are_in_the_order_of_the_initial_scores(fan_in):
     """Whatever rounding does to the floats."""
     config = PemnConfig(seed=5)
     scores = initial_scores(config, "layer.weight", (100_000,), fan_in).abs().numpy()
-    sizes = seeded._sizes(seeded.Guide(key("scores/layer.weight", 5), 100_000), 100_000)
+    sizes = context.sizes_of(context.Guide(key("scores/layer.weight", 5), 100_000), 100_000)
     order = np.argsort(scores, kind="stable")
     apart = np.diff(scores[order]) > 0
     assert apart.sum() > 90_000
@@ -102,11 +102,11 @@ def test_sizes_are_in_the_order_of_the_initial_scores(fan_in):
 @pytest.mark.parametrize("period", [7, 40])
 def test_buckets_are_counted_by_hand(places, period):
     weights = 100
-    guides = [seeded.Guide(key("a"), weights, 3), seeded.Guide(key("b"), period, 2)]
-    sizes = [seeded._sizes(guide, weights) for guide in guides]
+    guides = [context.Guide(key("a"), weights, 3), context.Guide(key("b"), period, 2)]
+    sizes = [context.sizes_of(guide, weights) for guide in guides]
     first, second = sizes_by_hand(0, "a", weights, 3), sizes_by_hand(0, "b", period, 2)
     expected = [i % places * 32 + first[i] * 4 + second[i % period] for i in range(weights)]
-    found = [one for _, part in seeded._buckets(weights, places, sizes, [3, 2]) for one in part]
+    found = [one for _, part in context._buckets(weights, places, sizes, [3, 2]) for one in part]
     assert found == expected
 
 
@@ -145,14 +145,14 @@ def test_masks_that_the_guides_say_nothing_about(density):
 @settings(deadline=None, max_examples=50)
 def test_every_table_holds_every_mask(levels, weights, seed):
     """A table only says how long a mask becomes; bit 6 of its bytes says nothing."""
-    guides = (seeded.Guide(key("a"), 600, 1),)
-    table = seeded.Table(9, guides, levels)
+    guides = (context.Guide(key("a"), 600, 1),)
+    table = context.Table(9, guides, levels)
     flags = np.random.default_rng(seed).integers(0, 2, weights, np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seeded, "_choose_table", lambda *_: table)
+        patch.setattr(context, "_choose_table", lambda *_: table)
         packed = np.packbits(flags, bitorder="little")
-        _, streams = seeded.encode(packed, weights, guides, 9)
-    np.testing.assert_array_equal(seeded.decode(table, streams, weights), packed)
+        _, streams = context.encode(packed, weights, guides, 9)
+    np.testing.assert_array_equal(context.decode(table, streams, weights), packed)
 
 
 @pytest.mark.parametrize("spread", [10, 40, 150])
@@ -164,7 +164,7 @@ def test_size_is_the_conditional_entropy(spread, period):
     mask, held = guided_mask(weights, spread, guides=guides)
     stored = bits.pack(mask)
     coded = bits.coded(stored, guides)
-    assert bits.inspect(coded, "m").coding == "seeded"
+    assert bits.inspect(coded, "m").coding == "context"
     assert torch.equal(bits.decoded(coded, "m"), stored)
     most = (1.01 if period is None else 1.02) * held + weights / 255
     assert 0.999 * held <= 8 * coded.numel() <= most
@@ -179,7 +179,7 @@ def test_size_where_places_decide():
     """One place in nine is random, the others follow their initial scores to the bit."""
     weights = 900_000
     guides = guides_of(weights)
-    mask = torch.from_numpy(seeded._sizes(guides[0], weights) >= 128)
+    mask = torch.from_numpy(context.sizes_of(guides[0], weights) >= 128)
     random = torch.from_numpy(np.random.default_rng(0).random(weights) < 0.5)
     mask = torch.where(torch.arange(weights) % 9 == 4, random, mask)
     coded = bits.coded(bits.pack(mask), guides, places=9)
@@ -214,7 +214,7 @@ def test_stored_bytes_keep_their_meaning():
     assert mask.tolist() == reader.mask(GOLDEN).tolist()
 
 
-GUIDES = [seeded.Guide(key("scores"), 3000), seeded.Guide(key("bank"), 50, 3)]
+GUIDES = [context.Guide(key("scores"), 3000), context.Guide(key("bank"), 50, 3)]
 MASK, _ = guided_mask(3000, 5, guides=GUIDES[:1])
 CODED = as_bytes(forced(MASK, GUIDES, places=2))
 LOG2, PLACES = CODED[6], CODED[7]
@@ -312,6 +312,6 @@ def test_memory_is_bounded_by_what_is_given():
     assert peak < 8500 * len(payload)
 
 
-def test_seeded_masks_are_not_used_as_they_are():
-    with pytest.raises(MaskFormatError, match=r"coding='seeded'.*coding=\"bits\""):
+def test_masks_coded_by_context_are_not_used_as_they_are():
+    with pytest.raises(MaskFormatError, match=r"coding='context'.*coding=\"bits\""):
         bits.verify(as_tensor(CODED), "layer1.weight")

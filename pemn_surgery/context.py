@@ -107,7 +107,7 @@ def encode(
         Table, and the streams, one behind the other.
     """
     flags = np.unpackbits(packed, count=weights, bitorder="little")
-    sizes = [_sizes(guide, weights) for guide in guides]
+    sizes = [sizes_of(guide, weights) for guide in guides]
     table = _choose_table(flags, guides, sizes, places)
     streams: list[list[Array]] = [[] for _ in range(_LEVELS)]
     for part in _parts(weights, table, sizes):
@@ -133,7 +133,7 @@ def decode(table: Table, streams: bytes, weights: int) -> Array:
     Raises:
         CodeError: If the bytes are no code of so many weights.
     """
-    sizes = [_sizes(guide, weights) for guide in table.guides]
+    sizes = [sizes_of(guide, weights) for guide in table.guides]
     found = _decode_streams(streams, _weights_of_levels(weights, table, sizes))
     packed = np.empty(-(-weights // 8), np.uint8)
     begins = np.zeros(_LEVELS, np.int64)
@@ -169,7 +169,7 @@ class _Part(NamedTuple):
     inverted: Array
 
 
-def _sizes(guide: Guide, weights: int) -> Array:
+def sizes_of(guide: Guide, weights: int) -> Array:
     """Return the upper eight bits of the sizes of a guide's numbers, uint8; each number once.
 
     Numbers are symmetric in their integers w, with zero in the middle: the size is w - 2 ** 31, or
@@ -194,7 +194,7 @@ def _buckets(
     Args:
         weights: Number of weights.
         places: Number of places in a kernel.
-        sizes: What `_sizes` returned, for each guide.
+        sizes: What `sizes_of` returned, for each guide.
         log2s: How many of their bits are looked at.
     """
     longest = min(weights, _AT_ONCE)

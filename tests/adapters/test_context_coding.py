@@ -1,4 +1,4 @@
-"""Adapters with coding="seeded": what guides a mask, every way to save, load and refuse them."""
+"""Adapters with coding="context": what guides a mask, every way to save, load and refuse them."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from transformers import AutoModel
 
 from pemn_surgery import PemnConfig, bits, pemnify, rng
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.context import Guide
 from pemn_surgery.errors import MaskFormatError
-from pemn_surgery.seeded import Guide
 from tests import oracles, reader
 from tests.adapters import models
 
@@ -22,7 +22,7 @@ def net():
     return models.net(channels=32)  # masks of 9,216 weights, for which a table pays
 
 
-def save(folder, coding="seeded", rate=0.005, **options):
+def save(folder, coding="context", rate=0.005, **options):
     options = {"bank": "rp", "ratio": 0.1, "seed": 3, **options}
     model = pemnify(net(), coding=coding, **options)
     optimizer = models.trainer_of(model, rate)
@@ -94,17 +94,17 @@ def test_what_is_no_guide():
 
 
 def test_saved_and_loaded(tmp_path):
-    model = save(tmp_path / "seeded")
-    assert "seeded" in codings(tmp_path / "seeded")
-    again = load(tmp_path / "seeded")
+    model = save(tmp_path / "context")
+    assert "context" in codings(tmp_path / "context")
+    again = load(tmp_path / "context")
     models.assert_equal(models.logits(again), models.logits(model))
     held = [value for key, value in again.state_dict().items() if key.endswith(".bits")]
     assert len(held) >= 4
     assert {bits.verify(value, "held").coding for value in held} == {"bits"}
     save(tmp_path / "bits", coding="bits")
-    assert size(tmp_path / "seeded") < 0.8 * size(tmp_path / "bits")
+    assert size(tmp_path / "context") < 0.8 * size(tmp_path / "bits")
     for key, value in stored_masks(tmp_path / "bits").items():
-        assert torch.equal(bits.decoded(stored_masks(tmp_path / "seeded")[key], key), value)
+        assert torch.equal(bits.decoded(stored_masks(tmp_path / "context")[key], key), value)
 
 
 def test_the_independent_reader_reads_it(tmp_path):
@@ -142,7 +142,7 @@ def test_a_mask_of_another_seed_is_still_kept(tmp_path):
 
 def test_renamed_and_combined(tmp_path):
     model = save(tmp_path / "one")
-    model.add_adapter("two", PemnConfig(bank="rp", ratio=0.1, seed=3, coding="seeded"))
+    model.add_adapter("two", PemnConfig(bank="rp", ratio=0.1, seed=3, coding="context"))
     model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "both", combination_type="union")
     model.save_pretrained(str(tmp_path / "all"), selected_adapters=["both"])
     again = load(tmp_path / "all" / "both")
@@ -160,7 +160,7 @@ def test_training_goes_on(tmp_path):
 
 
 def test_checkpoints_keep_scores(tmp_path):
-    model = pemnify(net(), bank="rp", coding="seeded")
+    model = pemnify(net(), bank="rp", coding="context")
     model.peft_config["default"].keep_scores = True
     model.save_pretrained(str(tmp_path))
     assert all(key.endswith(".scores") for key in stored_masks(tmp_path))
@@ -177,9 +177,9 @@ def test_hotswap(tmp_path):
 def test_transformers_own_loaders_say_what_to_do(tmp_path):
     models.bert(kind="BertModel").save_pretrained(str(tmp_path / "base"))
     base = AutoModel.from_pretrained(str(tmp_path / "base"))
-    model = pemnify(base, bank="rp", coding="seeded", task_type="FEATURE_EXTRACTION")
+    model = pemnify(base, bank="rp", coding="context", task_type="FEATURE_EXTRACTION")
     model.save_pretrained(str(tmp_path / "adapter"))
-    assert "seeded" in codings(tmp_path / "adapter")
+    assert "context" in codings(tmp_path / "adapter")
     with pytest.raises(MaskFormatError, match=r'PeftModel\.from_pretrained.*coding = "bits"'):
         AutoModel.from_pretrained(str(tmp_path / "adapter"))
 
