@@ -1,6 +1,5 @@
 """Masks between a model and a file: scores packed to bits, bits checked and put in place."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -137,8 +136,8 @@ def _coded(saved: StateDict, layers: Mapping[str, PemnLayer], config: PemnConfig
     for key, value in saved.items():
         layer = layers.get(key.removesuffix(".bits"))
         if layer is not None and bits.is_loaded(value):
-            guides = layer.guides(config) if config.coding == "context" else ()
-            coded[key] = bits.coded(value, guides, math.prod(layer.shape[2:]))
+            guides = layer.guides(config) if config.coding == "context" else None
+            coded[key] = bits.coded(value, guides, layer.shape[2:])
     return coded
 
 

@@ -87,14 +87,16 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
     return _sealed((_BITS, 0, 0, mask.numel()), base, payload.tobytes())
 
 
-def coded(stored: Tensor, guides: Sequence[context.Guide] = (), places: int = 1) -> Tensor:
+def coded(
+    stored: Tensor, guides: Sequence[context.Guide] | None = None, kernel: Sequence[int] = ()
+) -> Tensor:
     """Return a stored mask as it is kept in files with ``coding="entropy"`` or "context".
 
     Args:
         stored: What `pack` returned.
         guides: For "context", the numbers that the initial scores were made of, and if it is known
-            those that the frozen weights are.
-        places: For "context", the number of places in a convolution's kernel.
+            those that the frozen weights are; may be none. None for "entropy".
+        kernel: For "context", the shape of a convolution's kernel.
 
     Returns:
         Uint8 tensor on the CPU, within 1 % of the mask's entropy where it is large (see
@@ -103,8 +105,8 @@ def coded(stored: Tensor, guides: Sequence[context.Guide] = (), places: int = 1)
     header = verify(stored, "mask")
     payload = stored.detach().cpu().numpy()[HEADER_BYTES:]
     choices = [_with_density(header, payload)]
-    if guides:
-        choices.append(_with_contexts(header, payload, guides, places))
+    if guides or (guides is not None and math.prod(kernel) > 1):
+        choices.append(_with_contexts(header, payload, guides, kernel))
     return min((stored, *(choice for choice in choices if choice is not None)), key=torch.numel)
 
 
@@ -121,13 +123,14 @@ def _with_density(header: StoredMask, payload: np.ndarray) -> Tensor | None:
 
 
 def _with_contexts(
-    header: StoredMask, payload: np.ndarray, guides: Sequence[context.Guide], places: int
+    header: StoredMask, payload: np.ndarray, guides: Sequence[context.Guide], kernel: Sequence[int]
 ) -> Tensor:
-    """Return a mask coded beside seeded numbers."""
-    table, streams = context.encode(payload, header.weights, guides, places)
+    """Return a mask coded beside what is known of its weights."""
+    table, streams = context.encode(payload, header.weights, guides, kernel)
     log2s = sum(guide.log2 << 4 * place for place, guide in enumerate(table.guides))
     kept = [_GUIDE.pack(guide.key, guide.period) for guide in table.guides if guide.log2]
-    code = b"".join([struct.pack("<I", header.checksum), *kept, table.levels, streams])
+    start = struct.pack("<IB", header.checksum, table.row)
+    code = b"".join([start, *kept, table.levels, streams])
     return _sealed((_CONTEXT, log2s, table.places, header.weights), header.base, code)
 
 
@@ -304,16 +307,27 @@ def _context_parts(content: bytes, name: str) -> tuple[context.Table, bytes]:
         problem = f"has {log2s[0]} and {log2s[1]} bits of its guides and {places} places"
         _refuse(name, f"{problem}, this release reads {needed}", old=False)
     used = [log2 for log2 in log2s if log2]
-    begin = _CODED_HEADER_BYTES + len(used) * _GUIDE.size
-    end = begin + (places << sum(used))
-    if len(content) < end:
-        _refuse(name, f"has {len(content)} bytes, its header and table need {end}")
-    read = _GUIDE.iter_unpack(content[_CODED_HEADER_BYTES:begin])
+    begin = _CODED_HEADER_BYTES + 1 + len(used) * _GUIDE.size
+    row = _row(content, begin, places, name)
+    read = _GUIDE.iter_unpack(content[_CODED_HEADER_BYTES + 1 : begin])
     pairs = zip(read, used, strict=True)
     guides = tuple(context.Guide(key, period, log2) for (key, period), log2 in pairs)
     if not all(guide.period for guide in guides):
         _refuse(name, "has a guide without numbers", old=False)
-    return context.Table(places, guides, content[begin:end]), content[end:]
+    end = begin + context.Table(places, row, guides, b"").buckets
+    if len(content) < end:
+        _refuse(name, f"has {len(content)} bytes, its header and table need {end}")
+    return context.Table(places, row, guides, content[begin:end]), content[end:]
+
+
+def _row(content: bytes, needed: int, places: int, name: str) -> int:
+    """Return the width of a kernel whose neighbours are looked at, 0 if they are not."""
+    if len(content) < needed:
+        _refuse(name, f"has {len(content)} bytes, its header needs {needed}")
+    row = content[_CODED_HEADER_BYTES]
+    if row > places:
+        _refuse(name, f"has kernels of {places} places in rows of {row}", old=False)
+    return row
 
 
 def _flipped(payload: np.ndarray, weights: int, inverted: bool) -> np.ndarray:

@@ -1,22 +1,26 @@
-"""Masks coded beside the numbers that a seed gives again: initial scores, and frozen weights.
+"""Masks coded beside what a reader knows of each weight before its bit.
 
-Training moves scores a little, so a mask differs from its initial mask where initial scores were
-near the cut, and more where weights are large. The integers that scores and weights are made of
-(`rng`) tell where that is on every machine, without them:
+That is its place in a convolution's kernel; the bits of its neighbours there, once they are read;
+and, if its score was drawn, numbers that a seed gives again: training moves scores a little, so a
+mask differs from its initial mask where initial scores were near the cut, and more where frozen
+numbers are large. The integers that both are made of (`rng`) tell where that is on every machine.
 
-* Weights go to *buckets*, by the size of their initial score, by the size of their frozen number,
-  and by their place in a kernel: where maps are small, few places ever see an input.
+* Weights go to *buckets*, by their place, by the bits of their left and upper neighbour, by the
+  size of their initial score, and by the size of their frozen number; each where it pays.
 * The weights of a bucket have one *level*: how likely most of them are, and whether most are
   ones. A table has a byte for each bucket.
-* The weights of a level are one stream, in their own order, coded by `entropy`.
+* The weights of a level are one stream, coded by `entropy`.
+* With neighbours weights are taken in *stages*: all of the first place, then all of the second.
+  A stage is read at once, as it needs only stages before.
 
 All that only guesses: every mask can be coded, and one that it says nothing about is no shorter.
 ``docs/format.md`` describes the bytes, ``docs/coding.md`` has the sizes.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +34,7 @@ MOST_LOG2 = 8
 
 _LEVELS = 64
 _INVERTED = 0x80
+_NEIGHBOURS = 4  # what the left and the upper one can be together
 _MOST_WEIGHTS_IN_A_BYTE = 8 * 255  # a code has a bit at least, the longest stands for 255 weights
 _AT_ONCE = 1 << 16  # arrays between steps stay in the processor's cache
 _MOST_PLACES = 255
@@ -60,19 +65,23 @@ class Table:
 
     Attributes:
         places: Number of places in a kernel, 1 to 255: weight i has place ``i % places``.
-        guides: What else decides a weight's bucket.
+        row: Width of the kernel, 1 to ``places``, if neighbours decide a weight's bucket; 0 if not.
+        guides: What else decides it.
         levels: A byte for each bucket: its level, and 128 more where most weights are zero. Buckets
-            count in places, then in the sizes of one guide after the other, the last fastest.
+            count in places, then in neighbours (2 for the left, 1 for the upper), then in the sizes
+            of one guide after the other, the last fastest.
     """
 
     places: int
+    row: int
     guides: tuple[Guide, ...]
     levels: bytes
 
     @property
     def buckets(self) -> int:
         """Number of buckets."""
-        return self.places << sum(guide.log2 for guide in self.guides)
+        near = _NEIGHBOURS if self.row else 1
+        return self.places * near << sum(guide.log2 for guide in self.guides)
 
 
 def most_weights(nbytes: int) -> int:
@@ -91,7 +100,7 @@ def model_of(level: int) -> Model:
 
 
 def encode(
-    packed: Array, weights: int, guides: Sequence[Guide], places: int = 1
+    packed: Array, weights: int, guides: Sequence[Guide] = (), kernel: Sequence[int] = ()
 ) -> tuple[Table, bytes]:
     """Code a mask.
 
@@ -101,19 +110,22 @@ def encode(
         weights: Number of weights.
         guides: What may guess the mask; as many bits of each as are found worth it, at most its
             ``log2``, decide the buckets.
-        places: Number of places in a kernel; used if worth it too.
+        kernel: Shape of a kernel, the weight's last dimensions; places and neighbours in it are
+            used if worth it too.
 
     Returns:
         Table, and the streams, one behind the other.
     """
     flags = np.unpackbits(packed, count=weights, bitorder="little")
-    sizes = [sizes_of(guide, weights) for guide in guides]
-    table = _choose_table(flags, guides, sizes, places)
-    streams: list[list[Array]] = [[] for _ in range(_LEVELS)]
-    for part in _parts(weights, table, sizes):
-        pieces = np.split((flags[part.place] ^ part.inverted)[part.order], part.ends[:-1])
-        for stream, piece in zip(streams, pieces, strict=True):
-            stream.append(piece)
+    sizes = [_repeated(sizes_of(guide, weights), weights) for guide in guides]
+    table = _choose_table(flags, guides, sizes, kernel)
+    known = _known(table.places, table.row, [guide.log2 for guide in table.guides], flags, sizes)
+    streams: dict[int, list[Array]] = {level: [] for level in _levels_of(table)}
+    for part in _parts(known, table):
+        flags = (known.flags[part.place] ^ part.inverted)[part.order]
+        ends = np.cumsum(part.counts)
+        for level, stream in streams.items():
+            stream.append(flags[ends[level] - part.counts[level] : ends[level]])
     return table, b"".join(_encode_streams(streams))
 
 
@@ -133,24 +145,65 @@ def decode(table: Table, streams: bytes, weights: int) -> Array:
     Raises:
         CodeError: If the bytes are no code of so many weights.
     """
-    sizes = [sizes_of(guide, weights) for guide in table.guides]
-    found = _decode_streams(streams, _weights_of_levels(weights, table, sizes))
-    packed = np.empty(-(-weights // 8), np.uint8)
-    begins = np.zeros(_LEVELS, np.int64)
-    for part in _parts(weights, table, sizes):
-        ends = begins + np.diff(part.ends, prepend=0)
+    if table.row and weights % table.places:
+        message = f"has {weights} weights, not whole kernels of {table.places} places"
+        raise CodeError(message)
+    found = _decode_streams(streams, _levels_of(table), weights)
+    sizes = [_repeated(sizes_of(guide, weights), weights) for guide in table.guides]
+    log2s = [guide.log2 for guide in table.guides]
+    known = _known(table.places, table.row, log2s, np.empty(weights, np.uint8), sizes)
+    used = dict.fromkeys(found, 0)
+    for part in _parts(known, table):
         flags = np.empty(len(part.order), np.uint8)
-        flags[part.order] = np.concatenate(
-            [found[level][begins[level] : ends[level]] for level in range(_LEVELS)]
-        )
-        start = part.place.start // 8
-        bits = np.packbits(flags ^ part.inverted, bitorder="little")
-        packed[start : start + len(bits)] = bits
-        begins = ends
-    return packed
+        flags[part.order] = _taken(found, used, part.counts, weights)
+        known.flags[part.place] = flags ^ part.inverted
+    _check_rest(found, used, weights)
+    return np.packbits(_in_own_order(known.flags, known.stages), bitorder="little")
 
 
 # -- buckets and levels ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What decides buckets; all arrays have an element for each weight, in the order of stages.
+
+    Attributes:
+        places: Number of places in a kernel.
+        row: Width of the kernel; 0 without neighbours.
+        log2s: How many bits of the guides' sizes are looked at.
+        flags: The mask, uint8; a part may be unknown until its stage.
+        sizes: What `sizes_of` returned for each guide, uint8.
+    """
+
+    places: int
+    row: int
+    log2s: Sequence[int]
+    flags: Array
+    sizes: Sequence[Array]
+
+    @property
+    def stages(self) -> int:
+        """Number of stages: one for each place, as neighbours must be known before."""
+        return self.places if self.row else 1
+
+
+def _known(
+    places: int, row: int, log2s: Sequence[int], flags: Array, sizes: Sequence[Array]
+) -> _Known:
+    """Bring arrays into the order of stages."""
+    stages = places if row else 1
+    in_stages = [_in_stages(one, stages) for one in sizes]
+    return _Known(places, row, log2s, _in_stages(flags, stages), in_stages)
+
+
+def _in_stages(values: Array, stages: int) -> Array:
+    return values.reshape(-1, stages).T.reshape(-1)
+
+
+def _in_own_order(values: Array, stages: int) -> Array:
+    """Undo `_in_stages`."""
+    return values.reshape(stages, -1).T.reshape(-1)
 
 
 class _Part(NamedTuple):
@@ -159,21 +212,29 @@ class _Part(NamedTuple):
     Attributes:
         place: Where they lie.
         order: Their places in it by level, int64; within a level in their own order.
-        ends: Where in ``order`` each level ends, int64 of shape (64,).
+        counts: How many each level has, int64 of shape (64,).
         inverted: Whether most weights of their buckets are zero, uint8.
     """
 
     place: slice
     order: Array
-    ends: Array
+    counts: Array
     inverted: Array
 
 
 def sizes_of(guide: Guide, weights: int) -> Array:
-    """Return the upper eight bits of the sizes of a guide's numbers, uint8; each number once.
+    """Return the upper eight bits of the sizes of a guide's numbers, each number once.
 
     Numbers are symmetric in their integers w, with zero in the middle: the size is w - 2 ** 31, or
     2 ** 31 - 1 - w below the middle.
+
+    Args:
+        guide: The guide.
+        weights: Number of weights.
+
+    Returns:
+        uint8 array of shape (min(period, weights),), but of one zero if there are no weights or
+        no bits are looked at.
     """
     count = min(guide.period, weights) if guide.log2 else 0
     found = np.zeros(max(count, 1), np.uint8)
@@ -186,119 +247,174 @@ def sizes_of(guide: Guide, weights: int) -> Array:
     return found
 
 
-def _buckets(
-    weights: int, places: int, sizes: Sequence[Array], log2s: Sequence[int]
-) -> Iterator[tuple[slice, Array]]:
-    """Yield each weight's bucket, int32, piece by piece.
-
-    Args:
-        weights: Number of weights.
-        places: Number of places in a kernel.
-        sizes: What `sizes_of` returned, for each guide.
-        log2s: How many of their bits are looked at.
-    """
-    longest = min(weights, _AT_ONCE)
-    of_places = _repeated(np.arange(places, dtype=np.int32), longest, weights)
-    of_guides = [_repeated(one, longest, weights) for one in sizes]
-    for start in range(0, weights, _AT_ONCE):
-        count = min(_AT_ONCE, weights - start)
-        found = of_places[start % places :][:count]
-        for one, all_of_it, log2 in zip(sizes, of_guides, log2s, strict=True):
-            upper = all_of_it[start % len(one) :][:count] >> (MOST_LOG2 - log2)
-            found = (found << log2) | upper
-        yield slice(start, start + count), found
+def _repeated(values: Array, count: int) -> Array:
+    """Return the first ``count`` of values that are repeated without end."""
+    return np.tile(values, -(-count // len(values)))[:count]
 
 
-def _repeated(values: Array, count: int, weights: int) -> Array:
-    """Return values, repeated until ``count`` follow on each of them; not if each is used once."""
-    return values if len(values) >= weights else np.tile(values, count // len(values) + 2)
+def _buckets(known: _Known) -> Iterator[tuple[slice, Array]]:
+    """Yield the bucket of each weight, int32, piece by piece; none reaches into two stages."""
+    weights = len(known.flags)
+    length = weights // known.stages
+    of_places = np.arange(known.places, dtype=np.int32)
+    of_places = _repeated(of_places, min(length, _AT_ONCE) + known.places)
+    for stage in range(known.stages):
+        for start in range(0, length, _AT_ONCE):
+            place = slice(stage * length + start, stage * length + min(start + _AT_ONCE, length))
+            if known.row:
+                found = _NEIGHBOURS * stage + _neighbours(known, stage, place)
+            else:
+                found = of_places[start % known.places :][: place.stop - place.start]
+            for sizes, log2 in zip(known.sizes, known.log2s, strict=True):
+                found = (found << log2) | (sizes[place] >> (MOST_LOG2 - log2))
+            yield place, found
 
 
-def _parts(weights: int, table: Table, sizes: Sequence[Array]) -> Iterator[_Part]:
+def _neighbours(known: _Known, stage: int, place: slice) -> Array:
+    """Return twice the bit to the left and the bit above, int32; 0 where the kernel ends."""
+    length = len(known.flags) // known.stages
+    found = np.zeros(place.stop - place.start, np.int32)
+    if stage % known.row:
+        found += 2 * known.flags[place.start - length : place.stop - length]
+    if stage >= known.row:
+        above = known.row * length
+        found += known.flags[place.start - above : place.stop - above]
+    return found
+
+
+def _parts(known: _Known, table: Table) -> Iterator[_Part]:
     levels = np.frombuffer(table.levels, np.uint8)
-    log2s = [guide.log2 for guide in table.guides]
-    for place, buckets in _buckets(weights, table.places, sizes, log2s):
+    for place, buckets in _buckets(known):
         chosen = levels[buckets]
         own = chosen % _LEVELS
         order = np.argsort(own, kind="stable")
-        ends = np.cumsum(np.bincount(own, minlength=_LEVELS))
-        yield _Part(place, order, ends, chosen // _INVERTED)
-
-
-def _weights_of_levels(weights: int, table: Table, sizes: Sequence[Array]) -> list[int]:
-    levels = np.frombuffer(table.levels, np.uint8) % _LEVELS
-    log2s = [guide.log2 for guide in table.guides]
-    counts = np.zeros(_LEVELS, np.int64)
-    for _, buckets in _buckets(weights, table.places, sizes, log2s):
-        counts += np.bincount(levels[buckets], minlength=_LEVELS)
-    return counts.tolist()
+        counts = np.bincount(own, minlength=_LEVELS)
+        yield _Part(place, order, counts, chosen // _INVERTED)
 
 
 # -- streams ---------------------------------------------------------------------------------------
 
 
-def _encode_streams(streams: Sequence[Sequence[Array]]) -> Iterator[bytes]:
-    """Yield the codes of all levels that have weights."""
-    for level, pieces in enumerate(streams):
+def _levels_of(table: Table) -> list[int]:
+    """Return the levels that have a stream: all in the table, whether or not weights have them."""
+    return np.unique(np.frombuffer(table.levels, np.uint8) % _LEVELS).tolist()
+
+
+def _encode_streams(streams: Mapping[int, Sequence[Array]]) -> Iterator[bytes]:
+    """Yield the codes of all levels."""
+    for level, pieces in streams.items():
         flags = np.concatenate([np.empty(0, np.uint8), *pieces])
-        if len(flags):
-            packed = np.packbits(flags, bitorder="little")
-            yield entropy.encode(packed, len(flags), model_of(level))
+        packed = np.packbits(flags, bitorder="little")
+        yield entropy.encode(packed, len(flags), model_of(level))
 
 
-def _decode_streams(streams: bytes, weights: Sequence[int]) -> list[Array]:
-    """Return the flags of each level, uint8.
+def _decode_streams(streams: bytes, levels: Sequence[int], weights: int) -> dict[int, Array]:
+    """Return the flags of each level, uint8, with what fills up the codes behind them.
 
     Raises:
-        CodeError: If the bytes are no codes of so many weights.
+        CodeError: If the bytes are no codes, or of more weights.
     """
-    found, rest = [], memoryview(streams)
-    for level, count in enumerate(weights):
-        packed, used = np.empty(0, np.uint8), 0
-        if count:
-            packed, used = entropy.decode_first(rest, count, model_of(level))
-        found.append(np.unpackbits(packed, count=count, bitorder="little"))
+    found: dict[int, Array] = {}
+    rest = memoryview(streams)
+    for level in levels:
+        model = model_of(level)
+        found[level], used = entropy.decode_first(rest, weights, model)
+        weights -= max(len(found[level]) - 2 * model.width, 0)
         rest = rest[used:]
     if rest:
-        message = f"has {len(rest)} bytes behind the codes of its {sum(weights)} weights"
+        message = f"has {len(rest)} bytes behind the codes of its weights"
         raise CodeError(message)
     return found
+
+
+def _taken(found: Mapping[int, Array], used: dict[int, int], counts: Array, weights: int) -> Array:
+    """Return the next flags of all levels, one level after the other, and count them as used.
+
+    Raises:
+        CodeError: If there are fewer.
+    """
+    pieces = []
+    for level, flags in found.items():
+        start, used[level] = used[level], used[level] + int(counts[level])
+        pieces.append(flags[start : used[level]])
+        if used[level] > len(flags):
+            message = f"has a payload of too few bits for its {weights} weights"
+            raise CodeError(message)
+    return np.concatenate(pieces)
+
+
+def _check_rest(found: Mapping[int, Array], used: Mapping[int, int], weights: int) -> None:
+    """Refuse streams that hold more than the weights of their level."""
+    for level, flags in found.items():
+        if not entropy.is_filling(flags[used[level] :], used[level], model_of(level)):
+            message = f"has a payload of more than its {weights} weights"
+            raise CodeError(message)
 
 
 # -- choosing the table ----------------------------------------------------------------------------
 
 
 def _choose_table(
-    flags: Array, guides: Sequence[Guide], sizes: Sequence[Array], places: int
+    flags: Array, guides: Sequence[Guide], sizes: Sequence[Array], kernel: Sequence[int]
 ) -> Table:
     """Return the table with which table and streams are shortest together."""
     choices = [
-        (*_cheapest(counts.reshape(-1, 2), step), of_places, log2s)
-        for of_places in sorted({1, places if places <= _MOST_PLACES else 1})
-        for log2s, counts in _counts(flags, guides, sizes, of_places)
+        (*_cheapest(counts.reshape(-1, 2), step), places, row, log2s)
+        for places, row in _kernels(len(flags), kernel)
+        for log2s, counts in _counts(flags, guides, sizes, places, row)
         for step in _COARSER
     ]
-    _, levels, of_places, log2s = min(choices)
+    _, levels, places, row, log2s = min(choices)
     chosen = zip(guides, log2s, strict=True)
-    return Table(of_places, tuple(guide._replace(log2=log2) for guide, log2 in chosen), levels)
+    return Table(places, row, tuple(guide._replace(log2=log2) for guide, log2 in chosen), levels)
+
+
+def _kernels(weights: int, kernel: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield what may be known of a kernel: numbers of places, and widths of rows or 0."""
+    yield 1, 0
+    places = math.prod(kernel)
+    if 1 < places <= _MOST_PLACES and weights % places == 0:
+        most = _most_buckets(weights)
+        yield from [(places, 0)] * (places <= most)
+        yield from [(places, kernel[-1])] * (_NEIGHBOURS * places <= most)
+
+
+def _most_buckets(weights: int) -> int:
+    return max(min(weights // _FEWEST_WEIGHTS, _MOST_BUCKETS), 1)
 
 
 def _counts(
-    flags: Array, guides: Sequence[Guide], sizes: Sequence[Array], places: int
+    flags: Array, guides: Sequence[Guide], sizes: Sequence[Array], places: int, row: int
 ) -> Iterator[tuple[tuple[int, ...], Array]]:
     """Yield all choices of bits of the guides, and the zeros and ones in each of their buckets."""
-    finest = [guide.log2 for guide in guides]
-    counts = np.zeros(2 * places << sum(finest), np.int64)
-    for place, buckets in _buckets(len(flags), places, sizes, finest):
-        counts += np.bincount(2 * buckets + flags[place], minlength=len(counts))
-    most = min(len(flags) // _FEWEST_WEIGHTS, _MOST_BUCKETS)
-    for log2s in product(*(range(log2 + 1) for log2 in finest)):
-        if places << sum(log2s) <= max(most, 1):
-            pairs = [
-                (1 << kept, 1 << log2 - kept) for kept, log2 in zip(log2s, finest, strict=True)
-            ]
-            shape = [places, *(size for pair in pairs for size in pair), 2]
-            yield log2s, counts.reshape(shape).sum(axis=tuple(range(2, len(shape) - 1, 2)))
+    of_kernel = places * (_NEIGHBOURS if row else 1)
+    most = (_most_buckets(len(flags)) // of_kernel).bit_length() - 1  # bits of all guides
+    finest = [min(guide.log2, most) for guide in guides]
+    counts = np.zeros(2 * of_kernel << sum(finest), np.int64)
+    known = _known(places, row, finest, flags, sizes)
+    for place, buckets in _buckets(known):
+        counts += np.bincount(2 * buckets + known.flags[place], minlength=len(counts))
+    shape = [of_kernel, *(1 << log2 for log2 in finest), 2]
+    for log2s, coarser in _coarser(counts.reshape(shape), 1):
+        if sum(log2s) <= most:
+            yield log2s, coarser
+
+
+def _coarser(counts: Array, axis: int) -> Iterator[tuple[tuple[int, ...], Array]]:
+    """Yield log2 sizes and sums for all ways to join neighbours along this axis and those after.
+
+    Args:
+        counts: int64 array whose sizes are powers of two, but for the first and the last axis.
+        axis: Where to begin.
+    """
+    if axis == counts.ndim - 1:
+        yield (), counts
+        return
+    for others, found in _coarser(counts, axis + 1):
+        yield (counts.shape[axis].bit_length() - 1, *others), found
+    if counts.shape[axis] > 1:
+        before, after = counts.shape[:axis], counts.shape[axis + 1 :]
+        yield from _coarser(counts.reshape(*before, -1, 2, *after).sum(axis=axis + 1), axis)
 
 
 def _cheapest(counts: Array, step: int) -> tuple[float, bytes]:
@@ -308,12 +424,19 @@ def _cheapest(counts: Array, step: int) -> tuple[float, bytes]:
         counts: Zeros and ones in each bucket, shape (buckets, 2).
         step: Between the levels.
     """
-    levels = np.arange(0, _LEVELS, step)
-    odds = np.array([entropy.odds_of(model_of(level).odds) for level in levels.tolist()])
+    between, of_many, of_few = _costs(step)
     few, many = counts.min(axis=1), counts.max(axis=1)
-    between = np.sqrt(odds[1:] * odds[:-1])
     best = np.searchsorted(between, many / np.maximum(few, 1e-9))
-    bits = many @ np.log2(1 + 1 / odds)[best] + few @ np.log2(1 + odds)[best]
-    bits += 8 * len(best) + _STREAM_BITS * len(np.unique(best))
-    table = levels[best] + _INVERTED * (counts[:, 0] > counts[:, 1])
+    best[many == 0] = best.max()  # a bucket without weights must not cost a stream
+    bits = many @ of_many[best] + few @ of_few[best]
+    bits += 8 * len(best) + _STREAM_BITS * np.count_nonzero(np.bincount(best))
+    table = step * best + _INVERTED * (counts[:, 0] > counts[:, 1])
     return float(bits), table.astype(np.uint8).tobytes()
+
+
+@lru_cache(maxsize=len(_COARSER))
+def _costs(step: int) -> tuple[Array, Array, Array]:
+    """Return the odds between every ``step``-th level, and at each the bits of both weights."""
+    levels = range(0, _LEVELS, step)
+    odds = np.array([entropy.odds_of(model_of(level).odds) for level in levels])
+    return np.sqrt(odds[1:] * odds[:-1]), np.log2(1 + 1 / odds), np.log2(1 + odds)

@@ -2,7 +2,6 @@
 
 import json
 import zlib
-from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +9,7 @@ import numpy as np
 def read(path):
     """Every tensor by key; masks as flat arrays of bool, bfloat16 as its words of 16 bits."""
     types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U8": "u1"}
-    content, found = Path(path).read_bytes(), {}
+    content, found = path.read_bytes(), {}
     size = 8 + int.from_bytes(content[:8], "little")
     for key, entry in json.loads(content[8:size]).items():
         if key != "__metadata__":
@@ -38,31 +37,33 @@ def mask(stored):
     return bits == 1
 
 
-def context(stored, n, log2s, places):
+def context(stored, n, log2s, taps):
     """The bits of a mask coded by context."""
-    bucket, at = np.arange(n) % places, 36
+    row, at, sizes, streams, bits = stored[36], 37, np.zeros(n, int), {}, np.zeros(n, int)
     for log2 in filter(None, log2s):
-        *key, period = np.frombuffer(stored, "<u8", 3, at)
+        *key, period = np.frombuffer(stored[at : at + 24], "<u8")
         words = np.random.Philox(key=np.array(key)).random_raw(int(period) // 2 + 1).astype("<u8")
-        sizes = abs(2 * words.view("<u4").astype("i8") + 1 - 2**32) >> 1
-        bucket, at = (bucket << log2) | sizes[np.arange(n) % int(period)] >> 31 - log2, at + 24
-    end = at + (places << sum(log2s))
-    chosen, rest = np.frombuffer(stored[at:end], "u1")[bucket], stored[end:]
-    bits = np.zeros(n, "u1")
-    for level in np.unique(chosen % 64).tolist():
-        there, width = chosen % 64 == level, 8 if level < 7 else 6 if level < 15 else 1
-        bits[there], rest = stream(rest, there.sum(), width, 4 * level + 2)
-    return bits ^ chosen >> 7
+        size = abs(2 * words.view("<u4").astype("i8") + 1 - 2**32) >> 1
+        sizes, at = (sizes << log2) | size[np.arange(n) % int(period)] >> 31 - log2, at + 24
+    end = at + (taps * (4 if row else 1) << sum(log2s))
+    table, rest = stored[at:end], stored[end:]
+    for level in sorted({entry % 64 for entry in table}):
+        found, rest = stream(rest, None, 8 if level < 7 else 6 if level < 15 else 1, 4 * level + 2)
+        streams[level] = iter(found)
+    for i in sorted(range(n), key=lambda i: row and i % taps):
+        near = row and 2 * (i % taps % row and bits[i - 1]) + (i % taps >= row and bits[i - row])
+        entry = table[(i % taps * (4 if row else 1) + near << sum(log2s)) + sizes[i]]
+        bits[i] = next(streams[entry % 64]) ^ entry >> 7
+    return bits
 
 
 def stream(payload, n, width, odds):
-    """The first n bits of a code (package-merge, read by zlib behind a head), and what follows."""
+    """n bits of a code (package-merge, read by zlib behind a head; None: all), and what follows."""
     full, longest, a = 2**width - 1, 255 // (2**width - 1), (16 + odds % 16) << odds // 16
     runs = [s // full * [full] + [s % full] for s in range(longest * full)] + [longest * [full]]
     sizes = [(len(run) * width, sum(bin(unit).count("1") for unit in run)) for run in runs]
     shares = [2**32 * a**ones * 16 ** (size - ones) // (a + 16) ** size for size, ones in sizes]
-    coins = [(max(share, 1), [symbol]) for symbol, share in enumerate([*shares, 1])]
-    coins = row = sorted(coins, key=lambda coin: coin[0])
+    coins = row = sorted(((max(w, 1), [s]) for s, w in enumerate([*shares, 1])), key=lambda c: c[0])
     for _ in range(14):
         packed = [(a[0] + b[0], a[1] + b[1]) for a, b in zip(row[::2], row[1::2], strict=False)]
         row = sorted(coins + packed, key=lambda coin: coin[0])
@@ -72,8 +73,7 @@ def stream(payload, n, width, odds):
     fields = [(2, 10), (5, 3), (0, 5), (1, 5), (15, 4), (0, 9)] + [(4, 3)] * 16
     fields += [(int(f"{length:04b}"[::-1], 2), 4) for length in lengths]
     head = int("".join(f"{value:0{size}b}" for value, size in reversed(fields)), 2)
-    inflater = zlib.decompressobj(-15)
-    symbols = inflater.decompress(head.to_bytes(140, "little") + payload)
-    units = np.array([unit for symbol in symbols for unit in runs[symbol]], "u1")[:, None]
-    found = np.unpackbits(units, axis=1, count=width, bitorder="little").reshape(-1)[:n]
-    return found, inflater.unused_data
+    inflate = zlib.decompressobj(-15)
+    units = [u for s in inflate.decompress(head.to_bytes(140, "little") + payload) for u in runs[s]]
+    found = np.unpackbits(np.c_[np.array(units, "u1")], axis=1, count=width, bitorder="little")
+    return found.reshape(-1)[:n], inflate.unused_data

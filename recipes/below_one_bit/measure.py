@@ -60,9 +60,9 @@ def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]
     sums = dict.fromkeys(("entropy", "score", "seeded", "bound", "ideal", "changed"), 0.0)
     for name, mask in kept.masks.items():
         layer, stored = layers[name], bits.pack(torch.from_numpy(mask))
-        guides, places = layer.guides(config), math.prod(layer.shape[2:])
+        guides = layer.guides(config)
         sums["entropy"] += 8 * bits.coded(stored).numel()
-        coded = bits.coded(stored, guides, places)
+        coded = bits.coded(stored, guides, layer.shape[2:])
         if not torch.equal(bits.decoded(coded, name), stored):
             message = f"{name} is not decoded as it was"
             raise SystemExit(message)

@@ -190,6 +190,23 @@ def test_masks_without_guides_are_coded_by_their_density(tmp_path):
     models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
 
 
+def test_masks_without_guides_are_coded_beside_their_neighbours(tmp_path):
+    """Whole kernels off, as fine-tuning of pretrained weights leaves them."""
+    options = {"bank": "own", "selector": "threshold", "score_init": 0.01}
+    model = pemnify(net(), coding="context", **options)
+    off = torch.rand(32, 32, 1, 1, generator=torch.Generator().manual_seed(0)) < 0.2
+    with torch.no_grad():
+        layer(model).mask_of("default").scores.masked_fill_(off, -1.0)
+    model.save_pretrained(str(tmp_path))
+    (key,) = [key for key in stored_masks(tmp_path) if ".conv2." in key]
+    assert bits.inspect(stored_masks(tmp_path)[key], key).coding == "context"
+    as_entropy = bits.coded(bits.decoded(stored_masks(tmp_path)[key], key))
+    assert stored_masks(tmp_path)[key].numel() < 0.6 * as_entropy.numel()
+    models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
+    found = reader.read(tmp_path / models.WEIGHTS_FILE)[key]
+    oracles.assert_same(torch.from_numpy(found), models.masks(model)["conv2.weight"].flatten())
+
+
 def test_an_empty_weight_has_guides():
     stored = bits.pack(torch.ones(0, dtype=torch.bool))
     assert torch.equal(bits.coded(stored, [Guide(b"k" * 16, 1)]), stored)
