@@ -146,7 +146,7 @@ def decoded(stored: Tensor, name: str) -> Tensor:
 
     Raises:
         MaskFormatError: If anything does not hold. Memory stays within some 2,500 bytes for each
-            one given (a mask of ones alone is so much shorter), 8,500 for one coded by
+            one given (a mask of ones alone is so much shorter), 12,500 for one coded by
             context, whatever the header says.
     """
     header = inspect(stored, name)

@@ -18,7 +18,7 @@ All that only guesses: every mask can be coded, and one that it says nothing abo
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -149,7 +149,7 @@ def decode(table: Table, streams: bytes, weights: int) -> Array:
         message = f"has {weights} weights, not whole kernels of {table.places} places"
         raise CodeError(message)
     found = _decode_streams(streams, _levels_of(table), weights)
-    sizes = [_repeated(sizes_of(guide, weights), weights) for guide in table.guides]
+    sizes = (_repeated(sizes_of(guide, weights), weights) for guide in table.guides)
     log2s = [guide.log2 for guide in table.guides]
     known = _known(table.places, table.row, log2s, np.empty(weights, np.uint8), sizes)
     used = dict.fromkeys(found, 0)
@@ -189,7 +189,7 @@ class _Known:
 
 
 def _known(
-    places: int, row: int, log2s: Sequence[int], flags: Array, sizes: Sequence[Array]
+    places: int, row: int, log2s: Sequence[int], flags: Array, sizes: Iterable[Array]
 ) -> _Known:
     """Bring arrays into the order of stages."""
     stages = places if row else 1

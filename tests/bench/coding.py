@@ -163,7 +163,7 @@ def context_way(guides: list[context.Guide]) -> Way:
     """What `coding="context"` writes."""
 
     def encode(flags: np.ndarray, _: float) -> torch.Tensor:
-        return bits.coded(bits.pack(torch.from_numpy(flags)), guides, places=9)
+        return bits.coded(bits.pack(torch.from_numpy(flags)), guides, (3, 3))
 
     return ours()._replace(encode=encode)
 
