@@ -103,8 +103,10 @@ class PemnConfig(PeftConfig):
             ``bank_init="model"`` the default is its classifier; an empty list masks that too.
         trainable_token_indices: Not supported; present because TRL reads it.
         coding: How a file holds masks. "bits": one bit a weight. "entropy": near the entropy of
-            each mask's density, .08 bit a weight at .99 (docs/coding.md); such a file is read by
-            PEFT's loaders, not by transformers' own.
+            each mask's density, .08 bit a weight at .99 (docs/coding.md). "context": also by the
+            neighbours in a convolution's kernel, and with "topk" by what the initial scores, drawn
+            again from ``seed``, say of each weight: below one bit a weight at density .5. Coded
+            files are read by PEFT's loaders, not by transformers' own.
         fingerprint: Identifies the base that the masks belong to. Filled in by the library.
         digest: Ties ``adapter_config.json`` to the weights it was saved with. Filled in by the
             library.

@@ -19,6 +19,7 @@ from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
+from pemn_surgery.context import Guide
 from pemn_surgery.errors import NonFiniteScoresError
 from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight
@@ -26,6 +27,8 @@ from pemn_surgery.roles import rows_of
 from pemn_surgery.selector import check_finite
 from pemn_surgery.targets import Owned, Target
 from pemn_surgery.task import TaskTensors, TensorSet
+
+_LOOK_AT_WEIGHTS = 3  # bits of a frozen number's size that guess a mask (docs/coding.md)
 
 
 class PemnTunerLayer(BaseTunerLayer):
@@ -189,6 +192,34 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             row_scale=torch.zeros(rows.count),
             stored=bits.empty(int(torch.Size(self.shape).numel())),
         )
+
+    def guides(self, config: PemnConfig) -> tuple[Guide, ...]:
+        """Return the seeded numbers that may guess an adapter's mask (``coding="context"``).
+
+        Args:
+            config: The adapter's configuration.
+
+        Returns:
+            What initial scores are made of, and frozen weights if they are drawn; nothing where
+            the size of an initial score says nothing.
+        """
+        drawn = isinstance(config.score_init, str) and config.form == "product"
+        if not drawn or not config.selection.uses_magnitude:
+            return ()
+        weights = max(int(torch.Size(self.shape).numel()), 1)
+        scores = Guide(rng.key_of(config.seed, _scores_stream(self.target)), weights)
+        fill = self._fill_stream(weights)
+        if fill is None or self.spec.init == "signed_constant":
+            return (scores,)
+        name, period = fill
+        key = rng.key_of(self.spec.seed, name)
+        return scores, Guide(key, min(period, weights), _LOOK_AT_WEIGHTS)
+
+    def _fill_stream(self, weights: int) -> tuple[str, int] | None:
+        """Return the stream of the frozen numbers, and their period."""
+        if self.bank is not None:
+            return self.bank.layout.stream(self.shape)
+        return (weight_stream(self.target), weights) if self.spec.generated else None
 
     def mask_of(self, adapter_name: str) -> AdapterMask:
         """Return an adapter's mask of this weight."""
@@ -382,5 +413,14 @@ def initial_scores(config: PemnConfig, target: str, shape: tuple[int, ...], fan_
     if not isinstance(config.score_init, str):
         return torch.full(shape, cast("float", config.score_init), dtype=torch.float32)
     count = int(torch.Size(shape).numel())
-    values: Any = rng.uniform(config.seed, f"scores/{target}", count, fan_in**-0.5)
+    values: Any = rng.uniform(config.seed, _scores_stream(target), count, fan_in**-0.5)
     return torch.from_numpy(values).view(shape)
+
+
+def weight_stream(target: str) -> str:
+    """Return the stream of a weight that has its own drawn numbers (``bank="own"``)."""
+    return f"weight/{target}"
+
+
+def _scores_stream(target: str) -> str:
+    return f"scores/{target}"

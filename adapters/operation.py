@@ -19,7 +19,7 @@ from pemn_surgery.adapters.checks import (
 )
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file_checks import check_file_fits
-from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
+from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer, weight_stream
 from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
 from pemn_surgery.bank import Bank
 from pemn_surgery.roles import base_modules
@@ -86,7 +86,7 @@ class Operation:
     def _redraw(self, target: Target, module: nn.Module) -> None:
         """Give a layer its own numbers from the seed (``bank="own"``)."""
         weight = cast("nn.Parameter", module._parameters[target.parameter])
-        stream = f"weight/{target.name}"
+        stream = weight_stream(target.name)
         drawn = banks.draw(self.config.bank_spec, stream, target.fan_in, target.weights)
         weight.data = torch.from_numpy(drawn).view(target.shape).to(weight.device, weight.dtype)
 

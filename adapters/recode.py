@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import get_args
 
 from torch import Tensor
 
@@ -22,6 +21,9 @@ from pemn_surgery.adapters.file import (
 from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import AdapterFileError, ConfigError
 from pemn_surgery.selector import check_finite
+
+
+_CODINGS: tuple[CodingName, ...] = ("bits", "entropy")
 
 
 def recode(folder: str | Path, coding: CodingName, out: str | Path | None = None) -> AdapterFile:
@@ -82,8 +84,11 @@ def _new_key(key: str) -> str:
 
 
 def _check_coding(coding: str) -> None:
-    if coding not in get_args(CodingName):
-        message = f"coding={coding!r}; give one of {', '.join(get_args(CodingName))}."
+    if coding not in _CODINGS:
+        message = (
+            f'coding={coding!r}; give "bits" or "entropy". For "context", which needs the weights' '
+            "shapes, load the adapter, set its PemnConfig.coding, and save it again."
+        )
         raise ConfigError(message)
 
 

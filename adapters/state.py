@@ -36,7 +36,8 @@ def pack_for_file(
     Raises:
         NonFiniteScoresError: If scores contain NaN or infinity.
     """
-    masks = _masks_by_key(model, adapter_name)
+    layers = _layers_by_key(model, adapter_name)
+    masks = {place: layer.mask_of(adapter_name) for place, layer in layers.items()}
     config.fingerprint = next((mask.fingerprint for mask in masks.values()), None)
     config.digest = None  # that of an earlier file, if the adapter was loaded
     base = fingerprints.short_form(config.fingerprint or {})
@@ -50,7 +51,7 @@ def pack_for_file(
             saved[f"{place}.bits"] = bits.pack(mask.selector.mask(whole), base)
         else:
             saved[key] = whole
-    return _coded(saved, masks) if config.coding == "entropy" else saved
+    return _coded(saved, layers, config) if config.coding != "bits" else saved
 
 
 def prepare_for_model(
@@ -74,7 +75,7 @@ def prepare_for_model(
     """
     masks = {
         mask_key(mask.target, kind): (mask, kind)
-        for mask in _masks_by_key(model, adapter_name).values()
+        for mask in _masks(model, adapter_name)
         for kind in _kinds(mask)
     }
     given = {_with_prefix(key): value for key, value in state_dict.items()}
@@ -126,14 +127,15 @@ def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> T
     return torch.where(chosen, threshold + margin, threshold - margin)
 
 
-def _coded(saved: StateDict, masks: Mapping[str, AdapterMask]) -> StateDict:
+def _coded(saved: StateDict, layers: Mapping[str, PemnLayer], config: PemnConfig) -> StateDict:
     """Return the entries with masks coded; a place that was never loaded stays as it is."""
-    return {
-        key: bits.coded(value)
-        if key.removesuffix(".bits") in masks and bits.is_loaded(value)
-        else value
-        for key, value in saved.items()
-    }
+    coded = dict(saved)
+    for key, value in saved.items():
+        layer = layers.get(key.removesuffix(".bits"))
+        if layer is not None and bits.is_loaded(value):
+            guides = layer.guides(config) if config.coding == "context" else None
+            coded[key] = bits.coded(value, guides, layer.shape[2:])
+    return coded
 
 
 def _kinds(mask: AdapterMask) -> tuple[str, str]:
@@ -141,13 +143,18 @@ def _kinds(mask: AdapterMask) -> tuple[str, str]:
     return ("bits", "row_scale") if isinstance(mask, SignDelta) else ("bits", "scores")
 
 
-def _masks_by_key(model: nn.Module, adapter_name: str) -> dict[str, AdapterMask]:
-    """Return an adapter's masks by their place in the model's state dict."""
-    found: dict[str, AdapterMask] = {}
+def _masks(model: nn.Module, adapter_name: str) -> list[AdapterMask]:
+    layers = _layers_by_key(model, adapter_name).values()
+    return [layer.mask_of(adapter_name) for layer in layers]
+
+
+def _layers_by_key(model: nn.Module, adapter_name: str) -> dict[str, PemnLayer]:
+    """Return the layers with an adapter's mask, by its place in the model's state dict."""
+    found: dict[str, PemnLayer] = {}
     for name, module in model.named_modules():
         if isinstance(module, PemnLayer) and adapter_name in module.pemn_masks:
             clean = name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
-            found[f"{clean}.{MASKS}.{adapter_name}"] = module.mask_of(adapter_name)
+            found[f"{clean}.{MASKS}.{adapter_name}"] = module
     return found
 
 

@@ -101,6 +101,16 @@ class Layout:
             return None
         return prototype
 
+    def stream(self, shape: Shape) -> tuple[str, int] | None:
+        """Return the stream that fills this shape, and after how many numbers it begins anew.
+
+        None where the numbers are not drawn, or not in the stream's order (``permute``).
+        """
+        prototype = self.find(shape)
+        if prototype is None or not self.spec.generated or prototype.length > prototype.period:
+            return None
+        return _stream(() if () in dict(self.by_shape) else shape), prototype.period
+
     def as_dict(self) -> dict[str, object]:
         """Return the layout in plain values, for fingerprints and messages."""
         return asdict(self)
@@ -248,13 +258,17 @@ def _one_layer_prototypes(
     return tuple(prototypes.items())
 
 
+def _stream(shape: Shape) -> str:
+    """MP and RP read one stream: the vector of RP is the beginning of MP's, as in the paper."""
+    return "bank" if not shape else "bank/" + "x".join(map(str, shape))
+
+
 def _values(
     spec: BankSpec, shape: Shape, prototype: Prototype, weight_of: Callable[[str], Tensor]
 ) -> Tensor:
     if spec.generated:
-        # MP and RP read one stream: the vector of RP is the beginning of MP's, as in the paper.
-        stream = "bank" if not shape else "bank/" + "x".join(map(str, shape))
-        values = torch.from_numpy(draw(spec, stream, prototype.fan_in, prototype.period))
+        drawn = draw(spec, _stream(shape), prototype.fan_in, prototype.period)
+        values = torch.from_numpy(drawn)
     else:
         values = weight_of(prototype.source).detach().reshape(-1)[: prototype.period].clone()
     if prototype.length > prototype.period:

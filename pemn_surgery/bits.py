@@ -7,8 +7,9 @@ offset bytes content
 ====== ===== =========================================================
 0      4     ``PEMN``
 4      1     version of this layout, 1
-5      1     coding, 0 = one bit a weight (1 = entropy, files only)
-6      2     zero (coding 1: which code)
+5      1     coding, 0 = one bit a weight (1 = entropy and 2 = context,
+             files only)
+6      2     zero (codings 1 and 2: which code)
 8      8     number of weights n
 16     4     CRC-32 of all the other bytes
 20     12    base: first four bytes of its fingerprint in float32,
@@ -22,6 +23,7 @@ Numbers are little-endian. The last byte is filled up with zero bits.
 import math
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn, cast, get_args
 
@@ -29,10 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pemn_surgery import entropy
+from pemn_surgery import context, entropy
 from pemn_surgery.errors import MaskFormatError
+from pemn_surgery.rng import KEY_BYTES
 
-CodingName = Literal["bits", "entropy"]
+CodingName = Literal["bits", "entropy", "context"]
 
 HEADER_BYTES = 32
 VERSION = 1
@@ -42,9 +45,10 @@ _MAGIC = b"PEMN"
 _LAYOUT = struct.Struct("<4sBBBBQI12s")
 _CHECKSUM_OFFSET = 16
 _CODINGS = get_args(CodingName)
-_BITS, _ENTROPY = range(2)
+_BITS, _ENTROPY, _CONTEXT = range(3)
 _INVERTED = 0x80
 _CODED_HEADER_BYTES = HEADER_BYTES + 4  # and the checksum of the mask as bits
+_GUIDE = struct.Struct(f"<{KEY_BYTES}sQ")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class StoredMask:
         weights: Number of weights, that is of mask bits.
         checksum: CRC-32 of all bytes but its own four.
         base: 12 bytes that identify the base, see the module's table.
-        coding: "bits" or "entropy".
+        coding: "bits", "entropy" or "context".
     """
 
     weights: int
@@ -83,11 +87,16 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
     return _sealed((_BITS, 0, 0, mask.numel()), base, payload.tobytes())
 
 
-def coded(stored: Tensor) -> Tensor:
-    """Return a stored mask as it is kept in files with ``coding="entropy"``.
+def coded(
+    stored: Tensor, guides: Sequence[context.Guide] | None = None, kernel: Sequence[int] = ()
+) -> Tensor:
+    """Return a stored mask as it is kept in files with ``coding="entropy"`` or "context".
 
     Args:
         stored: What `pack` returned.
+        guides: For "context", the numbers that the initial scores were made of, and if it is known
+            those that the frozen weights are; may be none. None for "entropy".
+        kernel: For "context", the shape of a convolution's kernel.
 
     Returns:
         Uint8 tensor on the CPU, within 1 % of the mask's entropy where it is large (see
@@ -95,16 +104,33 @@ def coded(stored: Tensor) -> Tensor:
     """
     header = verify(stored, "mask")
     payload = stored.detach().cpu().numpy()[HEADER_BYTES:]
-    ones = count_ones(stored)
+    choices = [_with_density(header, payload, count_ones(stored))]
+    if guides or (guides is not None and math.prod(kernel) > 1):
+        choices.append(_with_contexts(header, payload, guides, kernel))
+    return min((stored, *(choice for choice in choices if choice is not None)), key=torch.numel)
+
+
+def _with_density(header: StoredMask, payload: np.ndarray, ones: int) -> Tensor | None:
+    """Return a mask coded by its density, None where that is one half."""
     inverted = 2 * ones < header.weights
     model = entropy.choose_model(max(ones, header.weights - ones) / max(header.weights, 1))
     if model is None:
-        return stored
+        return None
     code = entropy.encode(_flipped(payload, header.weights, inverted), header.weights, model)
-    if _CODED_HEADER_BYTES + len(code) >= stored.numel():
-        return stored
     which = (_ENTROPY, model.width | inverted * _INVERTED, model.odds, header.weights)
     return _sealed(which, header.base, struct.pack("<I", header.checksum) + code)
+
+
+def _with_contexts(
+    header: StoredMask, payload: np.ndarray, guides: Sequence[context.Guide], kernel: Sequence[int]
+) -> Tensor:
+    """Return a mask coded beside what is known of its weights."""
+    table, streams = context.encode(payload, header.weights, guides, kernel)
+    log2s = sum(guide.log2 << 4 * place for place, guide in enumerate(table.guides))
+    kept = [_GUIDE.pack(guide.key, guide.period) for guide in table.guides if guide.log2]
+    start = struct.pack("<IB", header.checksum, table.row)
+    code = b"".join([start, *kept, table.levels, streams])
+    return _sealed((_CONTEXT, log2s, table.places, header.weights), header.base, code)
 
 
 def decoded(stored: Tensor, name: str) -> Tensor:
@@ -119,24 +145,32 @@ def decoded(stored: Tensor, name: str) -> Tensor:
 
     Raises:
         MaskFormatError: If anything does not hold. Memory stays within some 2,500 bytes for each
-            one given (a mask of ones alone is so much shorter), whatever the header says.
+            one given (a mask of ones alone is so much shorter), 12,500 for one coded by
+            context, whatever the header says.
     """
     header = inspect(stored, name)
     if header.coding == "bits":
         return stored
     content = _content(stored, name)
-    model, inverted = _model(content, name)
     try:
-        payload = entropy.decode(content[_CODED_HEADER_BYTES:], header.weights, model)
+        payload = _payload(content, header, name).tobytes()
     except entropy.CodeError as error:
         _refuse(name, str(error))
-    payload = _flipped(payload, header.weights, inverted).tobytes()
     found = _sealed((_BITS, 0, 0, header.weights), header.base, payload)
     (expected,) = struct.unpack_from("<I", content, HEADER_BYTES)
     (actual,) = struct.unpack_from("<I", found[:HEADER_BYTES].numpy().tobytes(), _CHECKSUM_OFFSET)
     if actual != expected:
         _refuse(name, f"decodes to checksum {actual:08x}, its payload says {expected:08x}")
     return found
+
+
+def _payload(content: bytes, header: StoredMask, name: str) -> np.ndarray:
+    """Return a coded mask's packed bits."""
+    if header.coding == "context":
+        return context.decode(*_context_parts(content, name), header.weights)
+    model, inverted = _model(content, name)
+    payload = entropy.decode(content[_CODED_HEADER_BYTES:], header.weights, model)
+    return _flipped(payload, header.weights, inverted)
 
 
 def unpack(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -238,8 +272,7 @@ def inspect(stored: Tensor, name: str) -> StoredMask:
     if version != VERSION:
         _refuse(name, f"has layout version {version}, this release reads {VERSION}", old=False)
     if coding >= len(_CODINGS):
-        known = " and ".join(str(number) for number in range(len(_CODINGS)))
-        _refuse(name, f"has coding {coding}, this release reads {known}", old=False)
+        _refuse(name, f"has coding {coding}, this release reads 0 to {_CONTEXT}", old=False)
     _check_length(content, coding, weights, name)
     actual = _checksum(content)
     if actual != checksum:
@@ -256,8 +289,10 @@ def _check_length(content: bytes, coding: int, weights: int, name: str) -> None:
         if len(content) != needed:
             _refuse(name, f"has {len(content)} bytes, a mask of {weights} weights needs {needed}")
         return
-    model, _ = _model(content, name)
-    most = model.most_weights(len(content) - _CODED_HEADER_BYTES)
+    if coding == _CONTEXT:
+        most = context.most_weights(len(_context_parts(content, name)[-1]))
+    else:
+        most = _model(content, name)[0].most_weights(len(content) - _CODED_HEADER_BYTES)
     if weights > most:
         _refuse(name, f"has {len(content)} bytes, too few for {weights} weights (at most {most})")
 
@@ -271,6 +306,37 @@ def _model(content: bytes, name: str) -> tuple[entropy.Model, bool]:
     if width & ~_INVERTED not in entropy.WIDTHS:
         _refuse(name, f"has code {width}, this release reads {entropy.WIDTHS}", old=False)
     return entropy.Model(width & ~_INVERTED, odds), bool(width & _INVERTED)
+
+
+def _context_parts(content: bytes, name: str) -> tuple[context.Table, bytes]:
+    """Return table and streams of a mask coded by context."""
+    log2s, places = (content[6] & 15, content[6] >> 4), content[7]
+    if max(log2s) > context.MOST_LOG2 or not places:
+        needed = "0 to 8 bits of both and 1 to 255 places"
+        problem = f"has {log2s[0]} and {log2s[1]} bits of its guides and {places} places"
+        _refuse(name, f"{problem}, this release reads {needed}", old=False)
+    used = [log2 for log2 in log2s if log2]
+    begin = _CODED_HEADER_BYTES + 1 + len(used) * _GUIDE.size
+    row = _row(content, begin, places, name)
+    read = _GUIDE.iter_unpack(content[_CODED_HEADER_BYTES + 1 : begin])
+    pairs = zip(read, used, strict=True)
+    guides = tuple(context.Guide(key, period, log2) for (key, period), log2 in pairs)
+    if not all(guide.period for guide in guides):
+        _refuse(name, "has a guide without numbers", old=False)
+    end = begin + context.Table(places, row, guides, b"").buckets
+    if len(content) < end:
+        _refuse(name, f"has {len(content)} bytes, its header and table need {end}")
+    return context.Table(places, row, guides, content[begin:end]), content[end:]
+
+
+def _row(content: bytes, needed: int, places: int, name: str) -> int:
+    """Return the width of a kernel whose neighbours are looked at, 0 if they are not."""
+    if len(content) < needed:
+        _refuse(name, f"has {len(content)} bytes, its header needs {needed}")
+    row = content[_CODED_HEADER_BYTES]
+    if row > places:
+        _refuse(name, f"has kernels of {places} places in rows of {row}", old=False)
+    return row
 
 
 def _flipped(payload: np.ndarray, weights: int, inverted: bool) -> np.ndarray:

@@ -6,6 +6,7 @@ written here has no matches, only the codes of symbols one after the other.
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,22 @@ class PrefixCode:
         head: Start of a DEFLATE stream that announces the code, to the byte.
         bits: The code of every symbol, its first bit lowest, uint64 of shape (257,).
         lengths: Bits of every code, int64 of shape (257,).
-        pair_bits: Codes of two symbols, first + 256 * second, uint64 of shape (65536,).
-        pair_lengths: Bits of those, uint8 of shape (65536,).
     """
 
     head: bytes
     bits: Array
     lengths: Array
-    pair_bits: Array
-    pair_lengths: Array
+
+    @cached_property
+    def pair_bits(self) -> Array:
+        """Codes of two symbols, first + 256 * second, uint64 of shape (65536,)."""
+        second = self.bits[:256, None] << self.lengths[:256].astype(np.uint64)
+        return (self.bits[:256] | second).reshape(-1)
+
+    @cached_property
+    def pair_lengths(self) -> Array:
+        """Bits of those, uint8 of shape (65536,)."""
+        return (self.lengths[:256] + self.lengths[:256, None]).astype(np.uint8).reshape(-1)
 
 
 def make_code(weights: list[int]) -> PrefixCode:
@@ -46,15 +54,7 @@ def make_code(weights: list[int]) -> PrefixCode:
     used = [*range(len(weights)), _END]
     lengths = np.zeros(257, np.int64)
     lengths[used] = code_lengths([*weights, 1])
-    bits = _canonical(lengths)
-    one, two = lengths[:256], lengths[:256, None]
-    return PrefixCode(
-        _head(lengths.tolist()),
-        bits,
-        lengths,
-        (bits[:256] | bits[:256, None] << one.astype(np.uint64)).reshape(-1),
-        (one + two).astype(np.uint8).reshape(-1),
-    )
+    return PrefixCode(_head(lengths.tolist()), _canonical(lengths), lengths)
 
 
 def concatenate(symbols: Array, code: PrefixCode) -> bytes:

@@ -84,7 +84,9 @@ def choose_model(density: float) -> Model | None:
         return None
     width = next(width for limit, width in _WIDTH_UP_TO if density <= limit)
     zeros = max(1 - density, 1e-9)
-    return Model(width, min(range(256), key=lambda odds: abs(_odds(odds) / (density / zeros) - 1)))
+    return Model(
+        width, min(range(256), key=lambda odds: abs(odds_of(odds) / (density / zeros) - 1))
+    )
 
 
 def encode(packed: Array, weights: int, model: Model) -> bytes:
@@ -115,27 +117,112 @@ def decode(coded: bytes, weights: int, model: Model) -> Array:
     Raises:
         CodeError: If the bytes are no code of so many weights.
     """
-    inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
     count = -(-weights // model.width)
     # Room for what the last row of 8 lacks, and for the unit that may stand after the last.
     units = np.full(-(-count // 8) * 8 + 8, model.full, np.uint8)
-    place = 0
-    put = _put if model.longest == 1 else _expand
-    try:
-        inflater.decompress(_code(model).head)
-        for start in range(0, len(coded), _CODED_AT_ONCE):
-            symbols = inflater.decompress(coded[start : start + _CODED_AT_ONCE])
-            place = put(symbols, units[: count + 1], place, model)
-    except zlib.error as error:
-        message = f"has a payload that is no code ({error})"
-        raise CodeError(message) from error
-    if place < count or not inflater.eof or inflater.unused_data:
+    place, put = 0, _put if model.longest == 1 else _expand
+    code = _Code(coded, model)
+    for symbols in code.symbols():
+        place = put(symbols, units[: count + 1], place, model)
+    if place < count or not code.ended or code.used < len(coded):
         message = f"has a payload that does not end with its {weights} weights"
         raise CodeError(message)
     return _packed(units, weights, model)
 
 
-def _odds(odds: int) -> float:
+def decode_first(coded: bytes | memoryview, most: int, model: Model) -> tuple[Array, int]:
+    """Return all weights of a code whose number is not known, from bytes that may go on behind it.
+
+    Memory stays below a byte for each of ``most``, and 16 bytes for each coded one.
+
+    Args:
+        coded: What `encode` returned, and anything.
+        most: The most weights that are expected.
+        model: The code.
+
+    Returns:
+        The weights and what fills up the code behind them (see `is_filling`), uint8 of shape
+        (weights,), each 0 or 1; and how many bytes the code has.
+
+    Raises:
+        CodeError: If the bytes do not begin with a code, or one of more weights.
+    """
+    code = _Code(coded, model)
+    found = list(code.symbols())
+    if not code.ended:
+        message = "has a payload that does not end"
+        raise CodeError(message)
+    unit_count, _ = _expansions(model)
+    counts = (np.frombuffer(part.translate(unit_count), np.uint8).sum() for part in found)
+    count = sum(int(one) for one in counts)
+    if count > -(-most // model.width) + 1:
+        message = f"has a payload of {count * model.width} weights where at most {most} are"
+        raise CodeError(message)
+    units = np.full(-(-count // 8) * 8, model.full, np.uint8)
+    place, put = 0, _put if model.longest == 1 else _expand
+    for symbols in found:
+        place = put(symbols, units[:count], place, model)
+    if model.width == 1:
+        return units[:count], code.used
+    weights = count * model.width
+    packed = _packed(units, weights, model)
+    return np.unpackbits(packed, count=weights, bitorder="little"), code.used
+
+
+def is_filling(rest: Array, weights: int, model: Model) -> bool:
+    """Tell whether a code goes on behind its weights as `encode` lets it.
+
+    Args:
+        rest: What `decode_first` returned behind the weights.
+        weights: Number of weights.
+        model: The code.
+    """
+    ones = -weights % model.width
+    ending, unit = rest[:ones], rest[ones:]
+    return len(ending) == ones and bool(ending.all()) and _is_no_unit(unit, model)
+
+
+def _is_no_unit(unit: Array, model: Model) -> bool:
+    """Tell whether there is none, or the unit 0 that ends a run."""
+    return not len(unit) or (len(unit) == model.width and not unit.any())
+
+
+class _Code:
+    """A code that is being read.
+
+    Attributes:
+        used: How many bytes of it were read.
+        ended: Whether its end was among them.
+    """
+
+    def __init__(self, coded: bytes | memoryview, model: Model) -> None:
+        self.used = 0
+        self.ended = False
+        self._coded = coded
+        self._head = _code(model).head
+
+    def symbols(self) -> Iterator[bytes]:
+        """Yield the symbols piece by piece.
+
+        Raises:
+            CodeError: If the bytes are no code.
+        """
+        inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+        try:
+            inflater.decompress(self._head)
+            while self.used < len(self._coded) and not self.ended:
+                part = self._coded[self.used : self.used + _CODED_AT_ONCE]
+                symbols = inflater.decompress(part)
+                self.used += len(part) - len(inflater.unused_data)
+                self.ended = inflater.eof
+                yield symbols
+        except zlib.error as error:
+            message = f"has a payload that is no code ({error})"
+            raise CodeError(message) from error
+
+
+def odds_of(odds: int) -> float:
+    """Return the ones to a zero that a model's byte stands for."""
     return (16 + odds % 16) * 2 ** (odds // 16) / 16
 
 
@@ -278,7 +365,7 @@ def _running_sum(counts: bytes, largest: int) -> Array:
     return sums[: len(counts)]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=96)
 def _expansions(model: Model) -> tuple[bytes, bytes]:
     """Return each symbol's number of units, and its last unit."""
     pairs = [divmod(symbol, model.full) for symbol in range(model.symbols - 1)]
@@ -290,7 +377,7 @@ def _expansions(model: Model) -> tuple[bytes, bytes]:
 # -- the code --------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=96)  # a mask coded by context may have 64 (some .6 MB each)
 def _code(model: Model) -> PrefixCode:
     return make_code(symbol_weights(model))
 

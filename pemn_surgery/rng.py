@@ -10,12 +10,14 @@ sequence, so adding a layer never shifts the numbers of another one.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+
+KEY_BYTES = 16
 
 # Values per pass: the temporaries of one pass stay in the processor's cache.
 _CHUNK = 1 << 16
@@ -32,7 +34,8 @@ def integers(seed: int, stream: str, count: int) -> NDArray[np.uint32]:
     Returns:
         Array of shape (count,): each 64-bit Philox word gives its low half, then its high half.
     """
-    return _words(_generator(seed, stream), count)
+    generator = np.random.Philox(key=np.frombuffer(key_of(seed, stream), dtype="<u8"))
+    return _words(generator, count)
 
 
 def uniform(seed: int, stream: str, count: int, bound: float) -> NDArray[np.float32]:
@@ -113,15 +116,31 @@ def permutation(seed: int, stream: str, count: int) -> NDArray[np.int64]:
     return np.argsort(integers(seed, stream, count), kind="stable")
 
 
-def _generator(seed: int, stream: str) -> np.random.Philox:
-    digest = hashlib.sha256(f"pemn:{seed}:{stream}".encode()).digest()
-    return np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
+def key_of(seed: int, stream: str) -> bytes:
+    """Return the 16 bytes that decide a stream's numbers: they stand for seed and name.
+
+    Args:
+        seed: Any integer.
+        stream: Name of the sequence.
+    """
+    return hashlib.sha256(f"pemn:{seed}:{stream}".encode()).digest()[:KEY_BYTES]
+
+
+def pieces(key: bytes, count: int) -> Iterator[NDArray[np.uint32]]:
+    """Yield the first numbers of a stream, as `integers` returns them, piece by piece.
+
+    Args:
+        key: What `key_of` returned.
+        count: How many numbers.
+    """
+    generator = np.random.Philox(key=np.frombuffer(key, dtype="<u8"))
+    for start in range(0, count, _CHUNK):
+        yield _words(generator, min(_CHUNK, count - start))
 
 
 def _words(generator: np.random.Philox, count: int) -> NDArray[np.uint32]:
-    pairs = generator.random_raw((count + 1) // 2)
-    halves = np.stack([pairs & np.uint64(0xFFFFFFFF), pairs >> np.uint64(32)], axis=1)
-    return halves.astype(np.uint32).reshape(-1)[:count]
+    pairs = generator.random_raw((count + 1) // 2).astype("<u8", copy=False)
+    return pairs.view("<u4").astype(np.uint32, copy=False)[:count]
 
 
 def _by_chunks(
@@ -130,11 +149,9 @@ def _by_chunks(
     count: int,
     transform: Callable[[NDArray[np.uint32]], NDArray[np.float32]],
 ) -> NDArray[np.float32]:
-    generator = _generator(seed, stream)
     values = np.empty(count, dtype=np.float32)
-    for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
-        values[start:stop] = transform(_words(generator, stop - start))
+    for place, words in enumerate(pieces(key_of(seed, stream), count)):
+        values[place * _CHUNK : (place + 1) * _CHUNK] = transform(words)
     return values
 
 

@@ -4,6 +4,9 @@ Masks are Bernoulli. Sizes are relative to the entropy of each mask's own densit
 megabytes of packed bits a second of one core's time (not of the clock: other processes run), with
 all checks of a stored mask, medians over repeats in turn; and times relative to numpy.packbits and
 numpy.unpackbits of the same mask. Ways whose package is missing are left out.
+
+With ``--contexts``, masks follow drawn initial scores and frozen numbers more or less sharply, and
+sizes are relative to the entropy that is left beside those.
 """
 
 import argparse
@@ -23,12 +26,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pemn_surgery import bits, entropy
+from pemn_surgery import bits, context, entropy, rng
 from pemn_surgery.report import environment, table
 
 DENSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
 WEIGHTS = (10_000, 100_000, 1_000_000, 10_000_000)
 COMPARED = 1_000_000
+SPREADS = (5, 20, 60, 150)  # of 256 sizes: how far around the cut bits leave the initial mask
 
 
 class Way(NamedTuple):
@@ -155,6 +159,35 @@ def ours(inflate: Any = zlib) -> Way:
     return Way(encode, decode, torch.Tensor.numel)
 
 
+def context_way(guides: list[context.Guide]) -> Way:
+    """What `coding="context"` writes."""
+
+    def encode(flags: np.ndarray, _: float) -> torch.Tensor:
+        return bits.coded(bits.pack(torch.from_numpy(flags)), guides, (3, 3))
+
+    return ours()._replace(encode=encode)
+
+
+def guided(weights: int, spread: float, seed: int) -> tuple[list[context.Guide], np.ndarray]:
+    """Return guides, and each weight's probability to be kept."""
+    scores = context.Guide(rng.key_of(seed, "scores"), weights)
+    frozen = context.Guide(rng.key_of(seed, "bank"), weights // 100, 3)
+    size = context.sizes_of(scores, weights).astype(float) - 127.5
+    large = np.resize(context.sizes_of(frozen, weights), weights) / 128.0
+    return [scores, frozen], 1 / (1 + np.exp(-np.clip(size / (spread * (large + 0.1)), -30, 30)))
+
+
+def measure_contexts(weights: int, spread: float, seed: int, repeats: int) -> dict[str, Any]:
+    """Measure `coding="context"` on one mask."""
+    guides, share = guided(weights, spread, seed)
+    flags = np.random.default_rng(seed).random(weights) < share
+    held = float(-(share * np.log2(share) + (1 - share) * np.log2(1 - share)).sum())
+    ways = {'coding="context"': context_way(guides)}
+    (found,) = measure_flags(ways, flags, float(flags.mean()), repeats)
+    left = {"spread": spread, "entropy_a_weight": held / weights}
+    return found | left | {"size_to_entropy": 8 * found["bytes"] / held}
+
+
 def other_ways() -> dict[str, Way]:
     ways = {
         "bytes, zlib Z_HUFFMAN_ONLY": of_bytes(huffman_only, lambda c: zlib.decompress(c, -15)),
@@ -179,8 +212,14 @@ def other_ways() -> dict[str, Way]:
 
 def measure(ways: dict[str, Way], weights: int, density: float, seed: int, repeats: int) -> list:
     """Measure every way in turn, round by round; check that each returns the mask."""
-    flags = np.random.default_rng(seed).random(weights) < density
-    packed, actual = pack(flags), float(flags.mean())
+    return measure_flags(
+        ways, np.random.default_rng(seed).random(weights) < density, density, repeats
+    )
+
+
+def measure_flags(ways: dict[str, Way], flags: np.ndarray, density: float, repeats: int) -> list:
+    """Measure every way on these flags."""
+    packed, actual, weights = pack(flags), float(flags.mean()), len(flags)
     seconds: dict[str, list[list[float]]] = {name: [[], []] for name in ["numpy", *ways]}
     sizes = {}
     for _ in range(repeats):
@@ -249,9 +288,32 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--contexts", action="store_true", help='coding="context" alone')
     parser.add_argument("--json", type=Path, help="write the result here")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    found = context_rows(given) if given.contexts else all_rows(given)
+    if given.json:
+        packages = ("numpy", "zstandard", "constriction", "isal")
+        result = {
+            "command": " ".join(["python -m tests.bench.coding", *sys.argv[1:]]),
+            "environment": environment(),
+            "coders": {"zlib": zlib.ZLIB_RUNTIME_VERSION}
+            | {name: version(name) for name in packages},
+            **found,
+        }
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def context_rows(given: argparse.Namespace) -> dict[str, Any]:
+    sizes = ((weights, spread) for weights in WEIGHTS for spread in SPREADS)
+    rows = [measure_contexts(*size, given.seed, given.repeats) for size in sizes]
+    show("context; density: see spread", [row | {"density": row["spread"]} for row in rows])
+    return {"seeds": [given.seed], "repeats": [given.repeats], "contexts": rows}
+
+
+def all_rows(given: argparse.Namespace) -> dict[str, Any]:
     own = {'coding="entropy"': ours()}
     rows = [
         found
@@ -267,20 +329,12 @@ def main() -> int:
         for found in measure(both, COMPARED, density, given.seed + 1, max(given.repeats // 3, 3))
     ]
     show(f"{COMPARED:,} weights", compared)
-    if given.json:
-        packages = ("numpy", "zstandard", "constriction", "isal")
-        result = {
-            "command": " ".join(["python -m tests.bench.coding", *sys.argv[1:]]),
-            "environment": environment(),
-            "coders": {"zlib": zlib.ZLIB_RUNTIME_VERSION}
-            | {name: version(name) for name in packages},
-            "seeds": [given.seed, given.seed + 1],
-            "repeats": [given.repeats, max(given.repeats // 3, 3)],
-            "rows": rows,
-            "compared": compared,
-        }
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    return {
+        "seeds": [given.seed, given.seed + 1],
+        "repeats": [given.repeats, max(given.repeats // 3, 3)],
+        "rows": rows,
+        "compared": compared,
+    }
 
 
 def version(package: str) -> str | None:

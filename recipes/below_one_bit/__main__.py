@@ -1,0 +1,130 @@
+"""Command line of the recipe.
+
+::
+
+    python recipes/below_one_bit run --work WORK --case digits --lr 1e-2 1e-3 --seeds 0 1 2
+    python recipes/below_one_bit measure --work WORK --json RESULT --plot PLOT
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from pemn_surgery import report
+from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe import Recipe, load
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def _parser(recipe: Recipe) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python recipes/{FOLDER.name}")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    go = verbs.add_parser("run", help="train masks; runs that are there already are left out")
+    go.add_argument("--case", required=True, choices=sorted(recipe.cases))
+    go.add_argument("--work", type=Path, required=True, help="decoded data, masks")
+    go.add_argument("--data", default="", help="folder or hub id, in place of the recipe's")
+    optimizers = ["adamw", "adam_by_layer", "sgd"]
+    go.add_argument("--optimizer", default="adamw", choices=optimizers, help="of the scores")
+    go.add_argument("--lr", type=float, nargs="+", required=True, help="of the scores")
+    go.add_argument("--seeds", type=int, nargs="+", default=[0])
+    go.add_argument("--epochs", type=int, help="default: the recipe's")
+    go.add_argument("--task", default="digit", choices=["digit", "parity"])
+    measure = verbs.add_parser("measure", help="code all masks that were kept")
+    measure.add_argument("--work", type=Path, required=True)
+    measure.add_argument("--json", type=Path, help="write the result here")
+    measure.add_argument("--plot", type=Path, help="draw accuracy and bits here")
+    return parser
+
+
+def _run(recipe: Recipe, given: argparse.Namespace) -> None:
+    module = recipe.module("run")
+    given.work.mkdir(parents=True, exist_ok=True)
+    epochs = given.epochs or recipe.case(given.case).rule["epochs"]
+    for seed in given.seeds:
+        for lr in given.lr:
+            run = module.Run(given.case, given.optimizer, lr, seed, epochs, given.task)
+            file = given.work / f"{run.label}.json"
+            if not file.exists():
+                found = module.train(recipe, run, given.work, given.data)
+                file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def measured(recipe: Recipe, work: Path) -> dict[str, Any]:
+    """Code every mask under a folder; contexts of the first seed of every setting."""
+    run, measure = recipe.module("run"), recipe.module("measure")
+    rows, contexts, kept = [], [], measure.read(work)
+    for one in kept:
+        keys = ("case", "optimizer", "lr", "seed", "epochs", "task")
+        model = run.network(recipe, run.Run(**{key: one.settings[key] for key in keys}))
+        layers = {layer.target: layer for layer in run.layers(model)}
+        config = model.peft_config["default"]
+        rows.append(measure.row(one, layers, config))
+        tasks = [other for other in kept if other is not one and one.same(other, "task")]
+        if one.settings["seed"] == 0:
+            found = measure.contexts(one, layers, config, tasks[0] if tasks else None)
+            contexts.append({"run": rows[-1], "contexts": found})
+    return {"runs": rows, "summary": measure.summary(rows), "contexts": contexts}
+
+
+def _measure(recipe: Recipe, given: argparse.Namespace, console: Console) -> None:
+    head = {"recipe": recipe.name, "claim": recipe.claim}
+    head |= {"command": f"python recipes/{FOLDER.name} measure --work WORK"}
+    found = measured(recipe, given.work)
+    console.print(_table(found["summary"]))
+    if given.json:
+        result = head | report.environment() | found
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if given.plot:
+        _plot(given.plot, found["summary"])
+
+
+def _table(summary: list[dict[str, Any]]) -> report.Table:
+    columns = ("case", "task", "scores", "rate", "epochs", "accuracy", "bits a weight", "seeds")
+    rows = [
+        (
+            one["case"],
+            one["task"],
+            one["optimizer"],
+            f"{one['lr']:g}",
+            str(one["epochs"]),
+            f"{one['accuracy']['mean']:.2f} ({one['accuracy']['std']:.2f})",
+            f"{one['seeded']['mean']:.4f} ({one['seeded']['std']:.4f})",
+            str(len(one["seeds"])),
+        )
+        for one in summary
+    ]
+    return report.table("Accuracy and bits a weight, by the scores' learning rate", columns, rows)
+
+
+def _plot(path: Path, summary: list[dict[str, Any]]) -> None:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for one in summary:
+        name = f"{one['case']}, {one['task']}" if one["case"] == "digits" else one["case"]
+        name = f"{name}, {one['optimizer']}, {one['epochs']} epochs"
+        points.setdefault(name, []).append((one["seeded"]["mean"], one["accuracy"]["mean"]))
+    labels = ("bits a weight in the file", "test accuracy, %")
+    report.scatter(path, points, labels, "Score learning rates from slow to fast")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 1 after a refusal, as shells expect."""
+    recipe, console = load(FOLDER), Console()
+    given = _parser(recipe).parse_args(arguments)
+    torch.set_num_threads(1)
+    try:
+        _run(recipe, given) if given.verb == "run" else _measure(recipe, given, console)
+    except RecipeError as error:
+        console.print(f"[red]{error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Train masks with scores at a learning rate of their own; keep masks and accuracy of every epoch.
+
+Only the scores' learning rate decides how many mask bits leave the initial mask, so it is swept
+while everything else that is trained keeps its own. Masks are kept as they are, so that ways to
+code them can be compared without training again (`measure`).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pemn_surgery import pemnify, quickstart
+from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.recipe import Recipe, load
+
+CIFAR = Path(__file__).resolve().parents[1] / "cifar10_rp"
+
+Split = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what is swept, beside what the recipe says.
+
+    Attributes:
+        case: "digits" or "cifar10".
+        optimizer: Of the scores: "adamw", "adam_by_layer" or "sgd" (momentum .9).
+        lr: The scores' largest learning rate (one cycle).
+        seed: Of bank, scores, and order of the images.
+        epochs: Passes over the training images.
+        task: For digits, "digit" or "parity".
+    """
+
+    case: str
+    optimizer: str
+    lr: float
+    seed: int
+    epochs: int
+    task: str = "digit"
+
+    @property
+    def label(self) -> str:
+        """Name of the run's file."""
+        parts = (self.case, self.task, self.optimizer, f"{self.lr:g}")
+        return "-".join((*parts, f"e{self.epochs}", f"s{self.seed}"))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images of both splits, how they become a batch, and how they are augmented each epoch."""
+
+    train: Split
+    test: Split
+    batch: Callable[[Tensor], Tensor]
+    augment: Callable[[Tensor], Tensor]
+
+
+def digits(task: str) -> Data:
+    """Return the quickstart's digits."""
+    train, test = quickstart.load_digits()
+    splits = [(split.images, split.labels[task]) for split in (train, test)]
+    return Data(splits[0], splits[1], lambda images: images, lambda images: images)
+
+
+def cifar10(source: str, work: Path, recipe: Recipe) -> Data:
+    """Return CIFAR-10, cropped and flipped while training."""
+    pipeline = load(CIFAR).module("data")
+    given = recipe.data
+    splits = pipeline.load(source or given["source"], work, given["image"], given["label"])
+
+    def batch(images: Tensor) -> Tensor:
+        return pipeline.normalise(images).contiguous(memory_format=torch.channels_last)
+
+    def augment(images: Tensor) -> Tensor:
+        return torch.cat(list(pipeline.augment("resnet", images)))
+
+    return Data(splits["train"], splits["test"], batch, augment)
+
+
+def network(recipe: Recipe, run: Run) -> PeftModel:
+    """Return the case's network with fresh masks."""
+    torch.manual_seed(run.seed)
+    case = recipe.case(run.case)
+    base = quickstart.network(run.seed) if case.factory == "digits" else resnet(**case.arguments)
+    return pemnify(base, seed=run.seed, **recipe.arms["masks"])
+
+
+def resnet(widths: Sequence[int], classes: int = 10) -> nn.Sequential:
+    """Return a ResNet of one block a width, for images of 32 x 32, whose stem halves them.
+
+    Args:
+        widths: Channels of the blocks; the sides are 16, 8, 4, ...
+        classes: Number of outputs.
+    """
+    block = load(CIFAR).module("models").BasicBlock
+    first = widths[0]
+    stem = [nn.Conv2d(3, first, 3, 2, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()]
+    blocks = [block(*pair) for pair in zip((first, *widths), widths, strict=False)]
+    head = nn.Linear(widths[-1], classes, bias=False)
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+def train(recipe: Recipe, run: Run, work: Path, source: str = "") -> dict[str, Any]:
+    """Train once and keep ``<label>.npz`` under ``work``: packed masks by epoch and weight.
+
+    Args:
+        recipe: This recipe.
+        run: What is trained.
+        work: Folder of masks and decoded data.
+        source: Folder or hub id in place of the recipe's.
+
+    Returns:
+        The run's settings, accuracy in percent and seconds by epoch.
+    """
+    data = digits(run.task) if run.case == "digits" else cifar10(source, work, recipe)
+    model = network(recipe, run)
+    fitting = _Fitting(recipe.case(run.case).rule, model, data, run)
+    masks: dict[str, np.ndarray] = {}
+    history = []
+    for epoch in range(1, run.epochs + 1):
+        row = {"epoch": epoch, **fitting.epoch(), "accuracy": accuracy(model, data)}
+        history.append(row)
+        masks |= {f"{epoch}/{name}": mask for name, mask in packed_masks(model).items()}
+        print(run.label, {key: round(value, 3) for key, value in row.items()}, flush=True)  # noqa: T201
+    np.savez(work / f"{run.label}.npz", **cast("Any", masks))
+    return {**asdict(run), "history": history, "shapes": shapes(model)}
+
+
+class _Fitting:
+    """Optimizers and schedules of one run: scores apart from everything else."""
+
+    def __init__(self, rule: dict[str, Any], model: PeftModel, data: Data, run: Run) -> None:
+        self.model, self.data, self.run, self.rule = model, data, run, rule
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        scores = [p for name, p in named if ".pemn_masks." in name]
+        rest = [p for name, p in named if ".pemn_masks." not in name]
+        steps = run.epochs * (len(data.train[1]) // rule["batch"])
+        self.optimizers = [
+            _optimizer(run.optimizer, scores, run.lr, 0.0),
+            _optimizer(rule["optimizer"], rest, rule["lr"], rule["weight_decay"]),
+        ]
+        self.schedules = [
+            torch.optim.lr_scheduler.OneCycleLR(one, lr, total_steps=steps, cycle_momentum=False)
+            for one, lr in zip(self.optimizers, (run.lr, rule["lr"]), strict=True)
+        ]
+        self.order = torch.Generator().manual_seed(run.seed)
+
+    def epoch(self) -> dict[str, float]:
+        """Train for one epoch; return its mean loss and seconds."""
+        started, total, steps = time.perf_counter(), 0.0, 0
+        self.model.train()
+        for images, labels in self._batches():
+            loss = F.cross_entropy(_logits(self.model, self.data.batch(images)), labels)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in self.optimizers:
+                optimizer.step()
+            for schedule in self.schedules:
+                schedule.step()
+            total, steps = total + loss.item(), steps + 1
+        return {"loss": total / steps, "seconds": time.perf_counter() - started}
+
+    def _batches(self) -> Iterator[Split]:
+        images, labels = self.data.train
+        order = torch.randperm(len(labels), generator=self.order)
+        size = self.rule["batch"]
+        order = order[: len(labels) // size * size]
+        images, labels = self.data.augment(images[order]), labels[order]
+        yield from zip(images.split(size), labels.split(size), strict=True)
+
+
+def _optimizer(
+    name: str, parameters: list[nn.Parameter], lr: float, decay: float
+) -> torch.optim.Optimizer:
+    if name == "adam_by_layer":
+        return AdamByLayer(parameters, {"lr": lr})
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr, weight_decay=decay)
+    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=decay)
+
+
+class AdamByLayer(torch.optim.Optimizer):
+    """Adam with one second moment a tensor: layers keep pace, and within one the gradient decides.
+
+    Adam moves every score by about its learning rate, also where gradients are noise around
+    nothing, and so flips bits that do not matter.
+    """
+
+    BETAS = (0.9, 0.999)
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Move every tensor by about ``lr``, root mean square."""
+        first, second = self.BETAS
+        for group in self.param_groups:
+            for tensor in (one for one in group["params"] if one.grad is not None):
+                state = self.state[tensor]
+                mean = state.setdefault("mean", torch.zeros_like(tensor))
+                mean.lerp_(tensor.grad, 1 - first)
+                square = state.get("square", 0.0) * second
+                state["square"] = square + (1 - second) * float(tensor.grad.square().mean())
+                state["steps"] = state.get("steps", 0) + 1
+                unbiased = state["square"] / (1 - second ** state["steps"])
+                share = 1 - first ** state["steps"]
+                tensor.sub_(mean, alpha=group["lr"] / share / (unbiased**0.5 + 1e-12))
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=images.shape[1] == 3):
+        return model(images).float()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Data) -> float:
+    """Share of the test images that a model gets right, in percent."""
+    model.eval()
+    images, labels = data.test
+    pairs = zip(images.split(500), labels.split(500), strict=True)
+    right = sum(int((_logits(model, data.batch(x)).argmax(1) == y).sum()) for x, y in pairs)
+    return 100 * right / len(labels)
+
+
+def layers(model: PeftModel) -> Iterator[PemnLayer]:
+    """Yield the masked layers of a model."""
+    return (module for module in model.modules() if isinstance(module, PemnLayer))
+
+
+@torch.no_grad()
+def packed_masks(model: PeftModel) -> dict[str, np.ndarray]:
+    """Return every mask by its weight's name, eight weights a byte, the first lowest."""
+    return {
+        layer.target: np.packbits(layer.mask_of("default").mask().numpy(), bitorder="little")
+        for layer in layers(model)
+    }
+
+
+def shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every masked weight."""
+    return {layer.target: tuple(layer.shape) for layer in layers(model)}

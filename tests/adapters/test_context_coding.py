@@ -1,0 +1,212 @@
+"""Adapters with coding="context": what guides a mask, every way to save, load and refuse them."""
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from pemn_surgery import PemnConfig, bits, pemnify, rng
+from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.context import Guide
+from pemn_surgery.errors import MaskFormatError
+from tests import oracles, reader
+from tests.adapters import models
+
+pytestmark = models.ignore_peft_on_transformers
+
+
+def net():
+    return models.net(channels=32)  # masks of 9,216 weights, for which a table pays
+
+
+def save(folder, coding="context", rate=0.005, **options):
+    options = {"bank": "rp", "ratio": 0.1, "seed": 3, **options}
+    model = pemnify(net(), coding=coding, **options)
+    optimizer = models.trainer_of(model, rate)
+    for _ in range(2):
+        models.step(model, optimizer, 0)
+    model.save_pretrained(str(folder))
+    return model
+
+
+def stored_masks(folder):
+    tensors = load_file(folder / models.WEIGHTS_FILE)
+    found = {key: value for key, value in tensors.items() if ".pemn_masks." in key}
+    assert len(found) >= 4
+    return found
+
+
+def codings(folder):
+    return {bits.inspect(value, key).coding for key, value in stored_masks(folder).items()}
+
+
+def size(folder):
+    return sum(value.numel() for value in stored_masks(folder).values())
+
+
+def load(folder, **options):
+    return PeftModel.from_pretrained(net(), str(folder), **options)
+
+
+def layer(model, name="conv2.weight"):
+    return next(m for m in model.modules() if isinstance(m, PemnLayer) and m.target == name)
+
+
+def sizes(words):
+    signed = words.astype(np.int64) - 2**31
+    return np.where(signed < 0, -1 - signed, signed)
+
+
+@pytest.mark.parametrize("bank", ["mp", "rp", "one_layer", "own"])
+@pytest.mark.parametrize("init", ["kaiming_normal", "kaiming_uniform"])
+def test_guides_are_in_the_order_of_scores_and_frozen_numbers(bank, init):
+    """The model's own tensors as the oracle, whatever made them."""
+    model = pemnify(net(), bank=bank, bank_init=init, seed=7)
+    for name in ("conv2.weight", "conv3.weight", "head.weight"):
+        one = layer(model, name)
+        scores, weights = one.guides(model.peft_config["default"])
+        tensors = (one.mask_of("default").scores, one.fill())
+        for guide, tensor in zip((scores, weights), tensors, strict=True):
+            values = tensor.detach().abs().flatten().numpy()
+            numbers = np.concatenate(list(rng.pieces(guide.key, guide.period)))
+            found = sizes(numbers)[np.arange(values.size) % guide.period]
+            order = np.argsort(values, kind="stable")
+            apart = np.diff(values[order]) > 0
+            assert apart.any()
+            assert (np.diff(found[order] >> 8)[apart] >= 0).all()
+        assert (scores.log2, weights.log2) == (8, 3)
+
+
+def test_what_is_no_guide():
+    def guides(**options):
+        model = pemnify(net(), **options)
+        return [guide.log2 for guide in layer(model).guides(model.peft_config["default"])]
+
+    assert guides(bank="rp") == [8, 3]
+    assert guides(bank="rp", permute=True) == [8]  # in another order
+    assert guides(bank="mp", bank_init="signed_constant") == [8]  # all of one size
+    assert guides(bank="own") == [8]  # the model's own numbers
+    assert guides(bank="own", selector="threshold", score_init="kaiming_uniform") == []
+    assert guides(bank="own", selector="threshold") == []
+
+
+def test_saved_and_loaded(tmp_path):
+    model = save(tmp_path / "context")
+    assert "context" in codings(tmp_path / "context")
+    again = load(tmp_path / "context")
+    models.assert_equal(models.logits(again), models.logits(model))
+    held = [value for key, value in again.state_dict().items() if key.endswith(".bits")]
+    assert len(held) >= 4
+    assert {bits.verify(value, "held").coding for value in held} == {"bits"}
+    save(tmp_path / "bits", coding="bits")
+    assert size(tmp_path / "context") < 0.8 * size(tmp_path / "bits")
+    for key, value in stored_masks(tmp_path / "bits").items():
+        assert torch.equal(bits.decoded(stored_masks(tmp_path / "context")[key], key), value)
+
+
+def test_the_independent_reader_reads_it(tmp_path):
+    model = save(tmp_path)
+    found = reader.read(tmp_path / models.WEIGHTS_FILE)
+    masks = models.masks(model)
+    keys = [key for key in found if key.endswith(".pemn_masks.bits")]
+    assert len(keys) == len(masks) == 4
+    for name, mask in masks.items():
+        (key,) = [key for key in keys if f".{name.split('.')[0]}." in key]
+        oracles.assert_same(torch.from_numpy(found[key]), mask.flatten())
+
+
+def test_saving_again_keeps_the_coding_and_recoding_changes_it(tmp_path):
+    save(tmp_path / "first")
+    loaded = load(tmp_path / "first")
+    loaded.save_pretrained(str(tmp_path / "second"))
+    models.assert_same_tensors(stored_masks(tmp_path / "first"), stored_masks(tmp_path / "second"))
+    loaded.peft_config["default"].coding = "bits"
+    loaded.save_pretrained(str(tmp_path / "bits"))
+    assert codings(tmp_path / "bits") == {"bits"}
+
+
+def test_a_mask_of_another_seed_is_still_kept(tmp_path):
+    """The guides only guess: an adapter that claims another seed gets longer, not wrong."""
+    save(tmp_path / "first")
+    loaded = load(tmp_path / "first")
+    loaded.peft_config["default"].seed = 12
+    loaded.save_pretrained(str(tmp_path / "second"))
+    assert size(tmp_path / "second") > size(tmp_path / "first")
+    first, second = stored_masks(tmp_path / "first"), stored_masks(tmp_path / "second")
+    for key, value in first.items():
+        assert torch.equal(bits.decoded(second[key], key), bits.decoded(value, key))
+
+
+def test_renamed_and_combined(tmp_path):
+    model = save(tmp_path / "one")
+    model.add_adapter("two", PemnConfig(bank="rp", ratio=0.1, seed=3, coding="context"))
+    model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "both", combination_type="union")
+    model.save_pretrained(str(tmp_path / "all"), selected_adapters=["both"])
+    again = load(tmp_path / "all" / "both")
+    model.set_adapter("both")
+    models.assert_equal(models.logits(again), models.logits(model))
+
+
+def test_training_goes_on(tmp_path):
+    model = save(tmp_path)
+    with pytest.warns(UserWarning, match="bits, not scores"):
+        again = load(tmp_path, is_trainable=True)
+    found, expected = models.masks(again), models.masks(model)
+    assert len(found) >= 4
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_checkpoints_keep_scores(tmp_path):
+    model = pemnify(net(), bank="rp", coding="context")
+    model.peft_config["default"].keep_scores = True
+    model.save_pretrained(str(tmp_path))
+    assert all(key.endswith(".scores") for key in stored_masks(tmp_path))
+
+
+def test_hotswap(tmp_path):
+    expected = save(tmp_path / "one"), save(tmp_path / "two", rate=0.01)
+    again = load(tmp_path / "one")
+    models.assert_equal(models.logits(again), models.logits(expected[0]))
+    hotswap_adapter(again, str(tmp_path / "two"), adapter_name="default")
+    models.assert_equal(models.logits(again), models.logits(expected[1]))
+
+
+def test_transformers_own_loaders_say_what_to_do(tmp_path):
+    models.bert(kind="BertModel").save_pretrained(str(tmp_path / "base"))
+    base = AutoModel.from_pretrained(str(tmp_path / "base"))
+    model = pemnify(base, bank="rp", coding="context", task_type="FEATURE_EXTRACTION")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    assert "context" in codings(tmp_path / "adapter")
+    with pytest.raises(MaskFormatError, match=r'PeftModel\.from_pretrained.*coding = "bits"'):
+        AutoModel.from_pretrained(str(tmp_path / "adapter"))
+
+
+def test_masks_without_guides_are_coded_by_their_density(tmp_path):
+    model = save(tmp_path, bank="own", selector="threshold", score_init=0.01, ratio=None)
+    assert "entropy" in codings(tmp_path) <= {"bits", "entropy"}
+    models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
+
+
+def test_masks_without_guides_are_coded_beside_their_neighbours(tmp_path):
+    """Whole kernels off, as fine-tuning of pretrained weights leaves them."""
+    options = {"bank": "own", "selector": "threshold", "score_init": 0.01}
+    model = pemnify(net(), coding="context", **options)
+    off = torch.rand(32, 32, 1, 1, generator=torch.Generator().manual_seed(0)) < 0.2
+    with torch.no_grad():
+        layer(model).mask_of("default").scores.masked_fill_(off, -1.0)
+    model.save_pretrained(str(tmp_path))
+    (key,) = [key for key in stored_masks(tmp_path) if ".conv2." in key]
+    assert bits.inspect(stored_masks(tmp_path)[key], key).coding == "context"
+    as_entropy = bits.coded(bits.decoded(stored_masks(tmp_path)[key], key))
+    assert stored_masks(tmp_path)[key].numel() < 0.6 * as_entropy.numel()
+    models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
+    found = reader.read(tmp_path / models.WEIGHTS_FILE)[key]
+    oracles.assert_same(torch.from_numpy(found), models.masks(model)["conv2.weight"].flatten())
+
+
+def test_an_empty_weight_has_guides():
+    stored = bits.pack(torch.ones(0, dtype=torch.bool))
+    assert torch.equal(bits.coded(stored, [Guide(b"k" * 16, 1)]), stored)

@@ -1,0 +1,165 @@
+"""The recipe on masks below one bit: a small run counted anew, and the figures in the docs."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pemn_surgery import bits
+from pemn_surgery import recipe as recipes
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = recipes.load(ROOT / "recipes" / "below_one_bit")
+RUN, MEASURE = RECIPE.module("run"), RECIPE.module("measure")
+RESULT = json.loads((ROOT / "docs/results/below_one_bit.json").read_text(encoding="utf-8"))
+PAGE = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
+
+
+def small(seed):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, 2)]
+    return nn.Sequential(
+        *layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Two tasks and two seeds of a small network, trained by the command line and measured."""
+    work = tmp_path_factory.mktemp("work")
+    main = RECIPE.module("__main__").main
+    given = ["run", "--work", str(work), "--case", "digits", "--lr", "0.001", "--epochs", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RUN.quickstart, "network", small)
+        patch.setattr(
+            type(RECIPE), "module", lambda _, name: {"run": RUN, "measure": MEASURE}[name]
+        )
+        assert main([*given, "--seeds", "0", "1"]) == 0
+        assert main([*given, "--task", "parity"]) == 0
+        written = {file: file.stat().st_mtime_ns for file in work.glob("*")}
+        assert main([*given, "--seeds", "0", "1"]) == 0  # nothing is trained twice
+        assert written == {file: file.stat().st_mtime_ns for file in work.glob("*")}
+        result, plot = work.parent / "result.json", work.parent / "plot.png"
+        assert (
+            main(["measure", "--work", str(work), "--json", str(result), "--plot", str(plot)]) == 0
+        )
+    assert plot.stat().st_size > 0
+    return json.loads(result.read_text(encoding="utf-8")), work
+
+
+def test_a_run_keeps_masks_of_half_density_and_its_accuracy(measured):
+    result, work = measured
+    assert len(result["runs"]) == len(list(work.glob("*.npz"))) == 3
+    for kept in MEASURE.read(work):
+        assert set(kept.masks) == {"0.weight", "3.weight", "7.weight"}
+        assert all(2 * mask.sum() == mask.size for mask in kept.masks.values())
+        assert [row["epoch"] for row in kept.settings["history"]] == [1, 2]
+        (row,) = [
+            row
+            for row in result["runs"]
+            if (row["task"], row["seed"]) == (kept.settings["task"], kept.settings["seed"])
+        ]
+        assert row["accuracy"] == kept.settings["history"][-1]["accuracy"]
+
+
+def test_bits_a_weight_are_the_stored_bytes(measured):
+    result, work = measured
+    for kept, row in zip(MEASURE.read(work), result["runs"], strict=True):
+        weights = sum(mask.size for mask in kept.masks.values())
+        stored = [bits.pack(torch.from_numpy(mask)) for mask in kept.masks.values()]
+        assert row["entropy"] * weights == 8 * sum(one.numel() for one in stored)
+        assert row["bound"] == pytest.approx(1)  # every mask has density one half
+        assert row["ideal"] < row["seeded"] <= row["entropy"]
+        assert 0 < row["changed"] < 0.5
+
+
+def test_summary_is_over_seeds(measured):
+    result, _ = measured
+    both = [row["seeded"] for row in result["runs"] if row["task"] == "digit"]
+    (found,) = [one for one in result["summary"] if one["task"] == "digit"]
+    assert found["seeds"] == [0, 1]
+    assert found["seeded"]["mean"] == pytest.approx(sum(both) / 2)
+    assert found["seeded"]["std"] == pytest.approx(abs(both[0] - both[1]) / math.sqrt(2))
+
+
+def test_contexts_never_need_more_code_than_what_they_refine(measured):
+    result, _ = measured
+    (digit,) = [one for one in result["contexts"] if one["run"]["task"] == "digit"]
+    found = {name: one["code"] for name, one in digit["contexts"].items()}
+    assert found["nothing"] == pytest.approx(1)
+    refined = [name for name in found if name.startswith("score, ")]
+    assert len(refined) == 9
+    assert all(found[name] <= found["score"] + 1e-9 for name in refined)
+    assert {"other task's mask", "density of the row"} < set(found)
+
+
+def test_ideal_code_lengths_by_hand():
+    mask = np.array([1, 1, 1, 0, 1, 1, 0, 0], bool)
+    buckets = np.array([0, 0, 0, 0, 2, 2, 2, 2])
+    expected = 4 * (0.75 * math.log2(4 / 3) + 0.25 * 2) + 4
+    assert MEASURE.ideal(mask, buckets, 3) == (pytest.approx(expected), 16.0)
+
+
+def test_scores_alone_have_the_swept_rate():
+    run = RUN.Run("digits", "sgd", 0.5, 0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RUN.quickstart, "network", small)
+        model = RUN.network(RECIPE, run)
+    fitting = RUN._Fitting(RECIPE.case("digits").rule, model, RUN.digits("digit"), run)
+    scores, rest = (one.param_groups[0] for one in fitting.optimizers)
+    assert (scores["max_lr"], rest["max_lr"]) == (0.5, 1e-2)
+    assert [tuple(p.shape) for p in scores["params"]] == [(16, 1, 3, 3), (24, 16, 3, 3), (10, 24)]
+    assert all(p.dim() == 1 for p in rest["params"])
+
+
+def test_the_cifar_network_halves_its_images():
+    net = RUN.resnet([8, 16])
+    assert net[:3](torch.zeros(1, 3, 32, 32)).shape == (1, 8, 16, 16)
+    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+ROWS = [cells(line) for line in PAGE.splitlines() if line.startswith("|")]
+
+
+def test_figures_in_the_docs_are_those_of_the_result():
+    assert len(RESULT["summary"]) >= 8
+    for one in RESULT["summary"]:
+        accuracy, size = one["accuracy"], one["seeded"]
+        alone = len(one["seeds"]) == 1
+        shown = [
+            one["case"] if one["case"] == "cifar10" else f"digits, {one['task']}",
+            f"{one['optimizer']} {one['lr']:g}",
+            str(one["epochs"]),
+            f"{accuracy['mean']:.2f}" + ("" if alone else f" ({accuracy['std']:.2f})"),
+            f"{size['mean']:.3f}",
+            f"{100 * one['changed']['mean']:.1f} %",
+            str(len(one["seeds"])),
+        ]
+        assert shown in ROWS, shown
+
+
+def test_contexts_in_the_docs_are_those_of_the_result():
+    columns = [(0, "sgd", 1.0, 2, "cifar10"), (0, "adamw", 0.001, 2, "cifar10")]
+    columns.append((0, "adamw", 0.01, 12, "digits"))
+    found = [
+        one["contexts"]
+        for column in columns
+        for one in RESULT["contexts"]
+        if column == tuple(one["run"][k] for k in ("seed", "optimizer", "lr", "epochs", "case"))
+        and one["run"]["task"] == "digit"
+    ]
+    assert len(found) == 3
+    for name in found[0] | found[2]:
+        shown = [
+            f"{one[name]['code']:.3f} + {one[name]['table']:.3f}" if name in one else "-"
+            for one in found
+        ]
+        assert [name, *shown] in ROWS, [name, *shown]
