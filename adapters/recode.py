@@ -22,7 +22,6 @@ from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import AdapterFileError, ConfigError
 from pemn_surgery.selector import check_finite
 
-
 _CODINGS: tuple[CodingName, ...] = ("bits", "entropy")
 
 
@@ -86,8 +85,8 @@ def _new_key(key: str) -> str:
 def _check_coding(coding: str) -> None:
     if coding not in _CODINGS:
         message = (
-            f'coding={coding!r}; give "bits" or "entropy". For "context", which needs the weights' '
-            "shapes, load the adapter, set its PemnConfig.coding, and save it again."
+            f'coding={coding!r}; give "bits" or "entropy". For "context", which takes shapes '
+            "of weights, load the adapter, set its PemnConfig.coding, and save it again."
         )
         raise ConfigError(message)
 
