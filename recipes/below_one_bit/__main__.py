@@ -34,6 +34,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     go.add_argument("--optimizer", default="adamw", choices=optimizers, help="of the scores")
     go.add_argument("--lr", type=float, nargs="+", required=True, help="of the scores")
     go.add_argument("--seeds", type=int, nargs="+", default=[0])
+    go.add_argument("--pull", type=float, default=0.0, help="of scores toward where they began")
     go.add_argument("--epochs", type=int, help="default: the recipe's")
     go.add_argument("--task", default="digit", choices=["digit", "parity"])
     measure = verbs.add_parser("measure", help="code all masks that were kept")
@@ -49,7 +50,7 @@ def _run(recipe: Recipe, given: argparse.Namespace) -> None:
     epochs = given.epochs or recipe.case(given.case).rule["epochs"]
     for seed in given.seeds:
         for lr in given.lr:
-            run = module.Run(given.case, given.optimizer, lr, seed, epochs, given.task)
+            run = module.Run(given.case, given.optimizer, lr, seed, epochs, given.task, given.pull)
             file = given.work / f"{run.label}.json"
             if not file.exists():
                 found = module.train(recipe, run, given.work, given.data)
@@ -61,7 +62,7 @@ def measured(recipe: Recipe, work: Path) -> dict[str, Any]:
     run, measure = recipe.module("run"), recipe.module("measure")
     rows, contexts, kept = [], [], measure.read(work)
     for one in kept:
-        keys = ("case", "optimizer", "lr", "seed", "epochs", "task")
+        keys = ("case", "optimizer", "lr", "seed", "epochs", "task", "pull")
         model = run.network(recipe, run.Run(**{key: one.settings[key] for key in keys}))
         layers = {layer.target: layer for layer in run.layers(model)}
         config = model.peft_config["default"]

@@ -15,7 +15,7 @@ from pemn_surgery import bits, seeded
 from pemn_surgery.adapters.layer import PemnLayer
 
 Array = Any  # of numpy; its element type is in the docstrings
-SETTINGS = ("case", "task", "optimizer", "lr", "epochs")
+SETTINGS = ("case", "task", "optimizer", "lr", "pull", "epochs")
 RANKS, LARGE = 64, 8  # sizes of initial scores and of frozen numbers among the contexts
 
 

@@ -37,6 +37,7 @@ class Run:
         seed: Of bank, scores, and order of the images.
         epochs: Passes over the training images.
         task: For digits, "digit" or "parity".
+        pull: How far scores go back toward where they began after every step, in learning rates.
     """
 
     case: str
@@ -45,11 +46,12 @@ class Run:
     seed: int
     epochs: int
     task: str = "digit"
+    pull: float = 0.0
 
     @property
     def label(self) -> str:
         """Name of the run's file."""
-        parts = (self.case, self.task, self.optimizer, f"{self.lr:g}")
+        parts = (self.case, self.task, self.optimizer, f"{self.lr:g}", f"p{self.pull:g}")
         return "-".join((*parts, f"e{self.epochs}", f"s{self.seed}"))
 
 
@@ -109,7 +111,9 @@ def resnet(widths: Sequence[int], classes: int = 10) -> nn.Sequential:
 
 
 def train(recipe: Recipe, run: Run, work: Path, source: str = "") -> dict[str, Any]:
-    """Train once and keep ``<label>.npz`` under ``work``: packed masks by epoch and weight.
+    """Train once; keep packed masks by epoch and weight, and all that was trained.
+
+    They are ``<label>.npz`` and ``<label>.pt`` under ``work``.
 
     Args:
         recipe: This recipe.
@@ -131,7 +135,14 @@ def train(recipe: Recipe, run: Run, work: Path, source: str = "") -> dict[str, A
         masks |= {f"{epoch}/{name}": mask for name, mask in packed_masks(model).items()}
         print(run.label, {key: round(value, 3) for key, value in row.items()}, flush=True)  # noqa: T201
     np.savez(work / f"{run.label}.npz", **cast("Any", masks))
+    torch.save(trained(model), work / f"{run.label}.pt")
     return {**asdict(run), "history": history, "shapes": shapes(model)}
+
+
+def trained(model: PeftModel) -> dict[str, Tensor]:
+    """Return scores, norms, biases and the norms' running statistics by their names."""
+    frozen = {name for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 class _Fitting:
@@ -142,6 +153,7 @@ class _Fitting:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         scores = [p for name, p in named if ".pemn_masks." in name]
         rest = [p for name, p in named if ".pemn_masks." not in name]
+        self.scores = [(score, score.detach().clone()) for score in scores]
         steps = run.epochs * (len(data.train[1]) // rule["batch"])
         self.optimizers = [
             _optimizer(run.optimizer, scores, run.lr, 0.0),
@@ -164,10 +176,19 @@ class _Fitting:
             loss.backward()
             for optimizer in self.optimizers:
                 optimizer.step()
+            if self.run.pull:
+                self._pull()
             for schedule in self.schedules:
                 schedule.step()
             total, steps = total + loss.item(), steps + 1
         return {"loss": total / steps, "seconds": time.perf_counter() - started}
+
+    @torch.no_grad()
+    def _pull(self) -> None:
+        """Move scores toward where they began, by as much wherever they are, not beyond it."""
+        by = self.run.pull * self.optimizers[0].param_groups[0]["lr"]
+        for score, start in self.scores:
+            score.copy_(start + F.softshrink(score - start, by))
 
     def _batches(self) -> Iterator[Split]:
         images, labels = self.data.train
