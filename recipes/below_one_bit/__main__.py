@@ -3,6 +3,7 @@
 ::
 
     python recipes/below_one_bit run --work WORK --case digits --lr 1e-2 1e-3 --seeds 0 1 2
+    python recipes/below_one_bit takeback --work WORK --case cifar10 --share 0 .2 .4
     python recipes/below_one_bit measure --work WORK --json RESULT --plot PLOT
 """
 
@@ -37,6 +38,14 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     go.add_argument("--pull", type=float, default=0.0, help="of scores toward where they began")
     go.add_argument("--epochs", type=int, help="default: the recipe's")
     go.add_argument("--task", default="digit", choices=["digit", "parity"])
+    back = verbs.add_parser("takeback", help="take flips of all runs of a case back")
+    back.add_argument("--case", required=True, choices=sorted(recipe.cases))
+    back.add_argument("--work", type=Path, required=True)
+    back.add_argument("--data", default="", help="as for run")
+    back.add_argument("--by", default="size", choices=["size", "margin"], help="the least first")
+    back.add_argument("--share", type=float, nargs="+", required=True, help="of flips, 0 to 1")
+    back.add_argument("--optimizer", default="adamw", choices=optimizers, help="whose runs")
+    back.add_argument("--lr", type=float, nargs="+", required=True, help="whose runs")
     measure = verbs.add_parser("measure", help="code all masks that were kept")
     measure.add_argument("--work", type=Path, required=True)
     measure.add_argument("--json", type=Path, help="write the result here")
@@ -57,18 +66,30 @@ def _run(recipe: Recipe, given: argparse.Namespace) -> None:
                 file.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
+def _take_back(recipe: Recipe, given: argparse.Namespace) -> None:
+    run, takeback = recipe.module("run"), recipe.module("takeback")
+    for kept in recipe.module("measure").read(given.work):
+        one = run.run_of(kept.settings)
+        asked = (one.case, one.optimizer) == (given.case, given.optimizer) and one.lr in given.lr
+        for share in given.share if asked and kept.is_as_trained else ():
+            file = given.work / f"{takeback.label(one, given.by, share)}.json"
+            if not file.exists():
+                found = takeback.take_back(recipe, one, given.by, share, given.work, given.data)
+                file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+                print(file.stem, found["history"], flush=True)  # noqa: T201
+
+
 def measured(recipe: Recipe, work: Path) -> dict[str, Any]:
     """Code every mask under a folder; contexts of the first seed of every setting."""
     run, measure = recipe.module("run"), recipe.module("measure")
     rows, contexts, kept = [], [], measure.read(work)
     for one in kept:
-        keys = ("case", "optimizer", "lr", "seed", "epochs", "task", "pull")
-        model = run.network(recipe, run.Run(**{key: one.settings[key] for key in keys}))
+        model = run.network(recipe, run.run_of(one.settings))
         layers = {layer.target: layer for layer in run.layers(model)}
         config = model.peft_config["default"]
         rows.append(measure.row(one, layers, config))
         tasks = [other for other in kept if other is not one and one.same(other, "task")]
-        if one.settings["seed"] == 0:
+        if one.settings["seed"] == 0 and one.is_as_trained:
             found = measure.contexts(one, layers, config, tasks[0] if tasks else None)
             contexts.append({"run": rows[-1], "contexts": found})
     return {"runs": rows, "summary": measure.summary(rows), "contexts": contexts}
@@ -87,14 +108,27 @@ def _measure(recipe: Recipe, given: argparse.Namespace, console: Console) -> Non
 
 
 def _table(summary: list[dict[str, Any]]) -> report.Table:
-    columns = ("case", "task", "scores", "rate", "epochs", "accuracy", "bits a weight", "seeds")
+    columns = (
+        "case",
+        "task",
+        "scores",
+        "rate",
+        "pull",
+        "epochs",
+        "taken back",
+        "accuracy",
+        "bits a weight",
+        "seeds",
+    )
     rows = [
         (
             one["case"],
             one["task"],
             one["optimizer"],
             f"{one['lr']:g}",
+            f"{one['pull']:g}",
             str(one["epochs"]),
+            "-" if one["by"] == "none" else f"{one['share']:.0%}, {one['by']}",
             f"{one['accuracy']['mean']:.2f} ({one['accuracy']['std']:.2f})",
             f"{one['seeded']['mean']:.4f} ({one['seeded']['std']:.4f})",
             str(len(one["seeds"])),
@@ -109,6 +143,8 @@ def _plot(path: Path, summary: list[dict[str, Any]]) -> None:
     for one in summary:
         name = f"{one['case']}, {one['task']}" if one["case"] == "digits" else one["case"]
         name = f"{name}, {one['optimizer']}, {one['epochs']} epochs"
+        if one["by"] != "none":
+            name += f", {one['lr']:g}, taken back by {one['by']}"
         points.setdefault(name, []).append((one["seeded"]["mean"], one["accuracy"]["mean"]))
     labels = ("bits a weight in the file", "test accuracy, %")
     report.scatter(path, points, labels, "Score learning rates from slow to fast")
@@ -120,7 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser(recipe).parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        _run(recipe, given) if given.verb == "run" else _measure(recipe, given, console)
+        if given.verb == "measure":
+            _measure(recipe, given, console)
+        else:
+            {"run": _run, "takeback": _take_back}[given.verb](recipe, given)
     except RecipeError as error:
         console.print(f"[red]{error}")
         return 1

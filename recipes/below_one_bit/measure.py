@@ -15,16 +15,27 @@ from pemn_surgery import bits, seeded
 from pemn_surgery.adapters.layer import PemnLayer
 
 Array = Any  # of numpy; its element type is in the docstrings
-SETTINGS = ("case", "task", "optimizer", "lr", "pull", "epochs")
+SETTINGS = ("case", "task", "optimizer", "lr", "pull", "epochs", "by", "share")
+AS_TRAINED = {"by": "none", "share": 0.0}  # no flips taken back
 RANKS, LARGE = 64, 8  # sizes of initial scores and of frozen numbers among the contexts
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One run: what `run.train` returned, and the masks of its last epoch by weight, bool."""
+    """One run, as trained or with flips taken back.
+
+    Attributes:
+        settings: What `run.train` or `takeback.take_back` returned.
+        masks: Bool arrays, the masks of the last epoch by weight.
+    """
 
     settings: dict[str, Any]
     masks: dict[str, Array]
+
+    @property
+    def is_as_trained(self) -> bool:
+        """Whether no flips were taken back."""
+        return self.settings["by"] == "none"
 
     def same(self, other: "Kept", *keys: str) -> bool:
         """Tell whether another run differs in nothing but these settings."""
@@ -38,7 +49,7 @@ def read(work: Path) -> list[Kept]:
 
 
 def _read(file: Path) -> Kept:
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = AS_TRAINED | json.loads(file.read_text(encoding="utf-8"))
     last, masks = settings["epochs"], {}
     with np.load(file.with_suffix(".npz")) as packed:
         for name, shape in settings["shapes"].items():

@@ -7,7 +7,7 @@ code them can be compared without training again (`measure`).
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,6 +55,11 @@ class Run:
         return "-".join((*parts, f"e{self.epochs}", f"s{self.seed}"))
 
 
+def run_of(settings: dict[str, Any]) -> Run:
+    """Return the run that `train` returned these settings of."""
+    return Run(**{field.name: settings[field.name] for field in fields(Run)})
+
+
 @dataclass(frozen=True)
 class Data:
     """Images of both splits, how they become a batch, and how they are augmented each epoch."""
@@ -85,6 +90,11 @@ def cifar10(source: str, work: Path, recipe: Recipe) -> Data:
         return torch.cat(list(pipeline.augment("resnet", images)))
 
     return Data(splits["train"], splits["test"], batch, augment)
+
+
+def data(recipe: Recipe, run: Run, work: Path, source: str) -> Data:
+    """Return a run's images; ``work`` keeps decoded ones, ``source`` replaces the recipe's."""
+    return digits(run.task) if run.case == "digits" else cifar10(source, work, recipe)
 
 
 def network(recipe: Recipe, run: Run) -> PeftModel:
@@ -124,13 +134,12 @@ def train(recipe: Recipe, run: Run, work: Path, source: str = "") -> dict[str, A
     Returns:
         The run's settings, accuracy in percent and seconds by epoch.
     """
-    data = digits(run.task) if run.case == "digits" else cifar10(source, work, recipe)
-    model = network(recipe, run)
-    fitting = _Fitting(recipe.case(run.case).rule, model, data, run)
+    images, model = data(recipe, run, work, source), network(recipe, run)
+    fitting = _Fitting(recipe.case(run.case).rule, model, images, run)
     masks: dict[str, np.ndarray] = {}
     history = []
     for epoch in range(1, run.epochs + 1):
-        row = {"epoch": epoch, **fitting.epoch(), "accuracy": accuracy(model, data)}
+        row = {"epoch": epoch, **fitting.epoch(), "accuracy": accuracy(model, images)}
         history.append(row)
         masks |= {f"{epoch}/{name}": mask for name, mask in packed_masks(model).items()}
         print(run.label, {key: round(value, 3) for key, value in row.items()}, flush=True)  # noqa: T201
@@ -156,8 +165,8 @@ class _Fitting:
         self.scores = [(score, score.detach().clone()) for score in scores]
         steps = run.epochs * (len(data.train[1]) // rule["batch"])
         self.optimizers = [
-            _optimizer(run.optimizer, scores, run.lr, 0.0),
-            _optimizer(rule["optimizer"], rest, rule["lr"], rule["weight_decay"]),
+            optimizer(run.optimizer, scores, run.lr, 0.0),
+            optimizer(rule["optimizer"], rest, rule["lr"], rule["weight_decay"]),
         ]
         self.schedules = [
             torch.optim.lr_scheduler.OneCycleLR(one, lr, total_steps=steps, cycle_momentum=False)
@@ -170,12 +179,12 @@ class _Fitting:
         started, total, steps = time.perf_counter(), 0.0, 0
         self.model.train()
         for images, labels in self._batches():
-            loss = F.cross_entropy(_logits(self.model, self.data.batch(images)), labels)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
+            loss = F.cross_entropy(logits(self.model, self.data.batch(images)), labels)
+            for one in self.optimizers:
+                one.zero_grad()
             loss.backward()
-            for optimizer in self.optimizers:
-                optimizer.step()
+            for one in self.optimizers:
+                one.step()
             if self.run.pull:
                 self._pull()
             for schedule in self.schedules:
@@ -199,9 +208,10 @@ class _Fitting:
         yield from zip(images.split(size), labels.split(size), strict=True)
 
 
-def _optimizer(
+def optimizer(
     name: str, parameters: list[nn.Parameter], lr: float, decay: float
 ) -> torch.optim.Optimizer:
+    """Return an optimizer by its name in the recipe."""
     if name == "adam_by_layer":
         return AdamByLayer(parameters, {"lr": lr})
     if name == "adamw":
@@ -235,7 +245,8 @@ class AdamByLayer(torch.optim.Optimizer):
                 tensor.sub_(mean, alpha=group["lr"] / share / (unbiased**0.5 + 1e-12))
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return a model's outputs in float32; convolutions on CIFAR-10 are made in bfloat16."""
     with torch.autocast("cpu", torch.bfloat16, enabled=images.shape[1] == 3):
         return model(images).float()
 
@@ -246,7 +257,7 @@ def accuracy(model: nn.Module, data: Data) -> float:
     model.eval()
     images, labels = data.test
     pairs = zip(images.split(500), labels.split(500), strict=True)
-    right = sum(int((_logits(model, data.batch(x)).argmax(1) == y).sum()) for x, y in pairs)
+    right = sum(int((logits(model, data.batch(x)).argmax(1) == y).sum()) for x, y in pairs)
     return 100 * right / len(labels)
 
 
