@@ -105,7 +105,7 @@ def test_flips_taken_back_are_initial_bits_again(measured):
         assert (share == 1) == (changed == 0)
         if by != "none":
             weights = sum(mask.size for mask in one.masks.values())
-            # Of each weight's flips a half of each kind, rounded down: two less for three weights.
+            # Flips of each kind are rounded down: two flips too many, at most, in three weights.
             assert changed == pytest.approx((1 - share) * before, abs=3 * 2 / weights)
             assert all(mask.sum() == trained.masks[n].sum() for n, mask in one.masks.items())
 
@@ -149,7 +149,8 @@ def test_scores_go_back_by_the_pull_and_not_beyond_their_start():
 
 def test_contexts_never_need_more_code_than_what_they_refine(measured):
     result, _ = measured
-    (digit,) = [one for one in result["contexts"] if one["run"]["task"] == "digit"]
+    asked = {"task": "digit", "by": "none"}.items()
+    (digit,) = [one for one in result["contexts"] if asked <= one["run"].items()]
     found = {name: one["code"] for name, one in digit["contexts"].items()}
     assert found["nothing"] == pytest.approx(1)
     refined = [name for name in found if name.startswith("score, ")]
@@ -197,8 +198,10 @@ def test_figures_in_the_docs_are_those_of_the_result():
         alone = len(one["seeds"]) == 1
         shown = [
             one["case"] if one["case"] == "cifar10" else f"digits, {one['task']}",
-            f"{one['optimizer']} {one['lr']:g}",
+            f"{one['optimizer']} {one['lr']:g}"
+            + (f", pull {one['pull']:g}" if one["pull"] else ""),
             str(one["epochs"]),
+            "-" if one["by"] == "none" else f"{one['share']:.0%}, {one['by']}",
             f"{accuracy['mean']:.2f}" + ("" if alone else f" ({accuracy['std']:.2f})"),
             f"{size['mean']:.3f}",
             f"{100 * one['changed']['mean']:.1f} %",
@@ -208,13 +211,13 @@ def test_figures_in_the_docs_are_those_of_the_result():
 
 
 def test_contexts_in_the_docs_are_those_of_the_result():
-    columns = [(0, "sgd", 1.0, 2, "cifar10"), (0, "adamw", 0.001, 2, "cifar10")]
-    columns.append((0, "adamw", 0.01, 12, "digits"))
+    columns = [("sgd", 3.0, 4, 0.0), ("adamw", 0.01, 4, 0.35), ("adamw", 0.01, 12, 0.0)]
     found = [
         one["contexts"]
         for column in columns
         for one in RESULT["contexts"]
-        if column == tuple(one["run"][k] for k in ("seed", "optimizer", "lr", "epochs", "case"))
+        if column == tuple(one["run"][key] for key in ("optimizer", "lr", "epochs", "share"))
+        and (one["run"]["by"] == "none") == (column[3] == 0)
         and one["run"]["task"] == "digit"
     ]
     assert len(found) == 3

@@ -46,6 +46,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     back.add_argument("--share", type=float, nargs="+", required=True, help="of flips, 0 to 1")
     back.add_argument("--optimizer", default="adamw", choices=optimizers, help="whose runs")
     back.add_argument("--lr", type=float, nargs="+", required=True, help="whose runs")
+    back.add_argument("--pull", type=float, default=0.0, help="whose runs")
     measure = verbs.add_parser("measure", help="code all masks that were kept")
     measure.add_argument("--work", type=Path, required=True)
     measure.add_argument("--json", type=Path, help="write the result here")
@@ -70,7 +71,8 @@ def _take_back(recipe: Recipe, given: argparse.Namespace) -> None:
     run, takeback = recipe.module("run"), recipe.module("takeback")
     for kept in recipe.module("measure").read(given.work):
         one = run.run_of(kept.settings)
-        asked = (one.case, one.optimizer) == (given.case, given.optimizer) and one.lr in given.lr
+        keys = ("case", "optimizer", "pull")
+        asked = one.lr in given.lr and all(getattr(one, k) == getattr(given, k) for k in keys)
         for share in given.share if asked and kept.is_as_trained else ():
             file = given.work / f"{takeback.label(one, given.by, share)}.json"
             if not file.exists():
@@ -89,7 +91,7 @@ def measured(recipe: Recipe, work: Path) -> dict[str, Any]:
         config = model.peft_config["default"]
         rows.append(measure.row(one, layers, config))
         tasks = [other for other in kept if other is not one and one.same(other, "task")]
-        if one.settings["seed"] == 0 and one.is_as_trained:
+        if one.settings["seed"] == 0:
             found = measure.contexts(one, layers, config, tasks[0] if tasks else None)
             contexts.append({"run": rows[-1], "contexts": found})
     return {"runs": rows, "summary": measure.summary(rows), "contexts": contexts}

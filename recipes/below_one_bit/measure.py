@@ -65,7 +65,7 @@ def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]
 
     "entropy", "score" (seeded, by the initial score alone) and "seeded" are stored bytes, headers
     included; "bound" is that of independent bits, "ideal" a static code by the initial score.
-    "changed" is the share of bits that differ from the initial mask.
+    "changed" is the share of bits that differ from the initial mask, which the layers have.
     """
     sums = dict.fromkeys(("entropy", "score", "seeded", "bound", "ideal", "changed"), 0.0)
     for name, mask in kept.masks.items():
@@ -81,7 +81,9 @@ def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]
         sums["bound"] += ideal(mask, np.zeros(mask.size, int), 1)[0]
         ranks = seeded._sizes(guides[0], mask.size)
         sums["ideal"] += ideal(mask, ranks // (256 // RANKS), RANKS)[0]
-        sums["changed"] += int((mask != (ranks >= 128)).sum())
+        sums["changed"] += int(
+            (mask != layers[name].mask_of("default").mask().flatten().numpy()).sum()
+        )
     weights = sum(mask.size for mask in kept.masks.values())
     head = {key: kept.settings[key] for key in (*SETTINGS, "seed")}
     accuracy = kept.settings["history"][-1]["accuracy"]
