@@ -132,6 +132,25 @@ def test_importance_is_the_frozen_size_or_the_margin_of_the_score():
     assert layer.mask_of("default").mask().tolist() == [[True, False], [False, True]]
 
 
+def test_bits_of_the_smallest_weights_are_held_while_others_are_trained():
+    run = RUN.Run("digits", "adamw", 0.1, 0, 1, held=0.4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RUN.quickstart, "network", small)
+        model = RUN.network(RECIPE, run)
+    before = {layer.target: layer.mask_of("default").mask() for layer in RUN.layers(model)}
+    fitting = RUN._Fitting(RECIPE.case("digits").rule, model, RUN.digits("digit"), run)
+    for layer in RUN.layers(model):
+        assert torch.equal(layer.mask_of("default").mask(), before[layer.target])
+    fitting.epoch()
+    assert len(before) == 3
+    for layer in RUN.layers(model):
+        flips = (layer.mask_of("default").mask() != before[layer.target]).flatten()
+        order = layer.fill().abs().flatten().argsort(stable=True)
+        count = int(0.4 * len(order))
+        assert not flips[order[:count]].any()
+        assert flips[order[count:]].any()
+
+
 def test_scores_go_back_by_the_pull_and_not_beyond_their_start():
     run = RUN.Run("digits", "sgd", 0.5, 0, 1, pull=0.1)
     with pytest.MonkeyPatch.context() as patch:
@@ -200,6 +219,7 @@ def test_figures_in_the_docs_are_those_of_the_result():
             one["case"] if one["case"] == "cifar10" else f"digits, {one['task']}",
             f"{one['optimizer']} {one['lr']:g}"
             + (f", pull {one['pull']:g}" if one["pull"] else ""),
+            f"{one['held']:.0%}" if one["held"] else "-",
             str(one["epochs"]),
             "-" if one["by"] == "none" else f"{one['share']:.0%}, {one['by']}",
             f"{accuracy['mean']:.2f}" + ("" if alone else f" ({accuracy['std']:.2f})"),

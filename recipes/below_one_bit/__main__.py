@@ -36,6 +36,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     go.add_argument("--lr", type=float, nargs="+", required=True, help="of the scores")
     go.add_argument("--seeds", type=int, nargs="+", default=[0])
     go.add_argument("--pull", type=float, default=0.0, help="of scores toward where they began")
+    go.add_argument("--held", type=float, default=0.0, help="share of weights, the smallest")
     go.add_argument("--epochs", type=int, help="default: the recipe's")
     go.add_argument("--task", default="digit", choices=["digit", "parity"])
     back = verbs.add_parser("takeback", help="take flips of all runs of a case back")
@@ -47,6 +48,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     back.add_argument("--optimizer", default="adamw", choices=optimizers, help="whose runs")
     back.add_argument("--lr", type=float, nargs="+", required=True, help="whose runs")
     back.add_argument("--pull", type=float, default=0.0, help="whose runs")
+    back.add_argument("--held", type=float, default=0.0, help="whose runs")
     measure = verbs.add_parser("measure", help="code all masks that were kept")
     measure.add_argument("--work", type=Path, required=True)
     measure.add_argument("--json", type=Path, help="write the result here")
@@ -60,7 +62,8 @@ def _run(recipe: Recipe, given: argparse.Namespace) -> None:
     epochs = given.epochs or recipe.case(given.case).rule["epochs"]
     for seed in given.seeds:
         for lr in given.lr:
-            run = module.Run(given.case, given.optimizer, lr, seed, epochs, given.task, given.pull)
+            swept = (given.case, given.optimizer, lr, seed, epochs)
+            run = module.Run(*swept, given.task, given.pull, given.held)
             file = given.work / f"{run.label}.json"
             if not file.exists():
                 found = module.train(recipe, run, given.work, given.data)
@@ -71,7 +74,7 @@ def _take_back(recipe: Recipe, given: argparse.Namespace) -> None:
     run, takeback = recipe.module("run"), recipe.module("takeback")
     for kept in recipe.module("measure").read(given.work):
         one = run.run_of(kept.settings)
-        keys = ("case", "optimizer", "pull")
+        keys = ("case", "optimizer", "pull", "held")
         asked = one.lr in given.lr and all(getattr(one, k) == getattr(given, k) for k in keys)
         for share in given.share if asked and kept.is_as_trained else ():
             file = given.work / f"{takeback.label(one, given.by, share)}.json"
@@ -129,6 +132,7 @@ def _table(summary: list[dict[str, Any]]) -> report.Table:
             one["optimizer"],
             f"{one['lr']:g}",
             f"{one['pull']:g}",
+            f"{one['held']:.0%}",
             str(one["epochs"]),
             "-" if one["by"] == "none" else f"{one['share']:.0%}, {one['by']}",
             f"{one['accuracy']['mean']:.2f} ({one['accuracy']['std']:.2f})",
@@ -145,6 +149,7 @@ def _plot(path: Path, summary: list[dict[str, Any]]) -> None:
     for one in summary:
         name = f"{one['case']}, {one['task']}" if one["case"] == "digits" else one["case"]
         name = f"{name}, {one['optimizer']}, {one['epochs']} epochs"
+        name += f", {one['held']:.0%} held" if one["held"] else ""
         if one["by"] != "none":
             name += f", {one['lr']:g}, taken back by {one['by']}"
         points.setdefault(name, []).append((one["seeded"]["mean"], one["accuracy"]["mean"]))

@@ -15,7 +15,7 @@ from pemn_surgery import bits, seeded
 from pemn_surgery.adapters.layer import PemnLayer
 
 Array = Any  # of numpy; its element type is in the docstrings
-SETTINGS = ("case", "task", "optimizer", "lr", "pull", "epochs", "by", "share")
+SETTINGS = ("case", "task", "optimizer", "lr", "pull", "held", "epochs", "by", "share")
 AS_TRAINED = {"by": "none", "share": 0.0}  # no flips taken back
 RANKS, LARGE = 64, 8  # sizes of initial scores and of frozen numbers among the contexts
 

@@ -21,6 +21,7 @@ from pemn_surgery import pemnify, quickstart
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.recipe import Recipe, load
 
+LARGE = 1e3  # a score that stays among the largest
 CIFAR = Path(__file__).resolve().parents[1] / "cifar10_rp"
 
 Split = tuple[Tensor, Tensor]
@@ -38,6 +39,7 @@ class Run:
         epochs: Passes over the training images.
         task: For digits, "digit" or "parity".
         pull: How far scores go back toward where they began after every step, in learning rates.
+        held: Share of each layer's weights, the smallest, whose mask bits stay as they began.
     """
 
     case: str
@@ -47,11 +49,13 @@ class Run:
     epochs: int
     task: str = "digit"
     pull: float = 0.0
+    held: float = 0.0
 
     @property
     def label(self) -> str:
         """Name of the run's file."""
         parts = (self.case, self.task, self.optimizer, f"{self.lr:g}", f"p{self.pull:g}")
+        parts += (f"h{self.held:g}",) if self.held else ()
         return "-".join((*parts, f"e{self.epochs}", f"s{self.seed}"))
 
 
@@ -159,6 +163,9 @@ class _Fitting:
 
     def __init__(self, rule: dict[str, Any], model: PeftModel, data: Data, run: Run) -> None:
         self.model, self.data, self.run, self.rule = model, data, run, rule
+        if run.held:
+            for layer in layers(model):
+                hold(layer, run.held)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         scores = [p for name, p in named if ".pemn_masks." in name]
         rest = [p for name, p in named if ".pemn_masks." not in name]
@@ -264,6 +271,20 @@ def accuracy(model: nn.Module, data: Data) -> float:
 def layers(model: PeftModel) -> Iterator[PemnLayer]:
     """Yield the masked layers of a model."""
     return (module for module in model.modules() if isinstance(module, PemnLayer))
+
+
+@torch.no_grad()
+def hold(layer: PemnLayer, share: float) -> None:
+    """Keep the mask bits of a layer's smallest frozen numbers as they are, whatever is trained.
+
+    Their scores go to both ends of the order and get no gradient.
+    """
+    scores, sizes = cast("nn.Parameter", layer.mask_of("default").scores), layer.fill().abs()
+    held = torch.zeros_like(sizes, dtype=torch.bool)
+    held.view(-1)[sizes.flatten().argsort(stable=True)[: int(share * sizes.numel())]] = True
+    ends = torch.where(layer.mask_of("default").mask(), LARGE, 0.0)
+    scores.copy_(torch.where(held, ends, scores))
+    scores.register_hook(lambda gradient: gradient.masked_fill(held, 0.0))
 
 
 @torch.no_grad()
