@@ -3,7 +3,7 @@
 ::
 
     python recipes/below_one_bit run --work WORK --case digits --lr 1e-2 1e-3 --seeds 0 1 2
-    python recipes/below_one_bit takeback --work WORK --case cifar10 --share 0 .2 .4
+    python recipes/below_one_bit takeback --work WORK --case cifar10 --lr 1e-2 --share .35
     python recipes/below_one_bit measure --work WORK --json RESULT --plot PLOT
 """
 
@@ -31,7 +31,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     go.add_argument("--case", required=True, choices=sorted(recipe.cases))
     go.add_argument("--work", type=Path, required=True, help="decoded data, masks")
     go.add_argument("--data", default="", help="folder or hub id, in place of the recipe's")
-    optimizers = ["adamw", "adam_by_layer", "sgd"]
+    optimizers = ["adamw", "sgd"]
     go.add_argument("--optimizer", default="adamw", choices=optimizers, help="of the scores")
     go.add_argument("--lr", type=float, nargs="+", required=True, help="of the scores")
     go.add_argument("--seeds", type=int, nargs="+", default=[0])

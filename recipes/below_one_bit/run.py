@@ -33,7 +33,7 @@ class Run:
 
     Attributes:
         case: "digits" or "cifar10".
-        optimizer: Of the scores: "adamw", "adam_by_layer" or "sgd" (momentum .9).
+        optimizer: Of the scores: "adamw" or "sgd" (momentum .9).
         lr: The scores' largest learning rate (one cycle).
         seed: Of bank, scores, and order of the images.
         epochs: Passes over the training images.
@@ -219,37 +219,9 @@ def optimizer(
     name: str, parameters: list[nn.Parameter], lr: float, decay: float
 ) -> torch.optim.Optimizer:
     """Return an optimizer by its name in the recipe."""
-    if name == "adam_by_layer":
-        return AdamByLayer(parameters, {"lr": lr})
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr, weight_decay=decay)
     return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=decay)
-
-
-class AdamByLayer(torch.optim.Optimizer):
-    """Adam with one second moment a tensor: layers keep pace, and within one the gradient decides.
-
-    Adam moves every score by about its learning rate, also where gradients are noise around
-    nothing, and so flips bits that do not matter.
-    """
-
-    BETAS = (0.9, 0.999)
-
-    @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Move every tensor by about ``lr``, root mean square."""
-        first, second = self.BETAS
-        for group in self.param_groups:
-            for tensor in (one for one in group["params"] if one.grad is not None):
-                state = self.state[tensor]
-                mean = state.setdefault("mean", torch.zeros_like(tensor))
-                mean.lerp_(tensor.grad, 1 - first)
-                square = state.get("square", 0.0) * second
-                state["square"] = square + (1 - second) * float(tensor.grad.square().mean())
-                state["steps"] = state.get("steps", 0) + 1
-                unbiased = state["square"] / (1 - second ** state["steps"])
-                share = 1 - first ** state["steps"]
-                tensor.sub_(mean, alpha=group["lr"] / share / (unbiased**0.5 + 1e-12))
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
