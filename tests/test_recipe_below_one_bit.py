@@ -47,9 +47,8 @@ def measured(tmp_path_factory):
         assert main([*back, "--share", "0.5", "1"]) == 0
         assert main([*back, "--share", "0.5", "--by", "margin"]) == 0
         result, plot = work.parent / "result.json", work.parent / "plot.png"
-        assert (
-            main(["measure", "--work", str(work), "--json", str(result), "--plot", str(plot)]) == 0
-        )
+        drawn = ["--plot", str(plot), "--case", "digits"]
+        assert main(["measure", "--work", str(work), "--json", str(result), *drawn]) == 0
     assert plot.stat().st_size > 0
     return json.loads(result.read_text(encoding="utf-8")), work
 

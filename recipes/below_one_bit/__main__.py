@@ -52,7 +52,8 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     measure = verbs.add_parser("measure", help="code all masks that were kept")
     measure.add_argument("--work", type=Path, required=True)
     measure.add_argument("--json", type=Path, help="write the result here")
-    measure.add_argument("--plot", type=Path, help="draw accuracy and bits here")
+    measure.add_argument("--plot", type=Path, help="draw accuracy and bits of a case here")
+    measure.add_argument("--case", default="cifar10", choices=sorted(recipe.cases), help="drawn")
     return parser
 
 
@@ -109,7 +110,7 @@ def _measure(recipe: Recipe, given: argparse.Namespace, console: Console) -> Non
         result = head | report.environment() | found
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if given.plot:
-        _plot(given.plot, found["summary"])
+        _plot(given.plot, [one for one in found["summary"] if one["case"] == given.case])
 
 
 def _table(summary: list[dict[str, Any]]) -> report.Table:
@@ -147,14 +148,13 @@ def _table(summary: list[dict[str, Any]]) -> report.Table:
 def _plot(path: Path, summary: list[dict[str, Any]]) -> None:
     points: dict[str, list[tuple[float, float]]] = {}
     for one in summary:
-        name = f"{one['case']}, {one['task']}" if one["case"] == "digits" else one["case"]
-        name = f"{name}, {one['optimizer']}, {one['epochs']} epochs"
+        name = f"{one['optimizer']}, {one['task']}" if one["case"] == "digits" else one["optimizer"]
+        name += f", pull {one['pull']:g}" if one["pull"] else ""
         name += f", {one['held']:.0%} held" if one["held"] else ""
-        if one["by"] != "none":
-            name += f", {one['lr']:g}, taken back by {one['by']}"
+        name += f" {one['lr']:g}, taken back by {one['by']}" if one["by"] != "none" else ""
         points.setdefault(name, []).append((one["seeded"]["mean"], one["accuracy"]["mean"]))
     labels = ("bits a weight in the file", "test accuracy, %")
-    report.scatter(path, points, labels, "Score learning rates from slow to fast")
+    report.scatter(path, points, labels, "Masks as trained, and with flips taken back")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
