@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from pemn_surgery import bits
+from pemn_surgery import bits, pemnify
 from pemn_surgery import recipe as recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = recipes.load(ROOT / "recipes" / "below_one_bit")
-RUN, MEASURE = RECIPE.module("run"), RECIPE.module("measure")
+MODULES = {name: RECIPE.module(name) for name in ("run", "measure", "takeback")}
+RUN, MEASURE, TAKEBACK = MODULES.values()
 RESULT = json.loads((ROOT / "docs/results/below_one_bit.json").read_text(encoding="utf-8"))
+KEYS = ("task", "seed", "by", "share")
 PAGE = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
 
 
@@ -29,39 +31,41 @@ def small(seed):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Two tasks and two seeds of a small network, trained by the command line and measured."""
+    """Two tasks, two seeds of a small network: trained, taken back, measured by commands."""
     work = tmp_path_factory.mktemp("work")
     main = RECIPE.module("__main__").main
     given = ["run", "--work", str(work), "--case", "digits", "--lr", "0.001", "--epochs", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RUN.quickstart, "network", small)
-        patch.setattr(
-            type(RECIPE), "module", lambda _, name: {"run": RUN, "measure": MEASURE}[name]
-        )
+        patch.setattr(type(RECIPE), "module", lambda _, name: MODULES[name])
         assert main([*given, "--seeds", "0", "1"]) == 0
         assert main([*given, "--task", "parity"]) == 0
         written = {file: file.stat().st_mtime_ns for file in work.glob("*")}
         assert main([*given, "--seeds", "0", "1"]) == 0  # nothing is trained twice
         assert written == {file: file.stat().st_mtime_ns for file in work.glob("*")}
+        back = ["takeback", "--work", str(work), "--case", "digits", "--lr", "0.001"]
+        assert main([*back, "--share", "0.5", "1"]) == 0
+        assert main([*back, "--share", "0.5", "--by", "margin"]) == 0
         result, plot = work.parent / "result.json", work.parent / "plot.png"
-        assert (
-            main(["measure", "--work", str(work), "--json", str(result), "--plot", str(plot)]) == 0
-        )
+        drawn = ["--plot", str(plot), "--case", "digits"]
+        assert main(["measure", "--work", str(work), "--json", str(result), *drawn]) == 0
     assert plot.stat().st_size > 0
     return json.loads(result.read_text(encoding="utf-8")), work
 
 
 def test_a_run_keeps_masks_of_half_density_and_its_accuracy(measured):
     result, work = measured
-    assert len(result["runs"]) == len(list(work.glob("*.npz"))) == 3
-    for kept in MEASURE.read(work):
+    assert len(result["runs"]) == len(list(work.glob("*.npz"))) == 3 * 4
+    trained = [kept for kept in MEASURE.read(work) if kept.is_as_trained]
+    assert len(trained) == 3
+    for kept in trained:
         assert set(kept.masks) == {"0.weight", "3.weight", "7.weight"}
         assert all(2 * mask.sum() == mask.size for mask in kept.masks.values())
         assert [row["epoch"] for row in kept.settings["history"]] == [1, 2]
         (row,) = [
             row
             for row in result["runs"]
-            if (row["task"], row["seed"]) == (kept.settings["task"], kept.settings["seed"])
+            if all(row[key] == kept.settings[key] for key in (*MEASURE.SETTINGS, "seed"))
         ]
         assert row["accuracy"] == kept.settings["history"][-1]["accuracy"]
 
@@ -73,22 +77,98 @@ def test_bits_a_weight_are_the_stored_bytes(measured):
         stored = [bits.pack(torch.from_numpy(mask)) for mask in kept.masks.values()]
         assert row["entropy"] * weights == 8 * sum(one.numel() for one in stored)
         assert row["bound"] == pytest.approx(1)  # every mask has density one half
-        assert row["ideal"] < row["seeded"] <= row["entropy"]
-        assert 0 < row["changed"] < 0.5
+        assert row["context"] <= row["entropy"]
+        if row["share"] < 1:
+            assert row["ideal"] < row["context"]
+            assert 0 < row["changed"] < 0.5
 
 
 def test_summary_is_over_seeds(measured):
     result, _ = measured
-    both = [row["seeded"] for row in result["runs"] if row["task"] == "digit"]
-    (found,) = [one for one in result["summary"] if one["task"] == "digit"]
+    asked = {"task": "digit", "by": "none"}.items()
+    both = [row["context"] for row in result["runs"] if asked <= row.items()]
+    (found,) = [one for one in result["summary"] if asked <= {**one, "seeds": ()}.items()]
     assert found["seeds"] == [0, 1]
-    assert found["seeded"]["mean"] == pytest.approx(sum(both) / 2)
-    assert found["seeded"]["std"] == pytest.approx(abs(both[0] - both[1]) / math.sqrt(2))
+    assert found["context"]["mean"] == pytest.approx(sum(both) / 2)
+    assert found["context"]["std"] == pytest.approx(abs(both[0] - both[1]) / math.sqrt(2))
+
+
+def test_flips_taken_back_are_initial_bits_again(measured):
+    result, work = measured
+    kept = MEASURE.read(work)
+    rows = zip(kept, result["runs"], strict=True)
+    flips = {tuple(one.settings[k] for k in KEYS): (one, row["changed"]) for one, row in rows}
+    assert len(flips) == 12
+    for (task, seed, by, share), (one, changed) in flips.items():
+        trained, before = flips[task, seed, "none", 0.0]
+        assert (share == 1) == (changed == 0)
+        if by != "none":
+            weights = sum(mask.size for mask in one.masks.values())
+            # Flips of each kind are rounded down: two flips too many, at most, in three weights.
+            assert changed == pytest.approx((1 - share) * before, abs=3 * 2 / weights)
+            assert all(mask.sum() == trained.masks[n].sum() for n, mask in one.masks.items())
+
+
+def test_the_least_important_flips_of_both_kinds_go_back():
+    initial = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0]]).bool()
+    trained = torch.tensor([[0, 0, 1, 0, 1, 1, 1, 0]]).bool()
+    importance = torch.tensor([[3.0, 1, 0, 2, 3, 1, 2, 0]])
+    found = [TAKEBACK.taken_back(initial, trained, importance, share) for share in (0, 0.7, 1)]
+    assert torch.equal(found[0], trained)
+    assert found[1].tolist() == [[bool(bit) for bit in (0, 1, 1, 1, 1, 0, 0, 0)]]
+    assert torch.equal(found[2], initial)
+
+
+def test_importance_is_the_frozen_size_or_the_margin_of_the_score():
+    model = pemnify(nn.Sequential(nn.Linear(2, 2, bias=False)), seed=0, bank="rp", ratio=1.0)
+    (layer,) = RUN.layers(model)
+    scores = torch.tensor([[0.1, -0.3], [0.6, -0.9]])
+    layer.mask_of("default").scores.data.copy_(scores)
+    assert torch.equal(TAKEBACK.importance("size", layer), layer.fill().abs())
+    margins = torch.tensor([[0.35, 0.15], [0.15, 0.45]])  # the cut is between .3 and .6
+    torch.testing.assert_close(TAKEBACK.importance("margin", layer), margins)
+    TAKEBACK.fix(layer, torch.tensor([[True, False], [False, True]]))
+    assert layer.mask_of("default").mask().tolist() == [[True, False], [False, True]]
+
+
+def test_bits_of_the_smallest_weights_are_held_while_others_are_trained():
+    run = RUN.Run("digits", "adamw", 0.1, 0, 1, held=0.4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RUN.quickstart, "network", small)
+        model = RUN.network(RECIPE, run)
+    before = {layer.target: layer.mask_of("default").mask() for layer in RUN.layers(model)}
+    fitting = RUN._Fitting(RECIPE.case("digits").rule, model, RUN.digits("digit"), run)
+    for layer in RUN.layers(model):
+        assert torch.equal(layer.mask_of("default").mask(), before[layer.target])
+    fitting.epoch()
+    assert len(before) == 3
+    for layer in RUN.layers(model):
+        flips = (layer.mask_of("default").mask() != before[layer.target]).flatten()
+        order = layer.fill().abs().flatten().argsort(stable=True)
+        count = int(0.4 * len(order))
+        assert not flips[order[:count]].any()
+        assert flips[order[count:]].any()
+
+
+def test_scores_go_back_by_the_pull_and_not_beyond_their_start():
+    run = RUN.Run("digits", "sgd", 0.5, 0, 1, pull=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RUN.quickstart, "network", small)
+        model = RUN.network(RECIPE, run)
+    fitting = RUN._Fitting(RECIPE.case("digits").rule, model, RUN.digits("digit"), run)
+    by = 0.1 * fitting.optimizers[0].param_groups[0]["lr"]
+    score, start = fitting.scores[0]
+    moved = by * torch.tensor([-3, -0.5, 0, 0.5, 3]).repeat(29)[:144].view_as(score)
+    score.data.add_(moved)
+    fitting._pull()
+    expected = by * torch.tensor([-2.0, 0, 0, 0, 2]).repeat(29)[:144].view_as(score)
+    torch.testing.assert_close(score.data - start, expected, atol=1e-6, rtol=0)
 
 
 def test_contexts_never_need_more_code_than_what_they_refine(measured):
     result, _ = measured
-    (digit,) = [one for one in result["contexts"] if one["run"]["task"] == "digit"]
+    asked = {"task": "digit", "by": "none"}.items()
+    (digit,) = [one for one in result["contexts"] if asked <= one["run"].items()]
     found = {name: one["code"] for name, one in digit["contexts"].items()}
     assert found["nothing"] == pytest.approx(1)
     refined = [name for name in found if name.startswith("score, ")]
@@ -132,12 +212,15 @@ ROWS = [cells(line) for line in PAGE.splitlines() if line.startswith("|")]
 def test_figures_in_the_docs_are_those_of_the_result():
     assert len(RESULT["summary"]) >= 8
     for one in RESULT["summary"]:
-        accuracy, size = one["accuracy"], one["seeded"]
+        accuracy, size = one["accuracy"], one["context"]
         alone = len(one["seeds"]) == 1
         shown = [
             one["case"] if one["case"] == "cifar10" else f"digits, {one['task']}",
-            f"{one['optimizer']} {one['lr']:g}",
+            f"{one['optimizer']} {one['lr']:g}"
+            + (f", pull {one['pull']:g}" if one["pull"] else ""),
+            f"{one['held']:.0%}" if one["held"] else "-",
             str(one["epochs"]),
+            "-" if one["by"] == "none" else f"{one['share']:.0%}, {one['by']}",
             f"{accuracy['mean']:.2f}" + ("" if alone else f" ({accuracy['std']:.2f})"),
             f"{size['mean']:.3f}",
             f"{100 * one['changed']['mean']:.1f} %",
@@ -147,13 +230,13 @@ def test_figures_in_the_docs_are_those_of_the_result():
 
 
 def test_contexts_in_the_docs_are_those_of_the_result():
-    columns = [(0, "sgd", 1.0, 2, "cifar10"), (0, "adamw", 0.001, 2, "cifar10")]
-    columns.append((0, "adamw", 0.01, 12, "digits"))
+    columns = [("sgd", 3.0, 4, 0.0), ("adamw", 0.01, 4, 0.35), ("adamw", 0.01, 12, 0.0)]
     found = [
         one["contexts"]
         for column in columns
         for one in RESULT["contexts"]
-        if column == tuple(one["run"][k] for k in ("seed", "optimizer", "lr", "epochs", "case"))
+        if column == tuple(one["run"][key] for key in ("optimizer", "lr", "epochs", "share"))
+        and (one["run"]["by"] == "none") == (column[3] == 0)
         and one["run"]["task"] == "digit"
     ]
     assert len(found) == 3

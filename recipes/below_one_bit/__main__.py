@@ -3,6 +3,7 @@
 ::
 
     python recipes/below_one_bit run --work WORK --case digits --lr 1e-2 1e-3 --seeds 0 1 2
+    python recipes/below_one_bit takeback --work WORK --case cifar10 --lr 1e-2 --share .35
     python recipes/below_one_bit measure --work WORK --json RESULT --plot PLOT
 """
 
@@ -30,16 +31,29 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     go.add_argument("--case", required=True, choices=sorted(recipe.cases))
     go.add_argument("--work", type=Path, required=True, help="decoded data, masks")
     go.add_argument("--data", default="", help="folder or hub id, in place of the recipe's")
-    optimizers = ["adamw", "adam_by_layer", "sgd"]
+    optimizers = ["adamw", "sgd"]
     go.add_argument("--optimizer", default="adamw", choices=optimizers, help="of the scores")
     go.add_argument("--lr", type=float, nargs="+", required=True, help="of the scores")
     go.add_argument("--seeds", type=int, nargs="+", default=[0])
+    go.add_argument("--pull", type=float, default=0.0, help="of scores toward where they began")
+    go.add_argument("--held", type=float, default=0.0, help="share of weights, the smallest")
     go.add_argument("--epochs", type=int, help="default: the recipe's")
     go.add_argument("--task", default="digit", choices=["digit", "parity"])
+    back = verbs.add_parser("takeback", help="take flips of all runs of a case back")
+    back.add_argument("--case", required=True, choices=sorted(recipe.cases))
+    back.add_argument("--work", type=Path, required=True)
+    back.add_argument("--data", default="", help="as for run")
+    back.add_argument("--by", default="size", choices=["size", "margin"], help="the least first")
+    back.add_argument("--share", type=float, nargs="+", required=True, help="of flips, 0 to 1")
+    back.add_argument("--optimizer", default="adamw", choices=optimizers, help="whose runs")
+    back.add_argument("--lr", type=float, nargs="+", required=True, help="whose runs")
+    back.add_argument("--pull", type=float, default=0.0, help="whose runs")
+    back.add_argument("--held", type=float, default=0.0, help="whose runs")
     measure = verbs.add_parser("measure", help="code all masks that were kept")
     measure.add_argument("--work", type=Path, required=True)
     measure.add_argument("--json", type=Path, help="write the result here")
-    measure.add_argument("--plot", type=Path, help="draw accuracy and bits here")
+    measure.add_argument("--plot", type=Path, help="draw accuracy and bits of a case here")
+    measure.add_argument("--case", default="cifar10", choices=sorted(recipe.cases), help="drawn")
     return parser
 
 
@@ -49,11 +63,26 @@ def _run(recipe: Recipe, given: argparse.Namespace) -> None:
     epochs = given.epochs or recipe.case(given.case).rule["epochs"]
     for seed in given.seeds:
         for lr in given.lr:
-            run = module.Run(given.case, given.optimizer, lr, seed, epochs, given.task)
+            swept = (given.case, given.optimizer, lr, seed, epochs)
+            run = module.Run(*swept, given.task, given.pull, given.held)
             file = given.work / f"{run.label}.json"
             if not file.exists():
                 found = module.train(recipe, run, given.work, given.data)
                 file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def _take_back(recipe: Recipe, given: argparse.Namespace) -> None:
+    run, takeback = recipe.module("run"), recipe.module("takeback")
+    for kept in recipe.module("measure").read(given.work):
+        one = run.run_of(kept.settings)
+        keys = ("case", "optimizer", "pull", "held")
+        asked = one.lr in given.lr and all(getattr(one, k) == getattr(given, k) for k in keys)
+        for share in given.share if asked and kept.is_as_trained else ():
+            file = given.work / f"{takeback.label(one, given.by, share)}.json"
+            if not file.exists():
+                found = takeback.take_back(recipe, one, given.by, share, given.work, given.data)
+                file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+                print(file.stem, found["history"], flush=True)  # noqa: T201
 
 
 def measured(recipe: Recipe, work: Path) -> dict[str, Any]:
@@ -61,8 +90,7 @@ def measured(recipe: Recipe, work: Path) -> dict[str, Any]:
     run, measure = recipe.module("run"), recipe.module("measure")
     rows, contexts, kept = [], [], measure.read(work)
     for one in kept:
-        keys = ("case", "optimizer", "lr", "seed", "epochs", "task")
-        model = run.network(recipe, run.Run(**{key: one.settings[key] for key in keys}))
+        model = run.network(recipe, run.run_of(one.settings))
         layers = {layer.target: layer for layer in run.layers(model)}
         config = model.peft_config["default"]
         rows.append(measure.row(one, layers, config))
@@ -82,20 +110,34 @@ def _measure(recipe: Recipe, given: argparse.Namespace, console: Console) -> Non
         result = head | report.environment() | found
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if given.plot:
-        _plot(given.plot, found["summary"])
+        _plot(given.plot, [one for one in found["summary"] if one["case"] == given.case])
 
 
 def _table(summary: list[dict[str, Any]]) -> report.Table:
-    columns = ("case", "task", "scores", "rate", "epochs", "accuracy", "bits a weight", "seeds")
+    columns = (
+        "case",
+        "task",
+        "scores",
+        "rate",
+        "pull",
+        "epochs",
+        "taken back",
+        "accuracy",
+        "bits a weight",
+        "seeds",
+    )
     rows = [
         (
             one["case"],
             one["task"],
             one["optimizer"],
             f"{one['lr']:g}",
+            f"{one['pull']:g}",
+            f"{one['held']:.0%}",
             str(one["epochs"]),
+            "-" if one["by"] == "none" else f"{one['share']:.0%}, {one['by']}",
             f"{one['accuracy']['mean']:.2f} ({one['accuracy']['std']:.2f})",
-            f"{one['seeded']['mean']:.4f} ({one['seeded']['std']:.4f})",
+            f"{one['context']['mean']:.4f} ({one['context']['std']:.4f})",
             str(len(one["seeds"])),
         )
         for one in summary
@@ -106,11 +148,13 @@ def _table(summary: list[dict[str, Any]]) -> report.Table:
 def _plot(path: Path, summary: list[dict[str, Any]]) -> None:
     points: dict[str, list[tuple[float, float]]] = {}
     for one in summary:
-        name = f"{one['case']}, {one['task']}" if one["case"] == "digits" else one["case"]
-        name = f"{name}, {one['optimizer']}, {one['epochs']} epochs"
-        points.setdefault(name, []).append((one["seeded"]["mean"], one["accuracy"]["mean"]))
+        name = f"{one['optimizer']}, {one['task']}" if one["case"] == "digits" else one["optimizer"]
+        name += f", pull {one['pull']:g}" if one["pull"] else ""
+        name += f", {one['held']:.0%} held" if one["held"] else ""
+        name += f" {one['lr']:g}, taken back by {one['by']}" if one["by"] != "none" else ""
+        points.setdefault(name, []).append((one["context"]["mean"], one["accuracy"]["mean"]))
     labels = ("bits a weight in the file", "test accuracy, %")
-    report.scatter(path, points, labels, "Score learning rates from slow to fast")
+    report.scatter(path, points, labels, "Masks as trained, and with flips taken back")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser(recipe).parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        _run(recipe, given) if given.verb == "run" else _measure(recipe, given, console)
+        if given.verb == "measure":
+            _measure(recipe, given, console)
+        else:
+            {"run": _run, "takeback": _take_back}[given.verb](recipe, given)
     except RecipeError as error:
         console.print(f"[red]{error}")
         return 1

@@ -16,16 +16,27 @@ from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.context import sizes_of
 
 Array = Any  # of numpy; its element type is in the docstrings
-SETTINGS = ("case", "task", "optimizer", "lr", "epochs")
+SETTINGS = ("case", "task", "optimizer", "lr", "pull", "held", "epochs", "by", "share")
+AS_TRAINED = {"by": "none", "share": 0.0}  # no flips taken back
 RANKS, LARGE = 64, 8  # sizes of initial scores and of frozen numbers among the contexts
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One run: what `run.train` returned, and the masks of its last epoch by weight, bool."""
+    """One run, as trained or with flips taken back.
+
+    Attributes:
+        settings: What `run.train` or `takeback.take_back` returned.
+        masks: Bool arrays, the masks of the last epoch by weight.
+    """
 
     settings: dict[str, Any]
     masks: dict[str, Array]
+
+    @property
+    def is_as_trained(self) -> bool:
+        """Whether no flips were taken back."""
+        return self.settings["by"] == "none"
 
     def same(self, other: "Kept", *keys: str) -> bool:
         """Tell whether another run differs in nothing but these settings."""
@@ -39,7 +50,7 @@ def read(work: Path) -> list[Kept]:
 
 
 def _read(file: Path) -> Kept:
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = AS_TRAINED | json.loads(file.read_text(encoding="utf-8"))
     last, masks = settings["epochs"], {}
     with np.load(file.with_suffix(".npz")) as packed:
         for name, shape in settings["shapes"].items():
@@ -53,11 +64,11 @@ def _read(file: Path) -> Kept:
 def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]:
     """Return a run's accuracy in percent, and bits a weight.
 
-    "entropy", "score" (seeded, by the initial score alone) and "seeded" are stored bytes, headers
+    "entropy", "score" (by the initial score alone) and "context" are stored bytes, headers
     included; "bound" is that of independent bits, "ideal" a static code by the initial score.
-    "changed" is the share of bits that differ from the initial mask.
+    "changed" is the share of bits that differ from the initial mask, which the layers have.
     """
-    sums = dict.fromkeys(("entropy", "score", "seeded", "bound", "ideal", "changed"), 0.0)
+    sums = dict.fromkeys(("entropy", "score", "context", "bound", "ideal", "changed"), 0.0)
     for name, mask in kept.masks.items():
         layer, stored = layers[name], bits.pack(torch.from_numpy(mask))
         guides = layer.guides(config)
@@ -66,12 +77,14 @@ def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]
         if not torch.equal(bits.decoded(coded, name), stored):
             message = f"{name} is not decoded as it was"
             raise SystemExit(message)
-        sums["seeded"] += 8 * coded.numel()
+        sums["context"] += 8 * coded.numel()
         sums["score"] += 8 * bits.coded(stored, guides[:1]).numel()
         sums["bound"] += ideal(mask, np.zeros(mask.size, int), 1)[0]
         ranks = sizes_of(guides[0], mask.size)
         sums["ideal"] += ideal(mask, ranks // (256 // RANKS), RANKS)[0]
-        sums["changed"] += int((mask != (ranks >= 128)).sum())
+        sums["changed"] += int(
+            (mask != layers[name].mask_of("default").mask().flatten().numpy()).sum()
+        )
     weights = sum(mask.size for mask in kept.masks.values())
     head = {key: kept.settings[key] for key in (*SETTINGS, "seed")}
     accuracy = kept.settings["history"][-1]["accuracy"]
@@ -86,7 +99,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         dict(zip(SETTINGS, settings, strict=True))
         | {"seeds": sorted(one["seed"] for one in same)}
-        | {key: _spread([one[key] for one in same]) for key in ("accuracy", "seeded", "changed")}
+        | {key: _spread([one[key] for one in same]) for key in ("accuracy", "context", "changed")}
         for settings, same in sorted(found.items())
     ]
 

@@ -7,7 +7,7 @@ code them can be compared without training again (`measure`).
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from pemn_surgery import pemnify, quickstart
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.recipe import Recipe, load
 
+LARGE = 1e3  # a score that stays among the largest
 CIFAR = Path(__file__).resolve().parents[1] / "cifar10_rp"
 
 Split = tuple[Tensor, Tensor]
@@ -32,11 +33,13 @@ class Run:
 
     Attributes:
         case: "digits" or "cifar10".
-        optimizer: Of the scores: "adamw", "adam_by_layer" or "sgd" (momentum .9).
+        optimizer: Of the scores: "adamw" or "sgd" (momentum .9).
         lr: The scores' largest learning rate (one cycle).
         seed: Of bank, scores, and order of the images.
         epochs: Passes over the training images.
         task: For digits, "digit" or "parity".
+        pull: How far scores go back toward where they began after every step, in learning rates.
+        held: Share of each layer's weights, the smallest, whose mask bits stay as they began.
     """
 
     case: str
@@ -45,12 +48,20 @@ class Run:
     seed: int
     epochs: int
     task: str = "digit"
+    pull: float = 0.0
+    held: float = 0.0
 
     @property
     def label(self) -> str:
         """Name of the run's file."""
-        parts = (self.case, self.task, self.optimizer, f"{self.lr:g}")
+        parts = (self.case, self.task, self.optimizer, f"{self.lr:g}", f"p{self.pull:g}")
+        parts += (f"h{self.held:g}",) if self.held else ()
         return "-".join((*parts, f"e{self.epochs}", f"s{self.seed}"))
+
+
+def run_of(settings: dict[str, Any]) -> Run:
+    """Return the run that `train` returned these settings of."""
+    return Run(**{field.name: settings[field.name] for field in fields(Run)})
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,11 @@ def cifar10(source: str, work: Path, recipe: Recipe) -> Data:
     return Data(splits["train"], splits["test"], batch, augment)
 
 
+def data(recipe: Recipe, run: Run, work: Path, source: str) -> Data:
+    """Return a run's images; ``work`` keeps decoded ones, ``source`` replaces the recipe's."""
+    return digits(run.task) if run.case == "digits" else cifar10(source, work, recipe)
+
+
 def network(recipe: Recipe, run: Run) -> PeftModel:
     """Return the case's network with fresh masks."""
     torch.manual_seed(run.seed)
@@ -109,7 +125,9 @@ def resnet(widths: Sequence[int], classes: int = 10) -> nn.Sequential:
 
 
 def train(recipe: Recipe, run: Run, work: Path, source: str = "") -> dict[str, Any]:
-    """Train once and keep ``<label>.npz`` under ``work``: packed masks by epoch and weight.
+    """Train once; keep packed masks by epoch and weight, and all that was trained.
+
+    They are ``<label>.npz`` and ``<label>.pt`` under ``work``.
 
     Args:
         recipe: This recipe.
@@ -120,18 +138,24 @@ def train(recipe: Recipe, run: Run, work: Path, source: str = "") -> dict[str, A
     Returns:
         The run's settings, accuracy in percent and seconds by epoch.
     """
-    data = digits(run.task) if run.case == "digits" else cifar10(source, work, recipe)
-    model = network(recipe, run)
-    fitting = _Fitting(recipe.case(run.case).rule, model, data, run)
+    images, model = data(recipe, run, work, source), network(recipe, run)
+    fitting = _Fitting(recipe.case(run.case).rule, model, images, run)
     masks: dict[str, np.ndarray] = {}
     history = []
     for epoch in range(1, run.epochs + 1):
-        row = {"epoch": epoch, **fitting.epoch(), "accuracy": accuracy(model, data)}
+        row = {"epoch": epoch, **fitting.epoch(), "accuracy": accuracy(model, images)}
         history.append(row)
         masks |= {f"{epoch}/{name}": mask for name, mask in packed_masks(model).items()}
         print(run.label, {key: round(value, 3) for key, value in row.items()}, flush=True)  # noqa: T201
     np.savez(work / f"{run.label}.npz", **cast("Any", masks))
+    torch.save(trained(model), work / f"{run.label}.pt")
     return {**asdict(run), "history": history, "shapes": shapes(model)}
+
+
+def trained(model: PeftModel) -> dict[str, Tensor]:
+    """Return scores, norms, biases and the norms' running statistics by their names."""
+    frozen = {name for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 class _Fitting:
@@ -139,13 +163,17 @@ class _Fitting:
 
     def __init__(self, rule: dict[str, Any], model: PeftModel, data: Data, run: Run) -> None:
         self.model, self.data, self.run, self.rule = model, data, run, rule
+        if run.held:
+            for layer in layers(model):
+                hold(layer, run.held)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         scores = [p for name, p in named if ".pemn_masks." in name]
         rest = [p for name, p in named if ".pemn_masks." not in name]
+        self.scores = [(score, score.detach().clone()) for score in scores]
         steps = run.epochs * (len(data.train[1]) // rule["batch"])
         self.optimizers = [
-            _optimizer(run.optimizer, scores, run.lr, 0.0),
-            _optimizer(rule["optimizer"], rest, rule["lr"], rule["weight_decay"]),
+            optimizer(run.optimizer, scores, run.lr, 0.0),
+            optimizer(rule["optimizer"], rest, rule["lr"], rule["weight_decay"]),
         ]
         self.schedules = [
             torch.optim.lr_scheduler.OneCycleLR(one, lr, total_steps=steps, cycle_momentum=False)
@@ -158,16 +186,25 @@ class _Fitting:
         started, total, steps = time.perf_counter(), 0.0, 0
         self.model.train()
         for images, labels in self._batches():
-            loss = F.cross_entropy(_logits(self.model, self.data.batch(images)), labels)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
+            loss = F.cross_entropy(logits(self.model, self.data.batch(images)), labels)
+            for one in self.optimizers:
+                one.zero_grad()
             loss.backward()
-            for optimizer in self.optimizers:
-                optimizer.step()
+            for one in self.optimizers:
+                one.step()
+            if self.run.pull:
+                self._pull()
             for schedule in self.schedules:
                 schedule.step()
             total, steps = total + loss.item(), steps + 1
         return {"loss": total / steps, "seconds": time.perf_counter() - started}
+
+    @torch.no_grad()
+    def _pull(self) -> None:
+        """Move scores toward where they began, by as much wherever they are, not beyond it."""
+        by = self.run.pull * self.optimizers[0].param_groups[0]["lr"]
+        for score, start in self.scores:
+            score.copy_(start + F.softshrink(score - start, by))
 
     def _batches(self) -> Iterator[Split]:
         images, labels = self.data.train
@@ -178,43 +215,17 @@ class _Fitting:
         yield from zip(images.split(size), labels.split(size), strict=True)
 
 
-def _optimizer(
+def optimizer(
     name: str, parameters: list[nn.Parameter], lr: float, decay: float
 ) -> torch.optim.Optimizer:
-    if name == "adam_by_layer":
-        return AdamByLayer(parameters, {"lr": lr})
+    """Return an optimizer by its name in the recipe."""
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr, weight_decay=decay)
     return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=decay)
 
 
-class AdamByLayer(torch.optim.Optimizer):
-    """Adam with one second moment a tensor: layers keep pace, and within one the gradient decides.
-
-    Adam moves every score by about its learning rate, also where gradients are noise around
-    nothing, and so flips bits that do not matter.
-    """
-
-    BETAS = (0.9, 0.999)
-
-    @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Move every tensor by about ``lr``, root mean square."""
-        first, second = self.BETAS
-        for group in self.param_groups:
-            for tensor in (one for one in group["params"] if one.grad is not None):
-                state = self.state[tensor]
-                mean = state.setdefault("mean", torch.zeros_like(tensor))
-                mean.lerp_(tensor.grad, 1 - first)
-                square = state.get("square", 0.0) * second
-                state["square"] = square + (1 - second) * float(tensor.grad.square().mean())
-                state["steps"] = state.get("steps", 0) + 1
-                unbiased = state["square"] / (1 - second ** state["steps"])
-                share = 1 - first ** state["steps"]
-                tensor.sub_(mean, alpha=group["lr"] / share / (unbiased**0.5 + 1e-12))
-
-
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return a model's outputs in float32; convolutions on CIFAR-10 are made in bfloat16."""
     with torch.autocast("cpu", torch.bfloat16, enabled=images.shape[1] == 3):
         return model(images).float()
 
@@ -225,13 +236,27 @@ def accuracy(model: nn.Module, data: Data) -> float:
     model.eval()
     images, labels = data.test
     pairs = zip(images.split(500), labels.split(500), strict=True)
-    right = sum(int((_logits(model, data.batch(x)).argmax(1) == y).sum()) for x, y in pairs)
+    right = sum(int((logits(model, data.batch(x)).argmax(1) == y).sum()) for x, y in pairs)
     return 100 * right / len(labels)
 
 
 def layers(model: PeftModel) -> Iterator[PemnLayer]:
     """Yield the masked layers of a model."""
     return (module for module in model.modules() if isinstance(module, PemnLayer))
+
+
+@torch.no_grad()
+def hold(layer: PemnLayer, share: float) -> None:
+    """Keep the mask bits of a layer's smallest frozen numbers as they are, whatever is trained.
+
+    Their scores go to both ends of the order and get no gradient.
+    """
+    scores, sizes = cast("nn.Parameter", layer.mask_of("default").scores), layer.fill().abs()
+    held = torch.zeros_like(sizes, dtype=torch.bool)
+    held.view(-1)[sizes.flatten().argsort(stable=True)[: int(share * sizes.numel())]] = True
+    ends = torch.where(layer.mask_of("default").mask(), LARGE, 0.0)
+    scores.copy_(torch.where(held, ends, scores))
+    scores.register_hook(lambda gradient: gradient.masked_fill(held, 0.0))
 
 
 @torch.no_grad()
