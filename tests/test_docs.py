@@ -120,6 +120,20 @@ def test_finetuned_table(case):
     )
 
 
+LOAD = json.loads((ROOT / "docs/results/load.json").read_text(encoding="utf-8"))["results"]
+
+
+def test_load_table():
+    page = (ROOT / "docs/format.md").read_text(encoding="utf-8")
+    rows = [cells(line)[1:] for line in page.splitlines() if line.startswith("|")]
+    assert set(LOAD) == {"rp", "own"}
+    for step in ("load_file", "read and check", "load_adapter", "set_adapter"):
+        medians = [LOAD[bank]["steps"][step]["clock_ms"]["median"] for bank in ("rp", "own")]
+        assert [f"{median:.1f}" for median in medians] in rows
+    assert all(bank["masked_weights"] > 86e6 for bank in LOAD.values())
+    assert all(bank["steps"]["load_adapter"]["clock_ms"]["median"] < 300 for bank in LOAD.values())
+
+
 CODING = json.loads((ROOT / "docs/results/coding.json").read_text(encoding="utf-8"))
 
 
