@@ -218,6 +218,8 @@ class PemnConfig(PeftConfig):
         except PemnError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if file is None and "peft_type" not in written:
+                raise  # other JSON and no weights, so no adapter: PEFT says so itself
             _refuse_file(folder / CONFIG, f"is no configuration ({type(error).__name__}: {error})")
         if isinstance(config, PemnConfig):
             config.file = file

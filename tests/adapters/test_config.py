@@ -122,3 +122,9 @@ def test_presets_take_changes():
     assert PemnConfig.preset("piggyback").threshold == 5e-3
     assert PemnConfig.preset("piggyback").score_init == 1e-2
     assert PemnConfig.preset("pemn") == PemnConfig(rest="train")
+
+
+def test_other_json_without_weights_is_refused_in_the_words_of_peft(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"foo": "bar", "baz": 123}')
+    with pytest.raises(TypeError, match=r"is missing required keys: \{'peft_type'\}"):
+        PemnConfig.from_pretrained(str(tmp_path))
