@@ -224,18 +224,21 @@ class Case:
 
 
 def make() -> PeftModel:
-    """One coded mask, and one that is kept as bits because that is shorter."""
-    model = pemnify(base(0), bank="rp", density=0.95, coding="entropy")
+    """A mask of each coding: near its seed, far from it, and too small for either."""
+    model = pemnify(base(0), bank="rp", density=0.8, coding="context")
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
+                near = name.startswith("base_model.model.0.")
+                parameter.add_(torch.randn_like(parameter), alpha=1e-3 if near else 1)
     return model
 
 
 def base(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Linear(9, 4))
+    return nn.Sequential(
+        nn.Conv2d(8, 32, 3), nn.BatchNorm2d(32), nn.Linear(60, 40), nn.Linear(9, 4)
+    )  # it is loaded, never run
 
 
 def meaning(config: PemnConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.adapters import atomic, config, guard
+from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import AdapterError, AdapterFileError, AdapterWriteError, ConfigError
 from tests import fuzz
 from tests.adapters import models
@@ -529,6 +531,13 @@ def test_one_altered_byte_is_named_or_harmless(case, data):
     for other, whole in case.whole.items():
         (case.folder / other).write_bytes(content if other == name else whole)
     assert not case.outcome().startswith("WRONG")
+
+
+def test_the_fuzzer_damages_every_coding(case):
+    for name, whole in case.whole.items():
+        (case.folder / name).write_bytes(whole)
+    stored = PemnConfig.from_pretrained(str(case.folder)).file.stored
+    assert sorted(mask.coding for mask in stored.values()) == sorted(get_args(CodingName))
 
 
 def test_the_oracle_of_the_fuzzer_sees_other_adapters(case):
