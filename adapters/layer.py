@@ -19,7 +19,7 @@ from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
-from pemn_surgery.context import Guide
+from pemn_surgery.buckets import Guide
 from pemn_surgery.errors import NonFiniteScoresError
 from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight

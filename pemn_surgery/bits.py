@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pemn_surgery import context, entropy
+from pemn_surgery import buckets, context, entropy, symbols
 from pemn_surgery.errors import MaskFormatError
 from pemn_surgery.rng import KEY_BYTES
 
@@ -88,7 +88,7 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
 
 
 def coded(
-    stored: Tensor, guides: Sequence[context.Guide] | None = None, kernel: Sequence[int] = ()
+    stored: Tensor, guides: Sequence[buckets.Guide] | None = None, kernel: Sequence[int] = ()
 ) -> Tensor:
     """Return a stored mask as it is kept in files with ``coding="entropy"`` or "context".
 
@@ -122,7 +122,7 @@ def _with_density(header: StoredMask, payload: np.ndarray, ones: int) -> Tensor 
 
 
 def _with_contexts(
-    header: StoredMask, payload: np.ndarray, guides: Sequence[context.Guide], kernel: Sequence[int]
+    header: StoredMask, payload: np.ndarray, guides: Sequence[buckets.Guide], kernel: Sequence[int]
 ) -> Tensor:
     """Return a mask coded beside what is known of its weights."""
     table, streams = context.encode(payload, header.weights, guides, kernel)
@@ -154,7 +154,7 @@ def decoded(stored: Tensor, name: str) -> Tensor:
     content = _content(stored, name)
     try:
         payload = _payload(content, header, name).tobytes()
-    except entropy.CodeError as error:
+    except symbols.CodeError as error:
         _refuse(name, str(error))
     found = _sealed((_BITS, 0, 0, header.weights), header.base, payload)
     (expected,) = struct.unpack_from("<I", content, HEADER_BYTES)
@@ -297,21 +297,21 @@ def _check_length(content: bytes, coding: int, weights: int, name: str) -> None:
         _refuse(name, f"has {len(content)} bytes, too few for {weights} weights (at most {most})")
 
 
-def _model(content: bytes, name: str) -> tuple[entropy.Model, bool]:
+def _model(content: bytes, name: str) -> tuple[symbols.Model, bool]:
     """Return which code a coded mask has, and whether it is inverted."""
     if len(content) < _CODED_HEADER_BYTES:
         needed = _CODED_HEADER_BYTES
         _refuse(name, f"has {len(content)} bytes, the header of a coded mask needs {needed}")
     width, odds = content[6], content[7]
-    if width & ~_INVERTED not in entropy.WIDTHS:
-        _refuse(name, f"has code {width}, this release reads {entropy.WIDTHS}", old=False)
-    return entropy.Model(width & ~_INVERTED, odds), bool(width & _INVERTED)
+    if width & ~_INVERTED not in symbols.WIDTHS:
+        _refuse(name, f"has code {width}, this release reads {symbols.WIDTHS}", old=False)
+    return symbols.Model(width & ~_INVERTED, odds), bool(width & _INVERTED)
 
 
-def _context_parts(content: bytes, name: str) -> tuple[context.Table, bytes]:
+def _context_parts(content: bytes, name: str) -> tuple[buckets.Table, bytes]:
     """Return table and streams of a mask coded by context."""
     log2s, places = (content[6] & 15, content[6] >> 4), content[7]
-    if max(log2s) > context.MOST_LOG2 or not places:
+    if max(log2s) > buckets.MOST_LOG2 or not places:
         needed = "0 to 8 bits of both and 1 to 255 places"
         problem = f"has {log2s[0]} and {log2s[1]} bits of its guides and {places} places"
         _refuse(name, f"{problem}, this release reads {needed}", old=False)
@@ -320,13 +320,13 @@ def _context_parts(content: bytes, name: str) -> tuple[context.Table, bytes]:
     row = _row(content, begin, places, name)
     read = _GUIDE.iter_unpack(content[_CODED_HEADER_BYTES + 1 : begin])
     pairs = zip(read, used, strict=True)
-    guides = tuple(context.Guide(key, period, log2) for (key, period), log2 in pairs)
+    guides = tuple(buckets.Guide(key, period, log2) for (key, period), log2 in pairs)
     if not all(guide.period for guide in guides):
         _refuse(name, "has a guide without numbers", old=False)
-    end = begin + context.Table(places, row, guides, b"").buckets
+    end = begin + buckets.Table(places, row, guides, b"").buckets
     if len(content) < end:
         _refuse(name, f"has {len(content)} bytes, its header and table need {end}")
-    return context.Table(places, row, guides, content[begin:end]), content[end:]
+    return buckets.Table(places, row, guides, content[begin:end]), content[end:]
 
 
 def _row(content: bytes, needed: int, places: int, name: str) -> int:

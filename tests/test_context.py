@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pemn_surgery import bits, context, entropy, rng
+from pemn_surgery import bits, buckets, context, entropy, rng, symbols
 from pemn_surgery.adapters import PemnConfig
 from pemn_surgery.adapters.layer import initial_scores
 from pemn_surgery.errors import MaskFormatError
@@ -37,18 +37,18 @@ def guided_mask(weights, spread, seed=0, guides=None):
     Returns:
         The mask, and the bits that it holds beside its guides.
     """
-    (guide, *others) = guides or [context.Guide(key("scores", seed), max(weights, 1))]
-    size = context.sizes_of(guide, weights)[:weights].astype(float)
+    (guide, *others) = guides or [buckets.Guide(key("scores", seed), max(weights, 1))]
+    size = buckets.sizes_of(guide, weights)[:weights].astype(float)
     for other in others:
-        spread = spread * (0.2 + np.resize(context.sizes_of(other, weights), weights) / 256)
+        spread = spread * (0.2 + np.resize(buckets.sizes_of(other, weights), weights) / 256)
     share = 1 / (1 + np.exp(np.clip((127.5 - size) / spread, -30, 30)))
     held = -(share * np.log2(share) + (1 - share) * np.log2(1 - share)).sum()
     return torch.from_numpy(np.random.default_rng(seed).random(weights) < share), float(held)
 
 
 def guides_of(weights, period=None, seed=0):
-    scores = context.Guide(key("scores", seed), max(weights, 1))
-    return [scores] if period is None else [scores, context.Guide(key("bank", seed), period, 3)]
+    scores = buckets.Guide(key("scores", seed), max(weights, 1))
+    return [scores] if period is None else [scores, buckets.Guide(key("bank", seed), period, 3)]
 
 
 def forced(mask, guides=(), kernel=(), base=bytes(12)):
@@ -82,7 +82,7 @@ def check_round_trip(mask, guides=(), kernel=(), base=bytes(12)):
 
 @given(st.integers(0, 2**40), st.integers(0, 70), st.integers(0, 8))
 def test_sizes_are_the_upper_bits_of_the_seeds_integers(seed, weights, log2):
-    found = context.sizes_of(context.Guide(key("s", seed), max(weights, 1)), weights)[:weights]
+    found = buckets.sizes_of(buckets.Guide(key("s", seed), max(weights, 1)), weights)[:weights]
     assert (found >> 8 - log2).tolist() == sizes_by_hand(seed, "s", weights, log2)
 
 
@@ -91,7 +91,7 @@ def test_sizes_are_in_the_order_of_the_initial_scores(fan_in):
     """Whatever rounding does to the floats."""
     config = PemnConfig(seed=5)
     scores = initial_scores(config, "layer.weight", (100_000,), fan_in).abs().numpy()
-    sizes = context.sizes_of(context.Guide(key("scores/layer.weight", 5), 100_000), 100_000)
+    sizes = buckets.sizes_of(buckets.Guide(key("scores/layer.weight", 5), 100_000), 100_000)
     order = np.argsort(scores, kind="stable")
     apart = np.diff(scores[order]) > 0
     assert apart.sum() > 90_000
@@ -117,16 +117,16 @@ def test_buckets_are_counted_by_hand(kernel, period, row):
     places = math.prod(kernel)
     weights = 6 * places
     mask = np.random.default_rng(0).integers(0, 2, (3, 2, *kernel), np.uint8)
-    guides = [context.Guide(key("a"), weights, 3), context.Guide(key("b"), period, 2)]
-    sizes = [np.resize(context.sizes_of(guide, weights), weights) for guide in guides]
+    guides = [buckets.Guide(key("a"), weights, 3), buckets.Guide(key("b"), period, 2)]
+    sizes = [np.resize(buckets.sizes_of(guide, weights), weights) for guide in guides]
     first = sizes_by_hand(0, "a", weights, 3)
     second = sizes_by_hand(0, "b", min(period, weights), 2)
     expected = []
     for i in sorted(range(weights), key=lambda i: i % places if row else 0):
         near = 4 * (i % places) + near_by_hand(mask, i, kernel) if row else i % places
         expected.append(near * 32 + first[i] * 4 + second[i % period])
-    known = context._known(places, kernel[-1] * row, [3, 2], mask.reshape(-1), sizes)
-    assert [one for _, part in context._buckets(known) for one in part] == expected
+    known = buckets.arrange(places, kernel[-1] * row, [3, 2], mask.reshape(-1), sizes)
+    assert [one for _, part in buckets.buckets_of(known) for one in part] == expected
 
 
 @given(
@@ -222,12 +222,12 @@ def test_masks_that_the_guides_say_nothing_about(density):
 @settings(deadline=None, max_examples=50)
 def test_every_table_holds_every_mask(levels, weights, seed):
     """A table only says how long a mask becomes; bit 6 of its bytes says nothing."""
-    guides = (context.Guide(key("a"), 600, 1),)
+    guides = (buckets.Guide(key("a"), 600, 1),)
     row = len(levels) // 18 // 4 * 3
-    table = context.Table(9, row, guides, levels)
+    table = buckets.Table(9, row, guides, levels)
     flags = np.random.default_rng(seed).integers(0, 2, weights, np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(context, "_choose_table", lambda *_: table)
+        patch.setattr(context, "choose_table", lambda *_: table)
         packed = np.packbits(flags, bitorder="little")
         _, streams = context.encode(packed, weights, guides, (3, 3))
     np.testing.assert_array_equal(context.decode(table, streams, weights), packed)
@@ -257,7 +257,7 @@ def test_size_where_places_decide():
     """One place in nine is random, the others follow their initial scores to the bit."""
     weights = 900_000
     guides = guides_of(weights)
-    mask = torch.from_numpy(context.sizes_of(guides[0], weights) >= 128)
+    mask = torch.from_numpy(buckets.sizes_of(guides[0], weights) >= 128)
     random = torch.from_numpy(np.random.default_rng(0).random(weights) < 0.5)
     mask = torch.where(torch.arange(weights) % 9 == 4, random, mask)
     coded = bits.coded(bits.pack(mask), guides, (3, 3))
@@ -294,7 +294,7 @@ def test_stored_bytes_keep_their_meaning():
     assert mask.tolist() == reader.mask(GOLDEN).tolist()
 
 
-GUIDES = [context.Guide(key("scores"), 3000), context.Guide(key("bank"), 50, 3)]
+GUIDES = [buckets.Guide(key("scores"), 3000), buckets.Guide(key("bank"), 50, 3)]
 MASK, _ = guided_mask(3000, 5, guides=GUIDES[:1])
 CODED = as_bytes(forced(MASK, GUIDES, (2,)))
 LOG2, PLACES = CODED[6], CODED[7]
@@ -417,8 +417,8 @@ def test_altered_bytes_with_a_fitting_checksum(given_mask, changes):
 def test_what_follows_a_stream_must_fill_it_up():
     """A stream may hold ones up to its last unit and a unit 0, and no weight more."""
     flags = np.ones(100, np.uint8)
-    table = context.Table(1, 0, (), bytes([15]))
-    model = context.model_of(15)
+    table = buckets.Table(1, 0, (), bytes([15]))
+    model = buckets.model_of(15)
     for held, said in (
         (99, "too few"),
         (100, None),
@@ -430,7 +430,7 @@ def test_what_follows_a_stream_must_fill_it_up():
             found = context.decode(table, stream, 100)
             np.testing.assert_array_equal(np.unpackbits(found)[:96], flags[:96])
         else:
-            with pytest.raises(entropy.CodeError, match=said):
+            with pytest.raises(symbols.CodeError, match=said):
                 context.decode(table, stream, 100)
 
 
@@ -438,7 +438,7 @@ def test_what_follows_a_stream_must_fill_it_up():
 def test_memory_is_bounded_by_what_is_given(row):
     """A byte of streams can hold 2,040 weights, with two guides of a number for each."""
     weights = 9 * 430_000
-    stream = entropy.encode(np.full(-(-weights // 8), 255, np.uint8), weights, context.model_of(63))
+    stream = entropy.encode(np.full(-(-weights // 8), 255, np.uint8), weights, buckets.model_of(63))
     content = CODED[:6] + b"\x11\x09" + struct.pack("<Q", weights) + CODED[16:36] + bytes([row])
     content += GUIDES[0].key + struct.pack("<Q", 2**40) + GUIDES[1].key + struct.pack("<Q", 2**40)
     content = resealed(content + bytes([63]) * (36 if row == 0 else 144) + stream)

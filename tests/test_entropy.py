@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pemn_surgery import bits, deflate, entropy
+from pemn_surgery import bits, deflate, entropy, symbols
 from pemn_surgery.errors import MaskFormatError
 from tests import oracles, reader
 
@@ -104,11 +104,11 @@ def test_round_trip_at_the_edges(weights, density):
     check_round_trip(bernoulli(weights, density))
 
 
-@given(st.sampled_from(entropy.WIDTHS), st.integers(0, 255), st.integers(0, 2000), st.floats(0, 1))
+@given(st.sampled_from(symbols.WIDTHS), st.integers(0, 255), st.integers(0, 2000), st.floats(0, 1))
 @settings(deadline=None)
 def test_every_code_holds_every_mask(width, odds, weights, density):
     """The code is for a density; a mask of any other only takes more room."""
-    model = entropy.Model(width, odds)
+    model = symbols.Model(width, odds)
     mask = bernoulli(weights, density)
     packed = np.packbits(mask.numpy(), bitorder="little")
     coded = entropy.encode(packed, weights, model)
@@ -245,14 +245,14 @@ def test_altered_bytes_with_a_fitting_checksum(changes):
     assert as_bytes(found)[32:] == as_bytes(bits.decoded(as_tensor(CODED), "m"))[32:]
 
 
-@given(st.binary(max_size=300), st.sampled_from(entropy.WIDTHS), st.integers(0, 255))
+@given(st.binary(max_size=300), st.sampled_from(symbols.WIDTHS), st.integers(0, 255))
 @settings(deadline=None, max_examples=50)
 def test_any_bytes_end_in_bounded_memory(payload, width, odds):
-    model = entropy.Model(width, odds)
+    model = symbols.Model(width, odds)
     weights = model.most_weights(len(payload))
     tracemalloc.start()
     try:
-        with pytest.raises(entropy.CodeError):
+        with pytest.raises(symbols.CodeError):
             entropy.decode(payload, weights, model)
     finally:
         peak = tracemalloc.get_traced_memory()[1]

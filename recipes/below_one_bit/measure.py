@@ -13,7 +13,7 @@ import torch
 
 from pemn_surgery import bits
 from pemn_surgery.adapters.layer import PemnLayer
-from pemn_surgery.context import sizes_of
+from pemn_surgery.buckets import sizes_of
 
 Array = Any  # of numpy; its element type is in the docstrings
 SETTINGS = ("case", "task", "optimizer", "lr", "pull", "held", "epochs", "by", "share")

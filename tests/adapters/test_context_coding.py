@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from pemn_surgery import PemnConfig, bits, pemnify, rng
 from pemn_surgery.adapters.layer import PemnLayer
-from pemn_surgery.context import Guide
+from pemn_surgery.buckets import Guide
 from pemn_surgery.errors import MaskFormatError
 from tests import oracles, reader
 from tests.adapters import models

@@ -19,7 +19,17 @@ from pathlib import Path
 
 import atheris
 
-READERS = ("adapters.file", "adapters.config", "bits", "context", "entropy", "deflate")
+READERS = (
+    "adapters.file",
+    "adapters.config",
+    "bits",
+    "context",
+    "buckets",
+    "bucket_table",
+    "entropy",
+    "symbols",
+    "deflate",
+)
 
 with atheris.instrument_imports(include=[f"pemn_surgery.{name}" for name in READERS]):
     from tests.fuzz import CONFIG, ON_CONFIG, ON_WEIGHTS, WEIGHTS, Case

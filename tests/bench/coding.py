@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pemn_surgery import bits, context, entropy, rng
+from pemn_surgery import bits, buckets, entropy, rng
 from pemn_surgery.report import environment, table
 
 DENSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
@@ -159,7 +159,7 @@ def ours(inflate: Any = zlib) -> Way:
     return Way(encode, decode, torch.Tensor.numel)
 
 
-def context_way(guides: list[context.Guide]) -> Way:
+def context_way(guides: list[buckets.Guide]) -> Way:
     """What `coding="context"` writes."""
 
     def encode(flags: np.ndarray, _: float) -> torch.Tensor:
@@ -168,12 +168,12 @@ def context_way(guides: list[context.Guide]) -> Way:
     return ours()._replace(encode=encode)
 
 
-def guided(weights: int, spread: float, seed: int) -> tuple[list[context.Guide], np.ndarray]:
+def guided(weights: int, spread: float, seed: int) -> tuple[list[buckets.Guide], np.ndarray]:
     """Return guides, and each weight's probability to be kept."""
-    scores = context.Guide(rng.key_of(seed, "scores"), weights)
-    frozen = context.Guide(rng.key_of(seed, "bank"), weights // 100, 3)
-    size = context.sizes_of(scores, weights).astype(float) - 127.5
-    large = np.resize(context.sizes_of(frozen, weights), weights) / 128.0
+    scores = buckets.Guide(rng.key_of(seed, "scores"), weights)
+    frozen = buckets.Guide(rng.key_of(seed, "bank"), weights // 100, 3)
+    size = buckets.sizes_of(scores, weights).astype(float) - 127.5
+    large = np.resize(buckets.sizes_of(frozen, weights), weights) / 128.0
     return [scores, frozen], 1 / (1 + np.exp(-np.clip(size / (spread * (large + 0.1)), -30, 30)))
 
 
