@@ -12,6 +12,7 @@ from pemn_surgery.adapters.card import wrap_cards
 from pemn_surgery.adapters.compare import compare_adapters
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.finetuned_errors import ErrorReport, measure_errors
+from pemn_surgery.adapters.flips import Flips, take_back_flips
 from pemn_surgery.adapters.from_finetuned import from_finetuned
 from pemn_surgery.adapters.guard import wrap_loading
 from pemn_surgery.adapters.hotswap import enter_hotswap
@@ -28,6 +29,7 @@ enter_hotswap()
 
 __all__ = [
     "ErrorReport",
+    "Flips",
     "PemnConfig",
     "PemnModel",
     "compare_adapters",
@@ -37,5 +39,6 @@ __all__ = [
     "plan",
     "recode",
     "rename_adapter",
+    "take_back_flips",
     "to_trainable",
 ]

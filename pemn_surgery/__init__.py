@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         plan,
         recode,
         rename_adapter,
+        take_back_flips,
         to_trainable,
     )
     from pemn_surgery.adapters.task_inference import TaskGuess, infer_task
@@ -35,6 +36,7 @@ _HOMES = {
     "PemnConfig": "pemn_surgery.adapters",
     "recode": "pemn_surgery.adapters",
     "rename_adapter": "pemn_surgery.adapters",
+    "take_back_flips": "pemn_surgery.adapters",
     "to_trainable": "pemn_surgery.adapters",
     "compare_adapters": "pemn_surgery.adapters",
     "from_finetuned": "pemn_surgery.adapters",
@@ -62,6 +64,7 @@ __all__ = [
     "plan",
     "recode",
     "rename_adapter",
+    "take_back_flips",
     "to_trainable",
 ]
 

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,25 @@ from rich.console import Console
 from rich.table import Table
 
 from pemn_surgery.errors import RecipeError
+
+
+def exit_code(action: Callable[[Console], None], console: Console, how_to_go_on: str = "") -> int:
+    """Run a recipe's command; return 130 after Ctrl-C, 1 after a refusal, as shells expect.
+
+    Args:
+        action: What to do.
+        console: Where it, and what ended it, is shown.
+        how_to_go_on: Said after Ctrl-C.
+    """
+    try:
+        action(console)
+    except RecipeError as error:
+        console.print(f"[red]{error}")
+        return 1
+    except KeyboardInterrupt as stop:
+        console.print(f"{str(stop) or 'stopped'}{how_to_go_on}")
+        return 130
+    return 0
 
 
 @dataclass(frozen=True)
@@ -36,16 +56,9 @@ class RecipeCommand:
         """Run the command line; 130 after Ctrl-C, 1 after a refusal, as shells expect."""
         given, console = vars(self._parser().parse_args(arguments)), Console()
         verb, results, resumes = given.pop("verb"), given.pop("results"), "resume" in given
-        try:
-            self._show(results, console) if verb == "show" else self._run(given, results, console)
-        except RecipeError as error:
-            console.print(f"[red]{error}")
-            return 1
-        except KeyboardInterrupt as stop:
-            how = "; add --resume to the same command to go on" if resumes else ""
-            console.print(f"{str(stop) or 'stopped'}{how}")
-            return 130
-        return 0
+        show, run = partial(self._show, results), partial(self._run, given, results)
+        how = "; add --resume to the same command to go on" if resumes else ""
+        return exit_code(show if verb == "show" else run, console, how)
 
     def _parser(self) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(prog=f"python recipes/{self.folder.name}")

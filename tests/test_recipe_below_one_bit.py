@@ -44,8 +44,10 @@ def measured(tmp_path_factory):
         assert main([*given, "--seeds", "0", "1"]) == 0  # nothing is trained twice
         assert written == {file: file.stat().st_mtime_ns for file in work.glob("*")}
         back = ["takeback", "--work", str(work), "--case", "digits", "--lr", "0.001"]
-        assert main([*back, "--share", "0.5", "1"]) == 0
-        assert main([*back, "--share", "0.5", "--by", "margin"]) == 0
+        assert main([*back, "--share", "0.5", "1", "--by", "size", "--epochs", "2"]) == 0
+        assert main([*back, "--share", "0.5", "--epochs", "2"]) == 0  # by loss
+        assert main([*back, "--share", "0.7", "--epochs", "3"]) == 0  # there are no such runs
+        assert main([*back, "--share", "0.5", "--by", "margin", "--epochs", "2"]) == 0
         result, plot = work.parent / "result.json", work.parent / "plot.png"
         drawn = ["--plot", str(plot), "--case", "digits"]
         assert main(["measure", "--work", str(work), "--json", str(result), *drawn]) == 0
@@ -55,7 +57,7 @@ def measured(tmp_path_factory):
 
 def test_a_run_keeps_masks_of_half_density_and_its_accuracy(measured):
     result, work = measured
-    assert len(result["runs"]) == len(list(work.glob("*.npz"))) == 3 * 4
+    assert len(result["runs"]) == len(list(work.glob("*.npz"))) == 3 * 5
     trained = [kept for kept in MEASURE.read(work) if kept.is_as_trained]
     assert len(trained) == 3
     for kept in trained:
@@ -98,7 +100,8 @@ def test_flips_taken_back_are_initial_bits_again(measured):
     kept = MEASURE.read(work)
     rows = zip(kept, result["runs"], strict=True)
     flips = {tuple(one.settings[k] for k in KEYS): (one, row["changed"]) for one, row in rows}
-    assert len(flips) == 12
+    assert len(flips) == 15
+    assert {by for _, _, by, _ in flips} == {"none", "size", "margin", "loss"}
     for (task, seed, by, share), (one, changed) in flips.items():
         trained, before = flips[task, seed, "none", 0.0]
         assert (share == 1) == (changed == 0)
@@ -236,7 +239,7 @@ def test_contexts_in_the_docs_are_those_of_the_result():
         for column in columns
         for one in RESULT["contexts"]
         if column == tuple(one["run"][key] for key in ("optimizer", "lr", "epochs", "share"))
-        and (one["run"]["by"] == "none") == (column[3] == 0)
+        and one["run"]["by"] == ("size" if column[3] else "none")
         and one["run"]["task"] == "digit"
     ]
     assert len(found) == 3

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 from rich.console import Console
 
 from pemn_surgery import report
-from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import Recipe, load
+from pemn_surgery.recipe_cli import exit_code
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -43,10 +44,13 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     back.add_argument("--case", required=True, choices=sorted(recipe.cases))
     back.add_argument("--work", type=Path, required=True)
     back.add_argument("--data", default="", help="as for run")
-    back.add_argument("--by", default="size", choices=["size", "margin"], help="the least first")
+    back.add_argument(
+        "--by", default="loss", choices=["loss", "size", "margin"], help="the least first"
+    )
     back.add_argument("--share", type=float, nargs="+", required=True, help="of flips, 0 to 1")
     back.add_argument("--optimizer", default="adamw", choices=optimizers, help="whose runs")
     back.add_argument("--lr", type=float, nargs="+", required=True, help="whose runs")
+    back.add_argument("--epochs", type=int, help="whose runs; default: the recipe's")
     back.add_argument("--pull", type=float, default=0.0, help="whose runs")
     back.add_argument("--held", type=float, default=0.0, help="whose runs")
     measure = verbs.add_parser("measure", help="code all masks that were kept")
@@ -57,7 +61,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(recipe: Recipe, given: argparse.Namespace) -> None:
+def _run(recipe: Recipe, given: argparse.Namespace, console: Console) -> None:
     module = recipe.module("run")
     given.work.mkdir(parents=True, exist_ok=True)
     epochs = given.epochs or recipe.case(given.case).rule["epochs"]
@@ -67,22 +71,23 @@ def _run(recipe: Recipe, given: argparse.Namespace) -> None:
             run = module.Run(*swept, given.task, given.pull, given.held)
             file = given.work / f"{run.label}.json"
             if not file.exists():
-                found = module.train(recipe, run, given.work, given.data)
+                found = module.train(recipe, run, given.work, given.data, console)
                 file.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
-def _take_back(recipe: Recipe, given: argparse.Namespace) -> None:
+def _take_back(recipe: Recipe, given: argparse.Namespace, console: Console) -> None:
     run, takeback = recipe.module("run"), recipe.module("takeback")
+    given.epochs = given.epochs or recipe.case(given.case).rule["epochs"]
     for kept in recipe.module("measure").read(given.work):
         one = run.run_of(kept.settings)
-        keys = ("case", "optimizer", "pull", "held")
+        keys = ("case", "optimizer", "epochs", "pull", "held")
         asked = one.lr in given.lr and all(getattr(one, k) == getattr(given, k) for k in keys)
         for share in given.share if asked and kept.is_as_trained else ():
             file = given.work / f"{takeback.label(one, given.by, share)}.json"
             if not file.exists():
                 found = takeback.take_back(recipe, one, given.by, share, given.work, given.data)
                 file.write_text(json.dumps(found) + "\n", encoding="utf-8")
-                print(file.stem, found["history"], flush=True)  # noqa: T201
+                console.print(f"{file.stem}: {found['history'][-1]['accuracy']:.2f} %")
 
 
 def measured(recipe: Recipe, work: Path) -> dict[str, Any]:
@@ -120,6 +125,7 @@ def _table(summary: list[dict[str, Any]]) -> report.Table:
         "scores",
         "rate",
         "pull",
+        "held",
         "epochs",
         "taken back",
         "accuracy",
@@ -158,19 +164,12 @@ def _plot(path: Path, summary: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 after a refusal, as shells expect."""
-    recipe, console = load(FOLDER), Console()
+    """Run the command line; 130 after Ctrl-C, 1 after a refusal, as shells expect."""
+    recipe = load(FOLDER)
     given = _parser(recipe).parse_args(arguments)
     torch.set_num_threads(1)
-    try:
-        if given.verb == "measure":
-            _measure(recipe, given, console)
-        else:
-            {"run": _run, "takeback": _take_back}[given.verb](recipe, given)
-    except RecipeError as error:
-        console.print(f"[red]{error}")
-        return 1
-    return 0
+    verb = {"run": _run, "takeback": _take_back, "measure": _measure}[given.verb]
+    return exit_code(partial(verb, recipe, given), Console(), "; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from peft import PeftModel
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -124,7 +125,7 @@ def resnet(widths: Sequence[int], classes: int = 10) -> nn.Sequential:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
-def train(recipe: Recipe, run: Run, work: Path, source: str = "") -> dict[str, Any]:
+def train(recipe: Recipe, run: Run, work: Path, source: str, console: Console) -> dict[str, Any]:
     """Train once; keep packed masks by epoch and weight, and all that was trained.
 
     They are ``<label>.npz`` and ``<label>.pt`` under ``work``.
@@ -133,7 +134,8 @@ def train(recipe: Recipe, run: Run, work: Path, source: str = "") -> dict[str, A
         recipe: This recipe.
         run: What is trained.
         work: Folder of masks and decoded data.
-        source: Folder or hub id in place of the recipe's.
+        source: Folder or hub id in place of the recipe's; "" for that.
+        console: Where every epoch is shown.
 
     Returns:
         The run's settings, accuracy in percent and seconds by epoch.
@@ -146,7 +148,8 @@ def train(recipe: Recipe, run: Run, work: Path, source: str = "") -> dict[str, A
         row = {"epoch": epoch, **fitting.epoch(), "accuracy": accuracy(model, images)}
         history.append(row)
         masks |= {f"{epoch}/{name}": mask for name, mask in packed_masks(model).items()}
-        print(run.label, {key: round(value, 3) for key, value in row.items()}, flush=True)  # noqa: T201
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in row.items())
+        console.print(f"{run.label}: {shown}", highlight=False)
     np.savez(work / f"{run.label}.npz", **cast("Any", masks))
     torch.save(trained(model), work / f"{run.label}.pt")
     return {**asdict(run), "history": history, "shapes": shapes(model)}

@@ -15,11 +15,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pemn_surgery import take_back_flips
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.recipe import Recipe, load
 
 RUN: Any = load(Path(__file__).resolve().parent).module("run")
 
+BATCHES, IMAGES = 60, 64  # whose losses tell by="loss" what matters
 STEPS = 100  # of training norms and biases after flips were taken back
 SLOWER = 0.3  # their learning rate then, in parts of the rule's
 
@@ -32,8 +34,9 @@ def take_back(
     Args:
         recipe: This recipe.
         run: A `run.Run` whose checkpoint lies under ``work``.
-        by: What flips are ordered by, "size" or "margin" (`importance`).
-        share: Share of each weight's flips to take back; with 0, only norms and biases settle.
+        by: What flips are ordered by: "loss" over all weights (`take_back_flips`), "size" or
+            "margin" within each (`importance`).
+        share: Share of the flips to take back; with 0, only norms and biases settle.
         work: Folder of masks, checkpoints and decoded data.
         source: Folder or hub id in place of the recipe's.
 
@@ -43,7 +46,9 @@ def take_back(
     images, model = RUN.data(recipe, run, work, source), RUN.network(recipe, run)
     initial = {layer.target: layer.mask_of("default").mask() for layer in RUN.layers(model)}
     model.load_state_dict(torch.load(work / f"{run.label}.pt", weights_only=True), strict=False)
-    for layer in RUN.layers(model):
+    if by == "loss":
+        take_back_flips(model.eval(), losses(model, images), share)
+    for layer in RUN.layers(model) if by != "loss" else ():
         mask = layer.mask_of("default").mask()
         fix(layer, taken_back(initial[layer.target], mask, importance(by, layer), share))
     settle(model, images, recipe.case(run.case).rule)
@@ -57,6 +62,12 @@ def take_back(
 def label(run: Any, by: str, share: float) -> str:
     """Name of the files of a run with flips taken back."""
     return f"{run.label}-{by}{share:g}"
+
+
+def losses(model: PeftModel, images: Any) -> Iterator[Tensor]:
+    """Yield the losses of some augmented training batches, the same every time."""
+    for batch, labels in _batches(images, IMAGES, BATCHES):
+        yield F.cross_entropy(RUN.logits(model, images.batch(batch)), labels)
 
 
 def importance(by: str, layer: PemnLayer) -> Tensor:
@@ -108,7 +119,7 @@ def settle(model: PeftModel, images: Any, rule: dict[str, Any]) -> None:
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = RUN.optimizer(rule["optimizer"], rest, SLOWER * rule["lr"], 0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for batch, labels in _batches(images, rule["batch"]):
+    for batch, labels in _batches(images, rule["batch"], STEPS):
         loss = F.cross_entropy(RUN.logits(model, images.batch(batch)), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -116,11 +127,11 @@ def settle(model: PeftModel, images: Any, rule: dict[str, Any]) -> None:
         schedule.step()
 
 
-def _batches(images: Any, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield augmented training batches, `STEPS` of them, in the same order every time."""
+def _batches(images: Any, size: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield augmented training batches in the same order every time."""
     pixels, labels = images.train
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    order = order.repeat(-(-size * STEPS // len(order)))[: size * STEPS]
+    order = order.repeat(-(-size * count // len(order)))[: size * count]
     yield from zip(
         images.augment(pixels[order]).split(size), labels[order].split(size), strict=True
     )
