@@ -18,7 +18,8 @@ from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.checks import check_adapters_exist, check_name_is_free
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
+from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.errors import AdapterError
 from pemn_surgery.selector import Selector
 from pemn_surgery.task import TensorSet

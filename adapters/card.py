@@ -26,7 +26,7 @@ from typing import Any, cast
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from peft.config import PeftConfig
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from pemn_surgery.adapters.atomic import CARD, replace_file
 from pemn_surgery.adapters.config import PemnConfig

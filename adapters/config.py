@@ -1,20 +1,20 @@
 """`PemnConfig`: what an adapter is, as PEFT configures it."""
 
-import copy
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from peft.config import PeftConfig
 
-from pemn_surgery.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter_file, seal
+from pemn_surgery.adapters.config_file import decide, read_json, refuse_file
+from pemn_surgery.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter_file
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.bank import BankName, BankSpec, InitName
 from pemn_surgery.bits import CodingName
-from pemn_surgery.errors import AdapterFileError, ConfigError, PemnError
+from pemn_surgery.errors import ConfigError, PemnError
 from pemn_surgery.request import RestName, TiedName
 from pemn_surgery.selector import Selector, SelectorName
 
@@ -204,14 +204,14 @@ class PemnConfig(PeftConfig):
             name = pretrained_model_name_or_path
             return cast("PemnConfig", super().from_pretrained(name, subfolder, **kwargs))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            _refuse_file(folder / CONFIG, f"is not JSON ({type(error).__name__}: {error})")
+            refuse_file(folder / CONFIG, f"is not JSON ({type(error).__name__}: {error})")
 
     @classmethod
     def _from_folder(cls, folder: Path, given: Mapping[str, Any]) -> "PemnConfig":
         path = folder / WEIGHTS
         written = read_json(folder / CONFIG)
         file = read_adapter_file(path) if path.is_file() else None
-        decided = written if file is None else _decide(folder / CONFIG, written, file)
+        decided = written if file is None else decide(folder / CONFIG, written, file)
         try:
             options = cls.check_kwargs(**{**given, **decided})
             config = cast("PemnConfig", cls.from_peft_type(**options))
@@ -220,7 +220,7 @@ class PemnConfig(PeftConfig):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if file is None and "peft_type" not in written:
                 raise  # other JSON and no weights, so no adapter: PEFT says so itself
-            _refuse_file(folder / CONFIG, f"is no configuration ({type(error).__name__}: {error})")
+            refuse_file(folder / CONFIG, f"is no configuration ({type(error).__name__}: {error})")
         if isinstance(config, PemnConfig):
             config.file = file
         return config
@@ -324,67 +324,6 @@ class PemnConfig(PeftConfig):
             _refuse("trainable_token_indices", given, "None: use modules_to_save for embeddings")
         for name in ("target_modules", "exclude_modules"):
             _check_pattern(name, getattr(self, name))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return what an ``adapter_config.json`` holds.
-
-    Args:
-        path: The file.
-
-    Raises:
-        AdapterFileError: If it is not a JSON object.
-    """
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: neither JSON nor UTF-8
-        _refuse_file(path, f"is not JSON ({type(error).__name__}: {error})")
-    if not isinstance(written, dict):
-        _refuse_file(path, f"holds {type(written).__name__}, a configuration is an object")
-    return written
-
-
-def _decide(path: Path, written: dict[str, Any], file: AdapterFile) -> Mapping[str, Any]:
-    """Return the configuration that belongs to the weights, which decide.
-
-    One of another save lies there after a save that was killed between the two files. In that of
-    the same save, what PEFT keeps for itself (the base's name, the task) may be edited.
-    """
-    sealed = file.sealed
-    if sealed is None:
-        _check_unsealed(path, written, file)
-        return written
-    if written.get("digest") != sealed["digest"]:
-        return copy.deepcopy(dict(sealed))  # PEFT adds to a configuration's lists
-    free = {item.name for item in fields(PeftConfig)} - {"peft_type"}
-    altered = [key for key in sealed if key not in free and written.get(key) != sealed[key]]
-    if altered:
-        key = altered[0]
-        _refuse_file(
-            path,
-            f"says {key}={written.get(key)!r}, but the adapter was saved with {sealed[key]!r} "
-            f"({len(altered)} such fields)",
-        )
-    return written
-
-
-def _check_unsealed(path: Path, written: dict[str, Any], file: AdapterFile) -> None:
-    """Refuse weights that have lost their seal and are others than the configuration's."""
-    digest = written.get("digest")
-    if digest is not None and seal(file.path, written)["digest"] != digest:
-        _refuse_file(
-            path,
-            f"was saved with other weights (digest {digest!r}) than those of {file.path.name}, "
-            'which hold no digest; if that was done on purpose, remove "digest" from it. Otherwise',
-        )
-
-
-def _refuse_file(path: Path, problem: str) -> NoReturn:
-    message = (
-        f"{str(path)!r} {problem}; it is truncated or altered. Nothing was loaded; get it again "
-        "from where it was saved."
-    )
-    raise AdapterFileError(message)
 
 
 def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:

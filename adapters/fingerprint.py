@@ -148,4 +148,4 @@ def _rounds_to(value: Tensor, dtype: torch.dtype) -> bool:
 
 def _bytes(value: Tensor) -> memoryview:
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

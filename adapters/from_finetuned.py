@@ -34,10 +34,11 @@ from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.finetuned_errors import tensors_differ
-from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
+from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default_head
 from pemn_surgery.adapters.quantised import quantised_weights
 from pemn_surgery.adapters.state import scores_from_mask
+from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.errors import (
     ConfigError,
     FinetunedMismatchError,

@@ -21,7 +21,8 @@ from peft.utils import save_and_load
 from torch import Tensor
 from transformers.integrations.peft import PeftAdapterMixin
 
-from pemn_surgery.adapters.config import PemnConfig, read_json
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.config_file import read_json
 from pemn_surgery.adapters.file import (
     CONFIG,
     WEIGHTS,

@@ -25,8 +25,7 @@ from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.roles import rows_of
 from pemn_surgery.selector import check_finite
-from pemn_surgery.targets import Owned, Target
-from pemn_surgery.task import TaskTensors, TensorSet
+from pemn_surgery.targets import Target
 
 _LOOK_AT_WEIGHTS = 3  # bits of a frozen number's size that guess a mask (docs/coding.md)
 
@@ -36,7 +35,7 @@ class PemnTunerLayer(BaseTunerLayer):
 
     def __init__(self) -> None:
         self.merged_adapters: list[str] = []
-        self._active_adapter: list[str] = []
+        self._active_adapter: str | list[str] = []
         self._disable_adapters = False
 
     def active_adapter_names(self) -> Sequence[str]:
@@ -304,100 +303,6 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         mask = self.mask_of(adapter_name)
         if mask.store.device.type != "meta":
             mask.to(place)
-
-
-class PemnTaskLayer(PemnTunerLayer, TaskTensors):
-    """A task's copies of one module's unmasked tensors, by adapter.
-
-    Attributes:
-        in_features: None, PEFT's word for a layer that does not multiply.
-        out_features: None likewise.
-    """
-
-    adapter_layer_names = ("pemn_tensors",)
-    other_param_names = ()
-    in_features: None = None
-    out_features: None = None
-
-    def __init__(self, owner: nn.Module, target: str) -> None:
-        TaskTensors.__init__(self, owner, target)
-        PemnTunerLayer.__init__(self)
-
-    def active_adapter_names(self) -> Sequence[str]:
-        """Return the adapters whose tensors are in force; merged ones stay in force."""
-        return [] if self._disable_adapters else (self.merged_adapters or self.active_adapters)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; one that freezes its norms puts the module into eval mode."""
-        super().set_adapter(adapter_names, inference_mode)
-        if self.keeps_eval():
-            self.owner.eval()
-
-    def add_tensors(
-        self, adapter_name: str, owned: Sequence[Owned], *, keeps_eval: bool, shared: bool = False
-    ) -> None:
-        """Give an adapter its copies, starting from the module's own values.
-
-        Args:
-            adapter_name: The adapter.
-            owned: The tensors of this module.
-            keeps_eval: Whether the module stays in eval mode while this adapter trains.
-            shared: Whether to take the module's own tensors instead of copies, but for the types
-                that PEFT widens to float32.
-        """
-        copies = TensorSet(keeps_eval=keeps_eval)
-        for item in owned:
-            base = self.base(item.tensor)
-            if base is not None:
-                one = shared and base.dtype not in (torch.float16, torch.bfloat16)
-                copies.add(item.tensor, base, trained=item.trained, saved=item.saved, shared=one)
-        self.pemn_tensors[adapter_name] = copies
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Keep these adapters' tensors in force; nothing is computed.
-
-        Args:
-            safe_merge: Has no meaning here.
-            adapter_names: Adapters to merge; default the active ones.
-        """
-        wanted = check_adapters_to_merge(self, adapter_names)
-        self.merged_adapters.extend(name for name in wanted if name in self.pemn_tensors)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> None:
-        """Leave a plain module behind.
-
-        Args:
-            merge: Whether it keeps the task's values.
-            safe_merge: Has no meaning here.
-            adapter_names: As in `merge`.
-        """
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        surgery.restore_tensors(self, keep_active=merge)
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        if adapter_name not in self.pemn_tensors:
-            return
-        entry = self.pemn_tensors[adapter_name]
-        for name in [*entry._parameters, *entry._buffers]:
-            base, held = self.base(name), entry._parameters.get(name, entry._buffers.get(name))
-            if (
-                base is not None
-                and held is not None
-                and "meta"
-                not in (
-                    base.device.type,
-                    held.device.type,
-                )
-            ):
-                entry.to(device if device is not None else base.device)
-
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.pemn_tensors.keys())
 
 
 def initial_scores(config: PemnConfig, target: str, shape: tuple[int, ...], fan_in: int) -> Tensor:

@@ -37,7 +37,7 @@ def set_default_head(config: PemnConfig, model: nn.Module) -> None:
         return
     described = getattr(model, "pretrained_cfg", None)
     heads = described.get("classifier") if isinstance(described, Mapping) else None
-    names = [heads] if isinstance(heads, str) else list(heads or ())
+    names: list[str] = [heads] if isinstance(heads, str) else list(heads or ())
     paths = [path for path, _ in base_modules(model)]
     if names and all(_occurrences(name, paths) == 1 for name in names):
         config.modules_to_save = names

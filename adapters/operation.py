@@ -19,8 +19,9 @@ from pemn_surgery.adapters.checks import (
 )
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file_checks import check_file_fits
-from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer, weight_stream
+from pemn_surgery.adapters.layer import PemnLayer, weight_stream
 from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
+from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.bank import Bank
 from pemn_surgery.roles import base_modules
 from pemn_surgery.swapping import find_masked, find_task

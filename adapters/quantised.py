@@ -130,7 +130,7 @@ def _from_cpu_layout(stored: Any) -> Tensor:
 
     It does so at the first forward in eval mode; neither it nor PEFT dequantises that layout.
     """
-    from bitsandbytes import functional
+    from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
     state = copy.copy(stored.quant_state)
     state.original_nested = False  # the scales in `absmax` are plain in this layout
@@ -140,7 +140,7 @@ def _from_cpu_layout(stored: Any) -> Tensor:
 
 
 def _dequantise_4bit(packed: Tensor, state: Any) -> Tensor:
-    from bitsandbytes import functional
+    from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
     return cast("Tensor", functional.dequantize_4bit(packed.data, state))
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
@@ -101,7 +101,7 @@ def infer_task(
             rounds.append(_entropy_gradients(model, batch, names))
             best = sorted(names, key=rounds[-1].__getitem__)[: _STAYING[method](len(names))]
             names = tuple(name for name in names if name in best)
-    return TaskGuess(names[0], tuple(rounds))
+    return TaskGuess(next(iter(names)), tuple(rounds))
 
 
 def _candidates(model: nn.Module, adapters: Sequence[str] | None) -> tuple[str, ...]:
@@ -149,7 +149,7 @@ def _check_heads(model: nn.Module, names: Sequence[str]) -> None:
 def _heads(wrapper: ModulesToSaveWrapper, names: Sequence[str]) -> list[nn.Module]:
     """Return each adapter's copy of a module; one without a copy uses the original."""
     held = wrapper.modules_to_save._modules
-    return [held.get(name, wrapper.original_module) for name in names]
+    return [cast("nn.Module", held.get(name, wrapper.original_module)) for name in names]
 
 
 def _shapes(head: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pemn_surgery.adapters.layer import PemnLayer, PemnTaskLayer
+from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.task_layer import PemnTaskLayer
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS_FILE = "adapter_model.safetensors"
