@@ -65,7 +65,22 @@ class Mixture(nn.Module):
         return self.head(self.experts(self.router(x.mean(dim=(2, 3))[:, [0, 1, 2, 0]])))
 
 
-MODELS = {"net": Net, "attention": Attention, "mixture": Mixture}
+class Kernels(nn.Module):
+    """Kernels enough for a table: bits are coded beside their place and their neighbours."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.deep = nn.Conv2d(16, 32, 3, stride=4, padding=1, bias=False)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        return self.head(self.deep(x).mean(dim=(2, 3)))
+
+
+MODELS = {"net": Net, "attention": Attention, "mixture": Mixture, "kernels": Kernels}
 
 
 def build(name):
@@ -119,5 +134,10 @@ CASES = {
     "experts_own": ("mixture", {"bank": "own", "functional_weights": EXPERTS}),
     "entropy": ("attention", {"bank": "rp", "ratio": 0.2, "density": 0.9, "coding": "entropy"}),
     "entropy_low": ("attention", {"bank": "own", "density": 0.08, "coding": "entropy"}),
+    "context_guides": ("kernels", {"bank": "rp", "ratio": 0.1, "coding": "context"}),
+    "context_neighbours": (
+        "kernels",
+        {"bank": "own", "selector": "threshold", "coding": "context"},
+    ),
     "scores": ("net", {"bank": "rp", "ratio": 0.1}),  # a Trainer's checkpoint: float scores
 }

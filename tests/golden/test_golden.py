@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 
 from pemn_surgery import __version__
+from pemn_surgery.adapters.file import WEIGHTS, read_adapter_file
 from pemn_surgery.adapters.layer import PemnLayer
 from tests.golden import cases
 from tests.golden.make import FOLDER, digest
@@ -43,9 +44,23 @@ def assert_as_expected(model, expected):
 
 def test_there_are_stored_adapters_of_every_kind():
     first = {folder.name for folder in STORED if folder.parent.name == "0.1"}
-    assert len(first) == 25
+    assert len(first) == 27
     assert first <= set(cases.CASES)  # later versions may have more
-    assert {cases.CASES[name][0] for name in first} == {"net", "attention", "mixture"}
+    assert {cases.CASES[name][0] for name in first} == {"net", "attention", "mixture", "kernels"}
+
+
+@pytest.mark.parametrize(
+    ("case", "codings"),
+    [
+        ("own_topk", {"bits"}),
+        ("entropy", {"entropy", "bits"}),  # a mask takes what is shorter
+        ("context_guides", {"context", "bits"}),
+        ("context_neighbours", {"context", "entropy", "bits"}),
+    ],
+)
+def test_stored_adapters_hold_masks_of_all_codings(case, codings):
+    file = read_adapter_file(FOLDER / "0.1" / case / WEIGHTS)
+    assert {header.coding for header in file.stored.values()} == codings
 
 
 def test_this_release_has_its_adapters():
