@@ -14,8 +14,8 @@ from pemn_surgery import recipe as recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = recipes.load(ROOT / "recipes" / "below_one_bit")
-MODULES = {name: RECIPE.module(name) for name in ("run", "measure", "takeback")}
-RUN, MEASURE, TAKEBACK = MODULES.values()
+MODULES = {name: RECIPE.module(name) for name in ("run", "measure", "takeback", "plot")}
+RUN, MEASURE, TAKEBACK, _ = MODULES.values()
 RESULT = json.loads((ROOT / "docs/results/below_one_bit.json").read_text(encoding="utf-8"))
 KEYS = ("task", "seed", "by", "share")
 PAGE = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def measured(tmp_path_factory):
         assert main([*back, "--share", "0.7", "--epochs", "3"]) == 0  # there are no such runs
         assert main([*back, "--share", "0.5", "--by", "margin", "--epochs", "2"]) == 0
         result, plot = work.parent / "result.json", work.parent / "plot.png"
-        drawn = ["--plot", str(plot), "--case", "digits"]
+        drawn = ["--plot", str(plot)]
         assert main(["measure", "--work", str(work), "--json", str(result), *drawn]) == 0
     assert plot.stat().st_size > 0
     return json.loads(result.read_text(encoding="utf-8")), work
@@ -233,13 +233,18 @@ def test_figures_in_the_docs_are_those_of_the_result():
 
 
 def test_contexts_in_the_docs_are_those_of_the_result():
-    columns = [("sgd", 3.0, 4, 0.0), ("adamw", 0.01, 4, 0.35), ("adamw", 0.01, 12, 0.0)]
+    keys = ("case", "optimizer", "lr", "epochs", "share")
+    columns = [
+        ("cifar10", "sgd", 3.0, 4, 0.0),
+        ("cifar10", "adamw", 0.01, 4, 0.35),
+        ("digits", "adamw", 0.01, 12, 0.0),
+    ]
     found = [
         one["contexts"]
         for column in columns
         for one in RESULT["contexts"]
-        if column == tuple(one["run"][key] for key in ("optimizer", "lr", "epochs", "share"))
-        and one["run"]["by"] == ("size" if column[3] else "none")
+        if column == tuple(one["run"][key] for key in keys)
+        and one["run"]["by"] == ("size" if column[4] else "none")
         and one["run"]["task"] == "digit"
     ]
     assert len(found) == 3

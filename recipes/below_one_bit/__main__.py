@@ -56,8 +56,7 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     measure = verbs.add_parser("measure", help="code all masks that were kept")
     measure.add_argument("--work", type=Path, required=True)
     measure.add_argument("--json", type=Path, help="write the result here")
-    measure.add_argument("--plot", type=Path, help="draw accuracy and bits of a case here")
-    measure.add_argument("--case", default="cifar10", choices=sorted(recipe.cases), help="drawn")
+    measure.add_argument("--plot", type=Path, help="draw accuracy and bits here")
     return parser
 
 
@@ -115,52 +114,43 @@ def _measure(recipe: Recipe, given: argparse.Namespace, console: Console) -> Non
         result = head | report.environment() | found
         given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if given.plot:
-        _plot(given.plot, [one for one in found["summary"] if one["case"] == given.case])
+        recipe.module("plot").save(given.plot, found["summary"])
 
 
 def _table(summary: list[dict[str, Any]]) -> report.Table:
     columns = (
         "case",
-        "task",
         "scores",
-        "rate",
-        "pull",
         "held",
         "epochs",
         "taken back",
         "accuracy",
         "bits a weight",
+        "flips",
         "seeds",
     )
     rows = [
         (
-            one["case"],
-            one["task"],
-            one["optimizer"],
-            f"{one['lr']:g}",
-            f"{one['pull']:g}",
-            f"{one['held']:.0%}",
+            one["case"] if one["case"] == "cifar10" else f"{one['case']}, {one['task']}",
+            f"{one['optimizer']} {one['lr']:g}"
+            + (f", pull {one['pull']:g}" if one["pull"] else ""),
+            f"{one['held']:.0%}" if one["held"] else "-",
             str(one["epochs"]),
             "-" if one["by"] == "none" else f"{one['share']:.0%}, {one['by']}",
-            f"{one['accuracy']['mean']:.2f} ({one['accuracy']['std']:.2f})",
-            f"{one['context']['mean']:.4f} ({one['context']['std']:.4f})",
+            _with_spread(one["accuracy"], len(one["seeds"])),
+            f"{one['context']['mean']:.3f}",
+            f"{one['changed']['mean']:.1%}",
             str(len(one["seeds"])),
         )
         for one in summary
     ]
-    return report.table("Accuracy and bits a weight, by the scores' learning rate", columns, rows)
+    return report.table(
+        "Accuracy (percent) and bits a weight, by how scores are trained", columns, rows
+    )
 
 
-def _plot(path: Path, summary: list[dict[str, Any]]) -> None:
-    points: dict[str, list[tuple[float, float]]] = {}
-    for one in summary:
-        name = f"{one['optimizer']}, {one['task']}" if one["case"] == "digits" else one["optimizer"]
-        name += f", pull {one['pull']:g}" if one["pull"] else ""
-        name += f", {one['held']:.0%} held" if one["held"] else ""
-        name += f" {one['lr']:g}, taken back by {one['by']}" if one["by"] != "none" else ""
-        points.setdefault(name, []).append((one["context"]["mean"], one["accuracy"]["mean"]))
-    labels = ("bits a weight in the file", "test accuracy, %")
-    report.scatter(path, points, labels, "Masks as trained, and with flips taken back")
+def _with_spread(value: dict[str, float], seeds: int) -> str:
+    return f"{value['mean']:.2f}" + (f" ({value['std']:.2f})" if seeds > 1 else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
