@@ -180,7 +180,8 @@ def _numbers(config: PemnConfig) -> str:
 def _measured(file: AdapterFile) -> dict[str, str]:
     weights = sum(file.masks.values())
     ones = sum(file.ones.values())
-    density = {"density": f"{ones / weights:.4f} ({ones:,} ones)"} if file.ones else {}
+    counted = len(file.ones) == len(file.masks)  # not scores, nor masks coded beside the base
+    density = {"density": f"{ones / weights:.4f} ({ones:,} ones)"} if counted else {}
     return {
         "masks": f"{len(file.masks):,} of {weights:,} weights",
         **density,

@@ -105,8 +105,10 @@ class PemnConfig(PeftConfig):
         coding: How a file holds masks. "bits": one bit a weight. "entropy": near the entropy of
             each mask's density, .08 bit a weight at .99 (docs/coding.md). "context": also by the
             neighbours in a convolution's kernel, and with "topk" by what the initial scores, drawn
-            again from ``seed``, say of each weight: below one bit a weight at density .5. Coded
-            files are read by PEFT's loaders, not by transformers' own.
+            again from ``seed``, say of each weight: below one bit a weight at density .5. "base":
+            also by the size of the base's own weights, where no seed draws them: a fifth less on
+            pretrained models, but such a file is read only together with its base. Coded files are
+            read by PEFT's loaders, not by transformers' own.
         fingerprint: Identifies the base that the masks belong to. Filled in by the library.
         digest: Ties ``adapter_config.json`` to the weights it was saved with. Filled in by the
             library.

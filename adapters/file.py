@@ -43,7 +43,8 @@ class AdapterFile:
         path: The file.
         nbytes: Its size.
         masks: Number of weights of each masked parameter, by the parameter's name.
-        ones: Number of ones of each mask; empty where the file holds float scores.
+        ones: Number of ones of each mask; those that are float scores, or coded beside the base,
+            are not there.
         stored: What the header of each mask says; empty where the file holds float scores.
         others: Shape and dtype of every other tensor, by key.
         scales: Number of row scales beside each mask; empty but for ``form="sign_delta"``.
@@ -67,7 +68,7 @@ class Contents:
 
     Attributes:
         file: What the file holds.
-        tensors: Its tensors by key, on the CPU; coded masks as bits.
+        tensors: Its tensors by key, on the CPU; coded masks as bits, but for ``coding="base"``.
     """
 
     file: AdapterFile
@@ -187,7 +188,7 @@ def _read(path: Path) -> Contents:
     tensors |= {
         key: bits.decoded(tensors[key], key)
         for key, header in stored.items()
-        if header.coding != "bits"
+        if header.coding not in ("bits", "base")  # that takes the base
     }
     return Contents(_sort_out(path, nbytes, tensors, stored, sealed), tensors)
 
@@ -289,6 +290,7 @@ def _sort_out(
             masks[parameter_name(key)] = tensor.numel()
         else:
             masks[parameter_name(key)] = stored[key].weights
-            ones[parameter_name(key)] = bits.count_ones(tensor)
+            if stored[key].coding != "base":
+                ones[parameter_name(key)] = bits.count_ones(tensor)
     headers = {parameter_name(key): header for key, header in stored.items()}
     return AdapterFile(path, nbytes, masks, ones, headers, others, scales, sealed)

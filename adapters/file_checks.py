@@ -74,6 +74,26 @@ def check_loader_decodes(config: PemnConfig) -> None:
         raise MaskFormatError(message)
 
 
+def check_without_base(file: AdapterFile) -> None:
+    """Refuse an adapter whose masks cannot be read from its files alone.
+
+    Args:
+        file: The adapter file.
+
+    Raises:
+        MaskFormatError: If a mask is coded beside the base's weights.
+    """
+    beside = [name for name, header in file.stored.items() if header.coding == "base"]
+    if beside:
+        message = (
+            f"{len(beside)} of the {len(file.masks)} masks in {str(file.path)!r} are coded beside "
+            f'the weights of their base (coding="base"), first {beside[0]!r}; files alone cannot '
+            "be read. Load the adapter with PeftModel.from_pretrained(base, folder), set "
+            'model.peft_config["default"].coding = "context", and save it again.'
+        )
+        raise MaskFormatError(message)
+
+
 def check_swap_fits(given: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
     """Refuse to put an adapter in the place of another that has other tensors.
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import QuantizationBackend
@@ -19,7 +20,7 @@ from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
-from pemn_surgery.buckets import Guide
+from pemn_surgery.buckets import Guide, base_sizes
 from pemn_surgery.errors import NonFiniteScoresError
 from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight
@@ -213,6 +214,22 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         name, period = fill
         key = rng.key_of(self.spec.seed, name)
         return scores, Guide(key, min(period, weights), _LOOK_AT_WEIGHTS)
+
+    def base_sizes(self) -> np.ndarray | None:
+        """Return how large the frozen numbers are that no seed draws (``coding="base"``).
+
+        Returns:
+            `buckets.base_sizes` of them, uint8 of shape (weights,); None where a seed draws them,
+            they are quantised, or they are not here whole (on the meta device, sharded).
+        """
+        if self.spec.generated or self.quantization_backend is not None:
+            return None
+        values = self.fill().detach()
+        weights = int(torch.Size(self.shape).numel())
+        if values.is_meta or values.numel() != weights or hasattr(values, "full_tensor"):
+            return None
+        words = values.to(torch.bfloat16).cpu().reshape(-1).view(torch.int16)
+        return base_sizes(words.numpy().view(np.uint16))
 
     def _fill_stream(self, weights: int) -> tuple[str, int] | None:
         """Return the stream of the frozen numbers, and their period."""

@@ -18,6 +18,7 @@ from pemn_surgery.adapters.file import (
     read_adapter,
     read_adapter_file,
 )
+from pemn_surgery.adapters.file_checks import check_without_base
 from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import AdapterFileError, ConfigError
 from pemn_surgery.selector import check_finite
@@ -49,6 +50,7 @@ def recode(folder: str | Path, coding: CodingName, out: str | Path | None = None
     with one_reading():
         config = PemnConfig.from_pretrained(str(folder))
         file = _file_of(config, folder)
+        check_without_base(file)
         _check_keeps_scores(file, Path(folder), place)
         tensors = {
             _new_key(key): _recoded(key, value, coding, config)
@@ -85,8 +87,8 @@ def _new_key(key: str) -> str:
 def _check_coding(coding: str) -> None:
     if coding not in _CODINGS:
         message = (
-            f'coding={coding!r}; give "bits" or "entropy". For "context", which takes shapes '
-            "of weights, load the adapter, set its PemnConfig.coding, and save it again."
+            f'coding={coding!r}; give "bits" or "entropy". For "context" and "base", which take '
+            "weights, load the adapter, set its PemnConfig.coding, and save it again."
         )
         raise ConfigError(message)
 

@@ -13,10 +13,13 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, mask_key
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.bits import StoredMask
+from pemn_surgery.buckets import BaseGuide, Guide
 from pemn_surgery.errors import ArchitectureError
 from pemn_surgery.selector import check_finite
 
 StateDict = dict[str, Tensor]
+
+_LOOK_AT_BASE = 5  # bits of a frozen number's size that guess a mask (docs/coding.md)
 
 
 def pack_for_file(
@@ -73,9 +76,10 @@ def prepare_for_model(
         ArchitectureError: If masks and weights do not fit.
         FingerprintError: If the masks were trained on another base.
     """
+    layers = {layer.target: layer for layer in _layers_by_key(model, adapter_name).values()}
     masks = {
         mask_key(mask.target, kind): (mask, kind)
-        for mask in _masks(model, adapter_name)
+        for mask in (layer.mask_of(adapter_name) for layer in layers.values())
         for kind in _kinds(mask)
     }
     given = {_with_prefix(key): value for key, value in state_dict.items()}
@@ -89,7 +93,7 @@ def prepare_for_model(
             continue
         mask, kind = masks[key]
         if kind == "bits" and headers[key].coding != "bits":
-            value = bits.decoded(value, key)
+            value = bits.decoded(value, key, layers[mask.target].base_sizes)
         if kind == "row_scale":
             loaded[key] = value
             continue
@@ -133,19 +137,22 @@ def _coded(saved: StateDict, layers: Mapping[str, PemnLayer], config: PemnConfig
     for key, value in saved.items():
         layer = layers.get(key.removesuffix(".bits"))
         if layer is not None and bits.is_loaded(value):
-            guides = layer.guides(config) if config.coding == "context" else None
-            coded[key] = bits.coded(value, guides, layer.shape[2:])
+            coded[key] = bits.coded(value, _guides(layer, config), layer.shape[2:])
     return coded
+
+
+def _guides(layer: PemnLayer, config: PemnConfig) -> tuple[Guide | BaseGuide, ...] | None:
+    """Return what guesses a mask in the configuration's coding."""
+    if config.coding == "entropy":
+        return None
+    sizes = layer.base_sizes() if config.coding == "base" else None
+    of_base = () if sizes is None else (BaseGuide(sizes, _LOOK_AT_BASE),)
+    return (*layer.guides(config), *of_base)
 
 
 def _kinds(mask: AdapterMask) -> tuple[str, str]:
     """Return what a file may hold of a mask: one of two, or signs and their scales."""
     return ("bits", "row_scale") if isinstance(mask, SignDelta) else ("bits", "scores")
-
-
-def _masks(model: nn.Module, adapter_name: str) -> list[AdapterMask]:
-    layers = _layers_by_key(model, adapter_name).values()
-    return [layer.mask_of(adapter_name) for layer in layers]
 
 
 def _layers_by_key(model: nn.Module, adapter_name: str) -> dict[str, PemnLayer]:

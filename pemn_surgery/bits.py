@@ -7,9 +7,9 @@ offset bytes content
 ====== ===== =========================================================
 0      4     ``PEMN``
 4      1     version of this layout, 1
-5      1     coding, 0 = one bit a weight (1 = entropy and 2 = context,
-             files only)
-6      2     zero (codings 1 and 2: which code)
+5      1     coding, 0 = one bit a weight (1 = entropy, 2 = context and
+             3 = base, files only)
+6      2     zero (the other codings: which code)
 8      8     number of weights n
 16     4     CRC-32 of all the other bytes
 20     12    base: first four bytes of its fingerprint in float32,
@@ -23,7 +23,7 @@ Numbers are little-endian. The last byte is filled up with zero bits.
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn, cast, get_args
 
@@ -35,7 +35,7 @@ from pemn_surgery import buckets, context, entropy, symbols
 from pemn_surgery.errors import MaskFormatError
 from pemn_surgery.rng import KEY_BYTES
 
-CodingName = Literal["bits", "entropy", "context"]
+CodingName = Literal["bits", "entropy", "context", "base"]
 
 HEADER_BYTES = 32
 VERSION = 1
@@ -43,9 +43,10 @@ UNKNOWN_BASE = bytes(12)
 
 _MAGIC = b"PEMN"
 _LAYOUT = struct.Struct("<4sBBBBQI12s")
+_CODING_OFFSET = 5
 _CHECKSUM_OFFSET = 16
 _CODINGS = get_args(CodingName)
-_BITS, _ENTROPY, _CONTEXT = range(3)
+_BITS, _ENTROPY, _CONTEXT, _BASE = range(4)
 _INVERTED = 0x80
 _CODED_HEADER_BYTES = HEADER_BYTES + 4  # and the checksum of the mask as bits
 _GUIDE = struct.Struct(f"<{KEY_BYTES}sQ")
@@ -59,7 +60,7 @@ class StoredMask:
         weights: Number of weights, that is of mask bits.
         checksum: CRC-32 of all bytes but its own four.
         base: 12 bytes that identify the base, see the module's table.
-        coding: "bits", "entropy" or "context".
+        coding: "bits", "entropy", "context" or "base".
     """
 
     weights: int
@@ -88,15 +89,18 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
 
 
 def coded(
-    stored: Tensor, guides: Sequence[buckets.Guide] | None = None, kernel: Sequence[int] = ()
+    stored: Tensor,
+    guides: Sequence[buckets.Guide | buckets.BaseGuide] | None = None,
+    kernel: Sequence[int] = (),
 ) -> Tensor:
-    """Return a stored mask as it is kept in files with ``coding="entropy"`` or "context".
+    """Return a stored mask as it is kept in files with ``coding="entropy"``, "context" or "base".
 
     Args:
         stored: What `pack` returned.
         guides: For "context", the numbers that the initial scores were made of, and if it is known
-            those that the frozen weights are; may be none. None for "entropy".
-        kernel: For "context", the shape of a convolution's kernel.
+            those that the frozen weights are; may be none. For "base", the last is a `BaseGuide`.
+            None for "entropy".
+        kernel: For "context" and "base", the shape of a convolution's kernel.
 
     Returns:
         Uint8 tensor on the CPU, within 1 % of the mask's entropy where it is large (see
@@ -122,23 +126,34 @@ def _with_density(header: StoredMask, payload: np.ndarray, ones: int) -> Tensor 
 
 
 def _with_contexts(
-    header: StoredMask, payload: np.ndarray, guides: Sequence[buckets.Guide], kernel: Sequence[int]
+    header: StoredMask,
+    payload: np.ndarray,
+    guides: Sequence[buckets.Guide | buckets.BaseGuide],
+    kernel: Sequence[int],
 ) -> Tensor:
     """Return a mask coded beside what is known of its weights."""
     table, streams = context.encode(payload, header.weights, guides, kernel)
-    log2s = sum(guide.log2 << 4 * place for place, guide in enumerate(table.guides))
-    kept = [_GUIDE.pack(guide.key, guide.period) for guide in table.guides if guide.log2]
+    drawn = [guide for guide in table.guides if isinstance(guide, buckets.Guide)]
+    of_base = [g.log2 for g in table.guides if isinstance(g, buckets.BaseGuide) and g.log2]
+    coding = _BASE if of_base else _CONTEXT
+    first, second = (*(guide.log2 for guide in drawn), 0, 0)[:2]
+    log2s = first | (of_base[0] if of_base else second) << 4
+    kept = [_GUIDE.pack(guide.key, guide.period) for guide in drawn if guide.log2]
     start = struct.pack("<IB", header.checksum, table.row)
     code = b"".join([start, *kept, table.levels, streams])
-    return _sealed((_CONTEXT, log2s, table.places, header.weights), header.base, code)
+    return _sealed((coding, log2s, table.places, header.weights), header.base, code)
 
 
-def decoded(stored: Tensor, name: str) -> Tensor:
+def decoded(
+    stored: Tensor, name: str, base_sizes: Callable[[], np.ndarray | None] = lambda: None
+) -> Tensor:
     """Check a stored mask of any coding, and return it as one bit a weight.
 
     Args:
         stored: Tensor that should be a stored mask.
         name: The tensor's name, for the error.
+        base_sizes: For "base", returns `buckets.base_sizes` of the frozen numbers under the mask,
+            None if they are not at hand.
 
     Returns:
         What `pack` returned; ``stored`` itself if it is that already.
@@ -152,22 +167,42 @@ def decoded(stored: Tensor, name: str) -> Tensor:
     if header.coding == "bits":
         return stored
     content = _content(stored, name)
+    sizes = _sizes_for(header, base_sizes, name)
     try:
-        payload = _payload(content, header, name).tobytes()
+        payload = _payload(content, header, sizes, name).tobytes()
     except symbols.CodeError as error:
-        _refuse(name, str(error))
+        _refuse_code(name, str(error), header)
     found = _sealed((_BITS, 0, 0, header.weights), header.base, payload)
     (expected,) = struct.unpack_from("<I", content, HEADER_BYTES)
     (actual,) = struct.unpack_from("<I", found[:HEADER_BYTES].numpy().tobytes(), _CHECKSUM_OFFSET)
     if actual != expected:
-        _refuse(name, f"decodes to checksum {actual:08x}, its payload says {expected:08x}")
+        problem = f"decodes to checksum {actual:08x}, its payload says {expected:08x}"
+        _refuse_code(name, problem, header)
     return found
 
 
-def _payload(content: bytes, header: StoredMask, name: str) -> np.ndarray:
+def _sizes_for(
+    header: StoredMask, base_sizes: Callable[[], np.ndarray | None], name: str
+) -> np.ndarray | None:
+    """Return the sizes of the base's numbers where a mask is coded beside them."""
+    sizes = base_sizes() if header.coding == "base" else None
+    if header.coding == "base" and (sizes is None or len(sizes) != header.weights):
+        there = "they are not at hand" if sizes is None else f"there are {len(sizes)}"
+        message = (
+            f"The stored mask {name!r} is coded beside the {header.weights} frozen numbers under "
+            f'it (coding="base"), but {there}. Load the adapter with PeftModel.from_pretrained on '
+            "its base, whole and in float32 or bfloat16; to read its files alone, save it from "
+            "there with another coding. Nothing was loaded."
+        )
+        raise MaskFormatError(message)
+    return sizes
+
+
+def _payload(content: bytes, header: StoredMask, sizes: np.ndarray | None, name: str) -> np.ndarray:
     """Return a coded mask's packed bits."""
-    if header.coding == "context":
-        return context.decode(*_context_parts(content, name), header.weights)
+    if header.coding in ("context", "base"):
+        table, streams = _context_parts(content, name, sizes)
+        return context.decode(table, streams, header.weights)
     model, inverted = _model(content, name)
     payload = entropy.decode(content[_CODED_HEADER_BYTES:], header.weights, model)
     return _flipped(payload, header.weights, inverted)
@@ -272,7 +307,7 @@ def inspect(stored: Tensor, name: str) -> StoredMask:
     if version != VERSION:
         _refuse(name, f"has layout version {version}, this release reads {VERSION}", old=False)
     if coding >= len(_CODINGS):
-        _refuse(name, f"has coding {coding}, this release reads 0 to {_CONTEXT}", old=False)
+        _refuse(name, f"has coding {coding}, this release reads 0 to {_BASE}", old=False)
     _check_length(content, coding, weights, name)
     actual = _checksum(content)
     if actual != checksum:
@@ -289,7 +324,7 @@ def _check_length(content: bytes, coding: int, weights: int, name: str) -> None:
         if len(content) != needed:
             _refuse(name, f"has {len(content)} bytes, a mask of {weights} weights needs {needed}")
         return
-    if coding == _CONTEXT:
+    if coding in (_CONTEXT, _BASE):
         most = context.most_weights(len(_context_parts(content, name)[-1]))
     else:
         most = _model(content, name)[0].most_weights(len(content) - _CODED_HEADER_BYTES)
@@ -308,21 +343,25 @@ def _model(content: bytes, name: str) -> tuple[symbols.Model, bool]:
     return symbols.Model(width & ~_INVERTED, odds), bool(width & _INVERTED)
 
 
-def _context_parts(content: bytes, name: str) -> tuple[buckets.Table, bytes]:
-    """Return table and streams of a mask coded by context."""
+def _context_parts(
+    content: bytes, name: str, sizes: np.ndarray | None = None
+) -> tuple[buckets.Table, bytes]:
+    """Return table and streams of a mask coded by context; ``sizes`` are those of the base."""
     log2s, places = (content[6] & 15, content[6] >> 4), content[7]
     if max(log2s) > buckets.MOST_LOG2 or not places:
         needed = "0 to 8 bits of both and 1 to 255 places"
         problem = f"has {log2s[0]} and {log2s[1]} bits of its guides and {places} places"
         _refuse(name, f"{problem}, this release reads {needed}", old=False)
-    used = [log2 for log2 in log2s if log2]
+    is_beside_base = content[_CODING_OFFSET] == _BASE
+    used = [log2 for log2 in (log2s[:1] if is_beside_base else log2s) if log2]
     begin = _CODED_HEADER_BYTES + 1 + len(used) * _GUIDE.size
     row = _row(content, begin, places, name)
     read = _GUIDE.iter_unpack(content[_CODED_HEADER_BYTES + 1 : begin])
     pairs = zip(read, used, strict=True)
-    guides = tuple(buckets.Guide(key, period, log2) for (key, period), log2 in pairs)
-    if not all(guide.period for guide in guides):
+    drawn = tuple(buckets.Guide(key, period, log2) for (key, period), log2 in pairs)
+    if not all(guide.period for guide in drawn):
         _refuse(name, "has a guide without numbers", old=False)
+    guides = (*drawn, buckets.BaseGuide(sizes, log2s[1])) if is_beside_base else drawn
     end = begin + buckets.Table(places, row, guides, b"").buckets
     if len(content) < end:
         _refuse(name, f"has {len(content)} bytes, its header and table need {end}")
@@ -370,6 +409,15 @@ def _content(stored: Tensor, name: str) -> bytes:
     if stored.numel() < HEADER_BYTES:
         _refuse(name, f"has {stored.numel()} bytes, its header alone needs {HEADER_BYTES}")
     return stored.detach().cpu().numpy().tobytes()
+
+
+def _refuse_code(name: str, problem: str, header: StoredMask) -> NoReturn:
+    if header.coding == "base":
+        problem += (
+            "; it was coded beside other numbers than the base's here, which may be held in a type "
+            "other than float32 and bfloat16, or it is damaged"
+        )
+    _refuse(name, problem)
 
 
 def _refuse(name: str, problem: str, *, old: bool = True) -> NoReturn:

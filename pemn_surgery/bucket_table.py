@@ -11,6 +11,7 @@ from pemn_surgery.buckets import (
     INVERTED,
     LEVELS,
     NEIGHBOURS,
+    BaseGuide,
     Guide,
     Table,
     arrange,
@@ -29,7 +30,10 @@ _FEWEST_WEIGHTS = 64  # in a bucket, which has a byte in the table
 
 
 def choose_table(
-    flags: Array, guides: Sequence[Guide], sizes: Sequence[Array], kernel: Sequence[int]
+    flags: Array,
+    guides: Sequence[Guide | BaseGuide],
+    sizes: Sequence[Array],
+    kernel: Sequence[int],
 ) -> Table:
     """Return the table with which table and streams are shortest together."""
     choices = [
@@ -58,7 +62,7 @@ def _most_buckets(weights: int) -> int:
 
 
 def _counts(
-    flags: Array, guides: Sequence[Guide], sizes: Sequence[Array], places: int, row: int
+    flags: Array, guides: Sequence[Guide | BaseGuide], sizes: Sequence[Array], places: int, row: int
 ) -> Iterator[tuple[tuple[int, ...], Array]]:
     """Yield all choices of bits of the guides, and the zeros and ones in each of their buckets."""
     of_kernel = places * (NEIGHBOURS if row else 1)

@@ -33,6 +33,18 @@ class Guide(NamedTuple):
     log2: int = MOST_LOG2
 
 
+class BaseGuide(NamedTuple):
+    """Sizes of a base's own numbers, which no seed gives: both sides must have the base.
+
+    Attributes:
+        sizes: What `base_sizes` returned; None where they are not needed yet.
+        log2: How many upper bits of a size are looked at, 0 to 8.
+    """
+
+    sizes: Array | None
+    log2: int = MOST_LOG2
+
+
 @dataclass(frozen=True)
 class Table:
     """The buckets, and the level of each.
@@ -48,7 +60,7 @@ class Table:
 
     places: int
     row: int
-    guides: tuple[Guide, ...]
+    guides: tuple[Guide | BaseGuide, ...]
     levels: bytes
 
     @property
@@ -68,7 +80,23 @@ def model_of(level: int) -> Model:
     return Model(8 if odds < 30 else 6 if odds < 62 else 1, odds)
 
 
-def sizes_of(guide: Guide, weights: int) -> Array:
+def base_sizes(words: Array) -> Array:
+    """Return the sizes of numbers by their order: how many 256ths of them are smaller.
+
+    Args:
+        words: The numbers as bfloat16, uint16 of shape (weights,). A base held in float32 or in
+            bfloat16 gives the same.
+
+    Returns:
+        uint8 array of shape (weights,).
+    """
+    magnitudes = words & 0x7FFF
+    counts = np.bincount(magnitudes, minlength=1 << 15)
+    smaller = np.cumsum(counts) - counts
+    return (256 * smaller // max(len(words), 1)).astype(np.uint8)[magnitudes]
+
+
+def sizes_of(guide: Guide | BaseGuide, weights: int) -> Array:
     """Return the upper eight bits of the sizes of a guide's numbers, each number once.
 
     Numbers are symmetric in their integers w, with zero in the middle: the size is w - 2 ** 31, or
@@ -82,6 +110,8 @@ def sizes_of(guide: Guide, weights: int) -> Array:
         uint8 array of shape (min(period, weights),), but of one zero if there are no weights or
         no bits are looked at.
     """
+    if isinstance(guide, BaseGuide):
+        return guide.sizes if weights and guide.log2 else np.zeros(1, np.uint8)
     count = min(guide.period, weights) if guide.log2 else 0
     found = np.zeros(max(count, 1), np.uint8)
     place = 0

@@ -4,6 +4,7 @@ That is its place in a convolution's kernel; the bits of its neighbours there, o
 and, if its score was drawn, numbers that a seed gives again: training moves scores a little, so a
 mask differs from its initial mask where initial scores were near the cut, and more where frozen
 numbers are large. The integers that both are made of (`rng`) tell where that is on every machine.
+Numbers that no seed draws, those of a pretrained base, tell it to whoever has the base.
 
 * Weights go to *buckets*, by their place, by the bits of their left and upper neighbour, by the
   size of their initial score, and by the size of their frozen number; each where it pays.
@@ -26,6 +27,7 @@ from pemn_surgery import entropy
 from pemn_surgery.bucket_table import choose_table
 from pemn_surgery.buckets import (
     LEVELS,
+    BaseGuide,
     Guide,
     Table,
     arrange,
@@ -48,7 +50,10 @@ def most_weights(nbytes: int) -> int:
 
 
 def encode(
-    packed: Array, weights: int, guides: Sequence[Guide] = (), kernel: Sequence[int] = ()
+    packed: Array,
+    weights: int,
+    guides: Sequence[Guide | BaseGuide] = (),
+    kernel: Sequence[int] = (),
 ) -> tuple[Table, bytes]:
     """Code a mask.
 

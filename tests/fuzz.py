@@ -187,9 +187,9 @@ Change = Callable[[bytes, random.Random], bytes]
 class Case:
     """A whole adapter, and what it means."""
 
-    def __init__(self, folder: Path, made: PeftModel | None = None) -> None:
-        (made or make()).save_pretrained(str(folder))
-        self.folder = folder
+    def __init__(self, folder: Path, coding: str = "context") -> None:
+        make(coding).save_pretrained(str(folder))
+        self.folder, self.coding = folder, coding
         self.whole = {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)}
         self.tensors = load(self.whole[WEIGHTS])
         self.meaning = meaning(PemnConfig.from_pretrained(str(folder)))
@@ -223,14 +223,24 @@ class Case:
         return "equal" if meaning(config) == self.meaning else "WRONG: another meaning"
 
 
-def make() -> PeftModel:
-    """A mask of each coding: near its seed, far from it, and too small for either."""
-    model = pemnify(base(0), bank="rp", density=0.8, coding="context")
+BANKS: dict[str, dict[str, Any]] = {
+    "context": {"bank": "rp", "density": 0.8},
+    "base": {"bank": "own", "density": 0.8},
+}
+FRESH = {"context": 1, "base": 0}  # seed of the model that is loaded onto: drawn numbers take any
+
+
+def make(coding: str) -> PeftModel:
+    """A mask of each coding: near its seed or its base, far from it, and too small for either."""
+    model = pemnify(base(0), coding=coding, **BANKS[coding])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 near = name.startswith("base_model.model.0.")
                 parameter.add_(torch.randn_like(parameter), alpha=1e-3 if near else 1)
+        if coding == "base":
+            scores = model.base_model.model[0].masked_weight.mask_of("default").scores
+            scores.copy_(1 / (model.base_model.model[0].masked_weight.fill().abs() + 1e-2))
     return model
 
 
@@ -254,7 +264,7 @@ def same_bits(found: torch.Tensor, value: torch.Tensor) -> bool:
 
 def loaded(case: Case, wanted: dict[str, torch.Tensor]) -> str:
     """Load the adapter as it is now, onto a fresh model and in the place of an equal one."""
-    fresh = base(1)
+    fresh = base(FRESH[case.coding])
     before = copy.deepcopy(fresh.state_dict())
     try:
         model = PeftModel.from_pretrained(fresh, str(case.folder))
@@ -315,6 +325,7 @@ def main() -> int:
     parser.add_argument("--files", type=int, default=10_000, help="cases that are read")
     parser.add_argument("--loads", type=int, default=100, help="cases that are loaded in full")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    parser.add_argument("--coding", default="context", choices=sorted(BANKS), help="of masks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result here")
     arguments = parser.parse_args()
@@ -327,10 +338,13 @@ def main() -> int:
 
     signal.signal(signal.SIGPROF, too_long)
     with tempfile.TemporaryDirectory(prefix="pemn_fuzz_") as folder:
-        case, rng = Case(Path(folder)), random.Random(arguments.seed)
-        wanted = PeftModel.from_pretrained(base(1), folder).state_dict()
+        case = Case(Path(folder), arguments.coding)
+        rng = random.Random(arguments.seed)
+        fresh = base(FRESH[arguments.coding])
+        wanted = PeftModel.from_pretrained(fresh, folder).state_dict()
         limit_memory()
         result = {
+            "coding": arguments.coding,
             "seed": arguments.seed,
             "read": run(case, case.outcome, arguments.files, end, rng),
             "loaded": run(case, lambda: loaded(case, wanted), arguments.loads, end, rng),

@@ -139,7 +139,7 @@ DAMAGED = {
     "reserved, second": (replaced(GOOD, 7, b"\1"), ["50454d4e01000001"]),
     "version 0": (replaced(GOOD, 4, b"\0"), ["version 0", "reads 1", "upgrade"]),
     "version 2": (replaced(GOOD, 4, b"\2"), ["version 2", "reads 1", "upgrade"]),
-    "coding": (replaced(GOOD, 5, b"\3"), ["coding 3", "reads 0 to 2", "upgrade"]),
+    "coding": (replaced(GOOD, 5, b"\4"), ["coding 4", "reads 0 to 3", "upgrade"]),
     "count": (replaced(GOOD, 8, b"\x19"), ["35 bytes", "25 weights", "36"]),
     "count of 2^63": (replaced(GOOD, 15, b"\x80"), ["35 bytes", str(2**63 + 21)]),
     "checksum": (replaced(GOOD, 16, b"\0\0\0\0"), ["00000000", f"{oracles.checksum(GOOD):08x}"]),

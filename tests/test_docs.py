@@ -170,3 +170,31 @@ def test_coding_comparison():
             f"{row['size_to_entropy']:.3f}, {row['decode']['mb_per_s']:.0f}" for row in figures
         ]
         assert [way, *shown] in rows
+
+
+CODINGS = ["entropy", "context", "base"]
+LEARNED = json.loads((ROOT / "docs/results/learned_masks.json").read_text(encoding="utf-8"))
+
+
+def test_learned_masks_table():
+    """And what is said of it: coded beside their base, all but the tiniest are below the bound."""
+    page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    assert len(LEARNED["rows"]) == 13
+    ratios = {}
+    for one in LEARNED["rows"]:
+        keys = [f"{name}_payload" for name in CODINGS] + CODINGS
+        ratios[one["adapter"]] = {key: one[key] / one["bound"] for key in keys}
+        shown = [
+            one["adapter"].replace("masks_", ""),
+            f"{one['weights']:,}",
+            str(one["masks"]),
+            f"{8 * one['bound'] / one['weights']:.3f}",
+            f"{one['bound']:,.0f}",
+            *(f"{ratios[one['adapter']][key]:.4f}" for key in keys),
+        ]
+        assert shown in rows, shown
+    tiny = ratios.pop("rotation/resnet20-e3-s0/masks_lr10")
+    assert 0.955 < tiny["base_payload"] < 0.965 < 1.3 < tiny["base"]
+    assert all(0.8 < one["base_payload"] < 0.875 for one in ratios.values())
+    assert all(0.87 < one["base"] < 0.98 for one in ratios.values())

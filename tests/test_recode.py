@@ -107,10 +107,10 @@ def test_signs_and_scales(tmp_path):
 
 def test_what_is_refused(tmp_path):
     make(tmp_path / "a")
-    with pytest.raises(
-        ConfigError, match=r"coding='context'; give \"bits\" or \"entropy\".*shapes"
-    ):
-        recode(tmp_path / "a", "context")
+    for coding in ("context", "base"):
+        said = f'coding={coding!r}; give "bits" or "entropy".*take weights'
+        with pytest.raises(ConfigError, match=said):
+            recode(tmp_path / "a", coding)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/adapter_config.json").write_bytes(
         (tmp_path / "a/adapter_config.json").read_bytes()

@@ -45,7 +45,7 @@ def _run(parsed: argparse.Namespace) -> int:
         return 0
     columns = ("weight", "weights", "density", "coding")
     rows = [
-        (mask["name"], f"{mask['weights']:,}", _shown_share(mask["density"]), mask["coding"])
+        (mask["name"], f"{mask['weights']:,}", _shown_density(mask), mask["coding"])
         for mask in masks
     ]
     shown = report.table(escape(str(parsed.adapter)), columns, rows)
@@ -60,12 +60,14 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _share(ones: int | None, weights: int) -> float | None:
-    """Return the density; None where the file holds float scores."""
+    """Return the density; None where the file alone does not tell it."""
     return None if ones is None else ones / max(weights, 1)
 
 
-def _shown_share(share: float | None) -> str:
-    return "scores" if share is None else f"{share:.4f}"
+def _shown_density(mask: dict[str, Any]) -> str:
+    if mask["density"] is None:
+        return "scores" if mask["coding"] == "scores" else "with its base"
+    return f"{mask['density']:.4f}"
 
 
 def _shown_fingerprint(fingerprint: dict[str, str] | None) -> str:

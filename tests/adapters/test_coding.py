@@ -5,24 +5,16 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
 
 from pemn_surgery import PemnConfig, bits, cli, from_finetuned, pemnify
 from pemn_surgery.errors import ConfigError, MaskFormatError
 from tests import reader
 from tests.adapters import models
+from tests.adapters.coded import codings, stored_masks
 from tests.golden.make import FOLDER
 
 pytestmark = models.ignore_peft_on_transformers
-
-
-def stored_masks(folder):
-    tensors = load_file(folder / models.WEIGHTS_FILE)
-    found = {key: value for key, value in tensors.items() if ".pemn_masks." in key}
-    assert len(found) >= 4
-    return found
 
 
 def save(folder, coding="entropy", density=0.95, **options):
@@ -31,10 +23,6 @@ def save(folder, coding="entropy", density=0.95, **options):
     )
     model.save_pretrained(str(folder))
     return model
-
-
-def codings(folder):
-    return {bits.inspect(value, key).coding for key, value in stored_masks(folder).items()}
 
 
 def load(folder, **options):
@@ -87,30 +75,6 @@ def test_saving_again_keeps_the_coding_and_recoding_changes_it(tmp_path):
     models.assert_equal(models.logits(load(tmp_path / "bits")), models.logits(model))
 
 
-def test_training_goes_on_from_coded_masks(tmp_path):
-    model = save(tmp_path)
-    with pytest.warns(UserWarning, match="bits, not scores"):
-        again = load(tmp_path, is_trainable=True)
-    found, expected = models.masks(again), models.masks(model)
-    assert len(found) >= 4
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_checkpoints_keep_scores(tmp_path):
-    model = pemnify(models.net(), bank="rp", density=0.95, coding="entropy")
-    model.peft_config["default"].keep_scores = True
-    model.save_pretrained(str(tmp_path))
-    assert all(key.endswith(".scores") for key in stored_masks(tmp_path))
-
-
-def test_hotswap(tmp_path):
-    expected = save(tmp_path / "one", seed=1), save(tmp_path / "two", seed=1, score_init=None)
-    again = load(tmp_path / "one")
-    models.assert_equal(models.logits(again), models.logits(expected[0]))
-    hotswap_adapter(again, str(tmp_path / "two"), adapter_name="default")
-    models.assert_equal(models.logits(again), models.logits(expected[1]))
-
-
 def test_signs_and_scales(tmp_path):
     base, tuned = models.net(), models.net()
     with torch.no_grad():
@@ -125,21 +89,6 @@ def test_signs_and_scales(tmp_path):
     scales = [key for key in found if key.endswith(".row_scale")]
     assert len(scales) == len(signs) >= 4
     assert all(found[key].all() for key in signs)
-
-
-def test_transformers_own_loaders_say_what_to_do(tmp_path):
-    models.bert(kind="BertModel").save_pretrained(str(tmp_path / "base"))
-    base = AutoModel.from_pretrained(str(tmp_path / "base"))
-    model = pemnify(base, bank="rp", density=0.95, coding="entropy", task_type="FEATURE_EXTRACTION")
-    model.save_pretrained(str(tmp_path / "adapter"))
-    for load_it in (
-        lambda: AutoModel.from_pretrained(str(tmp_path / "adapter")),
-        lambda: AutoModel.from_pretrained(str(tmp_path / "base")).load_adapter(
-            str(tmp_path / "adapter")
-        ),
-    ):
-        with pytest.raises(MaskFormatError, match=r'PeftModel\.from_pretrained.*coding = "bits"'):
-            load_it()
 
 
 def test_transformers_may_add_and_save_one(tmp_path):

@@ -3,52 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
-from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file
-from transformers import AutoModel
 
 from pemn_surgery import PemnConfig, bits, pemnify, rng
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.buckets import Guide
-from pemn_surgery.errors import MaskFormatError
 from tests import oracles, reader
-from tests.adapters import models
+from tests.adapters import coded, models
+from tests.adapters.coded import codings, load, net, size, stored_masks
 
 pytestmark = models.ignore_peft_on_transformers
 
 
-def net():
-    return models.net(channels=32)  # masks of 9,216 weights, for which a table pays
-
-
-def save(folder, coding="context", rate=0.005, **options):
-    options = {"bank": "rp", "ratio": 0.1, "seed": 3, **options}
-    model = pemnify(net(), coding=coding, **options)
-    optimizer = models.trainer_of(model, rate)
-    for _ in range(2):
-        models.step(model, optimizer, 0)
-    model.save_pretrained(str(folder))
-    return model
-
-
-def stored_masks(folder):
-    tensors = load_file(folder / models.WEIGHTS_FILE)
-    found = {key: value for key, value in tensors.items() if ".pemn_masks." in key}
-    assert len(found) >= 4
-    return found
-
-
-def codings(folder):
-    return {bits.inspect(value, key).coding for key, value in stored_masks(folder).items()}
-
-
-def size(folder):
-    return sum(value.numel() for value in stored_masks(folder).values())
-
-
-def load(folder, **options):
-    return PeftModel.from_pretrained(net(), str(folder), **options)
+def save(folder, **options):
+    return coded.save(folder, "context", **options)
 
 
 def layer(model, name="conv2.weight"):
@@ -93,15 +60,9 @@ def test_what_is_no_guide():
     assert guides(bank="own", selector="threshold") == []
 
 
-def test_saved_and_loaded(tmp_path):
-    model = save(tmp_path / "context")
-    assert "context" in codings(tmp_path / "context")
-    again = load(tmp_path / "context")
-    models.assert_equal(models.logits(again), models.logits(model))
-    held = [value for key, value in again.state_dict().items() if key.endswith(".bits")]
-    assert len(held) >= 4
-    assert {bits.verify(value, "held").coding for value in held} == {"bits"}
-    save(tmp_path / "bits", coding="bits")
+def test_guides_make_it_shorter(tmp_path):
+    save(tmp_path / "context")
+    coded.save(tmp_path / "bits", "bits", **coded.OPTIONS["context"])
     assert size(tmp_path / "context") < 0.8 * size(tmp_path / "bits")
     for key, value in stored_masks(tmp_path / "bits").items():
         assert torch.equal(bits.decoded(stored_masks(tmp_path / "context")[key], key), value)
@@ -116,16 +77,6 @@ def test_the_independent_reader_reads_it(tmp_path):
     for name, mask in masks.items():
         (key,) = [key for key in keys if f".{name.split('.')[0]}." in key]
         oracles.assert_same(torch.from_numpy(found[key]), mask.flatten())
-
-
-def test_saving_again_keeps_the_coding_and_recoding_changes_it(tmp_path):
-    save(tmp_path / "first")
-    loaded = load(tmp_path / "first")
-    loaded.save_pretrained(str(tmp_path / "second"))
-    models.assert_same_tensors(stored_masks(tmp_path / "first"), stored_masks(tmp_path / "second"))
-    loaded.peft_config["default"].coding = "bits"
-    loaded.save_pretrained(str(tmp_path / "bits"))
-    assert codings(tmp_path / "bits") == {"bits"}
 
 
 def test_a_mask_of_another_seed_is_still_kept(tmp_path):
@@ -148,40 +99,6 @@ def test_renamed_and_combined(tmp_path):
     again = load(tmp_path / "all" / "both")
     model.set_adapter("both")
     models.assert_equal(models.logits(again), models.logits(model))
-
-
-def test_training_goes_on(tmp_path):
-    model = save(tmp_path)
-    with pytest.warns(UserWarning, match="bits, not scores"):
-        again = load(tmp_path, is_trainable=True)
-    found, expected = models.masks(again), models.masks(model)
-    assert len(found) >= 4
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_checkpoints_keep_scores(tmp_path):
-    model = pemnify(net(), bank="rp", coding="context")
-    model.peft_config["default"].keep_scores = True
-    model.save_pretrained(str(tmp_path))
-    assert all(key.endswith(".scores") for key in stored_masks(tmp_path))
-
-
-def test_hotswap(tmp_path):
-    expected = save(tmp_path / "one"), save(tmp_path / "two", rate=0.01)
-    again = load(tmp_path / "one")
-    models.assert_equal(models.logits(again), models.logits(expected[0]))
-    hotswap_adapter(again, str(tmp_path / "two"), adapter_name="default")
-    models.assert_equal(models.logits(again), models.logits(expected[1]))
-
-
-def test_transformers_own_loaders_say_what_to_do(tmp_path):
-    models.bert(kind="BertModel").save_pretrained(str(tmp_path / "base"))
-    base = AutoModel.from_pretrained(str(tmp_path / "base"))
-    model = pemnify(base, bank="rp", coding="context", task_type="FEATURE_EXTRACTION")
-    model.save_pretrained(str(tmp_path / "adapter"))
-    assert "context" in codings(tmp_path / "adapter")
-    with pytest.raises(MaskFormatError, match=r'PeftModel\.from_pretrained.*coding = "bits"'):
-        AutoModel.from_pretrained(str(tmp_path / "adapter"))
 
 
 def test_masks_without_guides_are_coded_by_their_density(tmp_path):

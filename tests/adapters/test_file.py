@@ -251,7 +251,7 @@ def test_mask_of_another_base_within_a_fitting_file(folder):
         ({"magic": b"PK\3\4"}, ("starts with 504b0304", "50454d4e", "get the file again")),
         ({"reserved": 1}, ("starts with 50454d4e01000100",)),
         ({"version": 2}, ("version 2", "reads 1", "upgrade pemn-surgery")),
-        ({"coding": 3}, ("coding 3", "reads 0 to 2", "upgrade pemn-surgery")),
+        ({"coding": 4}, ("coding 4", "reads 0 to 3", "upgrade pemn-surgery")),
         ({"weights": 109}, ("bits set", "109")),
         ({"weights": 116}, ("has 46 bytes", "116 weights needs 47")),
         ({"checksum": 7}, ("checksum", "00000007")),

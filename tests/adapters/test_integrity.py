@@ -508,9 +508,9 @@ def test_a_name_keeps_its_configuration(two):
     before.assert_unchanged()
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    return fuzz.Case(tmp_path_factory.mktemp("fuzz"))
+@pytest.fixture(scope="module", params=sorted(fuzz.BANKS))
+def case(request, tmp_path_factory):
+    return fuzz.Case(tmp_path_factory.mktemp("fuzz"), request.param)
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -537,7 +537,9 @@ def test_the_fuzzer_damages_every_coding(case):
     for name, whole in case.whole.items():
         (case.folder / name).write_bytes(whole)
     stored = PemnConfig.from_pretrained(str(case.folder)).file.stored
-    assert sorted(mask.coding for mask in stored.values()) == sorted(get_args(CodingName))
+    found = {mask.coding for mask in stored.values()}
+    assert found == {case.coding, "entropy", "bits"}
+    assert {*fuzz.BANKS, "entropy", "bits"} == set(get_args(CodingName))
 
 
 def test_the_oracle_of_the_fuzzer_sees_other_adapters(case):
@@ -556,9 +558,11 @@ def test_the_oracle_of_the_fuzzer_sees_other_adapters(case):
     assert case.outcome() == "WRONG: another meaning"
 
 
-def test_the_fuzzer_runs_in_limited_memory(tmp_path):
+@pytest.mark.parametrize("coding", sorted(fuzz.BANKS))
+def test_the_fuzzer_runs_in_limited_memory(coding, tmp_path):
     result = tmp_path / "fuzz.json"
     command = ["-m", "tests.fuzz", "--files", "200", "--loads", "20", "--json", str(result)]
+    command += ["--coding", coding]
     done = subprocess.run(
         [sys.executable, *command, "--seed", str(random.SystemRandom().randrange(2**32))],
         cwd=models.ROOT, capture_output=True, text=True, timeout=300, check=False,

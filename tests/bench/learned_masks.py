@@ -1,61 +1,68 @@
-"""Size of learned masks with coding="context", beside "entropy" and what independent bits allow.
+"""Size of learned masks with coding="base" and "context", beside "entropy" and independent bits.
 
-Reads adapters (``adapter_model.safetensors`` with masks of any coding) and, beside each adapter's
-folder, ``base.safetensors``, which has the shapes of their weights. Nothing is drawn: these masks
-have no guides, as those of pretrained weights with the selector "threshold" do not.
+Reads adapters (``adapter_model.safetensors`` with masks of any coding but "base") and, beside each
+adapter's folder, ``base.safetensors``, which has their weights. Nothing is drawn: these masks have
+no guides but the weights, as those of pretrained models with the selector "threshold" do not.
 """
 
 import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pemn_surgery import bits
 from pemn_surgery.adapters.file import parameter_name
+from pemn_surgery.buckets import BaseGuide, base_sizes
 from pemn_surgery.report import environment, table
 from tests.bench.coding import entropy_of, timed
 
-HEADERS = {"bits": bits.HEADER_BYTES, "entropy": 36, "context": 37}
+HEADERS = {"bits": bits.HEADER_BYTES, "entropy": 36, "context": 37, "base": 37}
+CODINGS = ("entropy", "context", "base")
 
 
-def shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(file, "pt") as tensors:
-        return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+def guided(coding: str, weight: torch.Tensor) -> tuple[list[Any] | None, tuple[int, ...]]:
+    """Return guides and kernel for a coding."""
+    words = weight.to(torch.bfloat16).flatten().view(torch.int16).numpy().view(np.uint16)
+    guides = [BaseGuide(base_sizes(words), 5)] if coding == "base" else []
+    return (None if coding == "entropy" else guides), tuple(weight.shape[2:])
 
 
 def measure(file: Path) -> dict[str, Any]:
     """Return bytes of one adapter's masks; payloads count all that stands behind the headers."""
-    found = {"weights": 0, "masks": 0, "bound": 0.0, "by_context": 0}
-    found |= {key: 0 for name in ("entropy", "context") for key in (name, f"{name}_payload")}
-    seconds = {"encode": 0.0, "decode": 0.0}
-    of_weights = shapes(file.parent.parent / "base.safetensors")
+    found = {"weights": 0, "masks": 0, "bound": 0.0}
+    found |= {key: 0 for name in CODINGS for key in (name, f"{name}_payload", f"by_{name}")}
+    seconds = {f"{verb}_{name}": 0.0 for verb in ("encode", "decode") for name in CODINGS}
+    of_weights = load_file(file.parent.parent / "base.safetensors")
     for key, stored in load_file(file).items():
         if not key.endswith(".pemn_masks.bits"):
             continue
-        plain, kernel = bits.decoded(stored, key), of_weights[parameter_name(key)][2:]
+        plain, weight = bits.decoded(stored, key), of_weights[parameter_name(key)]
         mask = bits.unpack(plain, (bits.inspect(plain, key).weights,))
         found["masks"] += 1
         found["weights"] += mask.numel()
         found["bound"] += mask.numel() * entropy_of(float(mask.double().mean())) / 8
-        took, coded = timed(lambda plain=plain, kernel=kernel: bits.coded(plain, (), kernel))
-        seconds["encode"] += took
-        took, again = timed(lambda coded=coded, key=key: bits.decoded(coded, key))
-        seconds["decode"] += took
-        if not torch.equal(again, plain):
-            message = f"{file}: {key} is not decoded as it was"
-            raise SystemExit(message)
-        found["by_context"] += bits.inspect(coded, key).coding == "context"
-        for name, one in (("entropy", bits.coded(plain)), ("context", coded)):
-            found[name] += one.numel()
-            found[f"{name}_payload"] += one.numel() - HEADERS[bits.inspect(one, key).coding]
+        for name in CODINGS:
+            guides, kernel = guided(name, weight)
+            took, coded = timed(partial(bits.coded, plain, guides, kernel))
+            seconds[f"encode_{name}"] += took
+            known = guides[-1].sizes if guides else None
+            took, again = timed(partial(bits.decoded, coded, key, lambda known=known: known))
+            seconds[f"decode_{name}"] += took
+            if not torch.equal(again, plain):
+                message = f"{file}: {key} is not decoded as it was"
+                raise SystemExit(message)
+            used = bits.inspect(coded, key).coding
+            found[f"by_{name}"] += used == name
+            found[name] += coded.numel()
+            found[f"{name}_payload"] += coded.numel() - HEADERS[used]
     return found | {"seconds": seconds}
 
 
@@ -84,7 +91,7 @@ def main() -> int:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    keys = ("entropy_payload", "context_payload", "entropy", "context")
+    keys = (*(f"{name}_payload" for name in CODINGS), *CODINGS)
     cells = [
         [
             row["adapter"],
