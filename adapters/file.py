@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pemn_surgery import bits
+from pemn_surgery import bits, codec
 from pemn_surgery.bits import StoredMask
 from pemn_surgery.errors import AdapterFileError
 from pemn_surgery.masked import masked_child_name
@@ -186,7 +186,7 @@ def _read(path: Path) -> Contents:
     if sealed is not None:
         _check_seal(path, tensors, sealed)
     tensors |= {
-        key: bits.decoded(tensors[key], key)
+        key: codec.decode(tensors[key], key)
         for key, header in stored.items()
         if header.coding not in ("bits", "base")  # that takes the base
     }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pemn_surgery import bits
+from pemn_surgery import bits, codec
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.atomic import CARD, write_adapter
 from pemn_surgery.adapters.card import complete_card
@@ -76,7 +76,7 @@ def _recoded(key: str, value: Tensor, coding: CodingName, config: PemnConfig) ->
         check_finite(value, parameter_name(key))
         base = fingerprints.short_form(config.fingerprint or {})
         stored = bits.pack(config.selection.mask(value), base)
-    return bits.coded(stored) if coding == "entropy" else stored
+    return codec.encode(stored) if coding == "entropy" else stored
 
 
 def _new_key(key: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from pemn_surgery import bits
+from pemn_surgery import bits, codec
 from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.config import PemnConfig
@@ -93,7 +93,7 @@ def prepare_for_model(
             continue
         mask, kind = masks[key]
         if kind == "bits" and headers[key].coding != "bits":
-            value = bits.decoded(value, key, layers[mask.target].base_sizes)
+            value = codec.decode(value, key, layers[mask.target].base_sizes)
         if kind == "row_scale":
             loaded[key] = value
             continue
@@ -137,7 +137,7 @@ def _coded(saved: StateDict, layers: Mapping[str, PemnLayer], config: PemnConfig
     for key, value in saved.items():
         layer = layers.get(key.removesuffix(".bits"))
         if layer is not None and bits.is_loaded(value):
-            coded[key] = bits.coded(value, _guides(layer, config), layer.shape[2:])
+            coded[key] = codec.encode(value, _guides(layer, config), layer.shape[2:])
     return coded
 
 

@@ -49,7 +49,15 @@ class Model:
 
 
 class CodeError(ValueError):
-    """Coded bytes are not what `encode` returns."""
+    """Coded bytes are not what an encoder returns.
+
+    Attributes:
+        is_newer: Whether a later release may have written them.
+    """
+
+    def __init__(self, problem: str, *, is_newer: bool = False) -> None:
+        super().__init__(problem)
+        self.is_newer = is_newer
 
 
 def odds_of(odds: int) -> float:

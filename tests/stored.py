@@ -6,7 +6,7 @@ import tracemalloc
 import pytest
 import torch
 
-from pemn_surgery import bits
+from pemn_surgery import bits, codec, codes
 from pemn_surgery.errors import MaskFormatError
 from tests import oracles
 
@@ -32,15 +32,16 @@ def resealed(content):
 def forced(mask, guides=(), kernel=(), base=bytes(12)):
     """The form coded by context, also where another is shorter."""
     stored = bits.pack(mask, base)
-    header = bits.verify(stored, "m")
-    return bits._with_contexts(header, stored.numpy()[bits.HEADER_BYTES :], guides, kernel)
+    packed = stored.numpy()[bits.HEADER_BYTES :]
+    code = codes.by_context(packed, mask.numel(), guides, kernel)
+    return codec.sealed(code, bits.verify(stored, "m"))
 
 
 def assert_refused(content, said, most, *base_sizes):
     """A named error that says what is wrong, in ``most`` bytes, also where the checksum fits."""
     tracemalloc.start()
     with pytest.raises(MaskFormatError, match=said) as caught:
-        bits.decoded(as_tensor(resealed(content)), "layer1.weight", *base_sizes)
+        codec.decode(as_tensor(resealed(content)), "layer1.weight", *base_sizes)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert "'layer1.weight'" in str(caught.value)
@@ -54,17 +55,17 @@ def assert_every_flipped_bit_is_noticed(content, *base_sizes):
         altered = bytearray(content)
         altered[place // 8] ^= 1 << (place % 8)
         with pytest.raises(MaskFormatError):
-            bits.decoded(as_tensor(altered), "m", *base_sizes)
+            codec.decode(as_tensor(altered), "m", *base_sizes)
 
 
 def assert_refused_or_the_same(content, changes, *base_sizes):
     """Whatever is decoded with a fitting checksum is the mask that was coded."""
-    expected = as_bytes(bits.decoded(as_tensor(content), "m", *base_sizes))
+    expected = as_bytes(codec.decode(as_tensor(content), "m", *base_sizes))
     altered = bytearray(content)
     for place, value in changes:
         altered[place % len(altered)] = value
     try:
-        found = bits.decoded(as_tensor(resealed(bytes(altered))), "m", *base_sizes)
+        found = codec.decode(as_tensor(resealed(bytes(altered))), "m", *base_sizes)
     except MaskFormatError:
         return
     assert as_bytes(found)[32:] == expected[32:]  # the end's padding says nothing

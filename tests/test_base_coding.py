@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pemn_surgery import bits, buckets, rng
+from pemn_surgery import bits, buckets, codec, rng
 from pemn_surgery.errors import MaskFormatError
 from tests import oracles, reader
 from tests.stored import (
@@ -84,7 +84,7 @@ def test_every_mask_comes_back(weights, kernel, sharpness, is_drawn, seed):
     mask, guide = mask_beside(weight, sharpness, seed), guide_of(weight)
     drawn = [buckets.Guide(rng.key_of(seed, "scores"), max(weights, 1))] if is_drawn else []
     coded = forced(mask, [*drawn, guide], kernel)
-    found = bits.decoded(coded, "m", lambda: guide.sizes)
+    found = codec.decode(coded, "m", lambda: guide.sizes)
     oracles.assert_same(found, bits.pack(mask))
     words = words_of(weight).astype(int)
     oracles.assert_same(torch.from_numpy(reader.mask(as_bytes(coded), words)), mask)
@@ -94,7 +94,7 @@ def test_it_is_near_the_entropy_beside_the_sizes():
     weight = weight_of(1_000_000)
     mask, guide = mask_beside(weight), guide_of(weight)
     stored = bits.pack(mask)
-    coded = bits.coded(stored, [guide])
+    coded = codec.encode(stored, [guide])
     assert bits.inspect(coded, "m").coding == "base"
     ones = np.bincount(guide.sizes >> 3, weights=mask.numpy())
     all_of_size = np.bincount(guide.sizes >> 3)
@@ -114,17 +114,17 @@ def test_it_is_never_longer_than_by_context(weights, seed):
     weight = weight_of(weights, seed)
     stored = bits.pack(mask_beside(weight, seed=seed))
     guide = guide_of(weight)
-    coded = bits.coded(stored, [guide])
-    assert coded.numel() <= bits.coded(stored, []).numel()
-    assert torch.equal(bits.decoded(coded, "m", lambda: guide.sizes), stored)
+    coded = codec.encode(stored, [guide])
+    assert coded.numel() <= codec.encode(stored, []).numel()
+    assert torch.equal(codec.decode(coded, "m", lambda: guide.sizes), stored)
 
 
 def test_a_mask_that_sizes_say_nothing_of_needs_no_base():
     weight = weight_of(20_000)
     stored = bits.pack(mask_beside(weight_of(20_000, 1), seed=2))
-    coded = bits.coded(stored, [guide_of(weight)])
+    coded = codec.encode(stored, [guide_of(weight)])
     assert bits.inspect(coded, "m").coding == "entropy"
-    assert torch.equal(bits.decoded(coded, "m"), stored)
+    assert torch.equal(codec.decode(coded, "m"), stored)
 
 
 WEIGHT = weight_of(3000, 5)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pemn_surgery import bits, buckets, context, entropy, rng, symbols
+from pemn_surgery import bits, buckets, codec, context, entropy, rng, symbols
 from pemn_surgery.adapters import PemnConfig
 from pemn_surgery.adapters.layer import initial_scores
 from pemn_surgery.errors import MaskFormatError
@@ -66,7 +66,7 @@ def check_round_trip(mask, guides=(), kernel=(), base=bytes(12)):
     assert bits.inspect(coded, "m") == bits.StoredMask(
         mask.numel(), struct.unpack_from("<I", as_bytes(coded), 16)[0], base, "context"
     )
-    oracles.assert_same(bits.decoded(coded, "m"), bits.pack(mask, base))
+    oracles.assert_same(codec.decode(coded, "m"), bits.pack(mask, base))
     oracles.assert_same(torch.from_numpy(reader.mask(as_bytes(coded))), mask.view(-1))
     return coded
 
@@ -179,7 +179,7 @@ def test_size_where_neighbours_decide(name, guided):
     held = mask.numel() / shape[-1] * (1 + (shape[-1] - 1) * entropy_of(0.975))
     table = 8 * 4 * math.prod(shape[2:])
     assert 0.98 * held <= 8 * coded.numel() <= 1.02 * held + table + 8 * 200
-    assert bits.coded(bits.pack(mask), guides, shape[2:]).numel() == coded.numel()
+    assert codec.encode(bits.pack(mask), guides, shape[2:]).numel() == coded.numel()
 
 
 def test_size_where_the_upper_neighbour_decides():
@@ -192,8 +192,8 @@ def test_size_where_the_upper_neighbour_decides():
 @pytest.mark.parametrize("kernel", [(), (1, 1), (16, 16)])
 def test_masks_without_places_are_coded_by_their_density(kernel):
     mask = torch.from_numpy(np.random.default_rng(0).random(256 * 90) < 0.8)
-    coded = bits.coded(bits.pack(mask), (), kernel)
-    assert torch.equal(coded, bits.coded(bits.pack(mask)))
+    coded = codec.encode(bits.pack(mask), (), kernel)
+    assert torch.equal(coded, codec.encode(bits.pack(mask)))
     assert bits.inspect(coded, "m").coding == "entropy"
 
 
@@ -202,7 +202,7 @@ def test_masks_that_the_guides_say_nothing_about(density):
     mask = torch.from_numpy(np.random.default_rng(3).random(20_000) < density)
     check_round_trip(mask, guides_of(20_000, 999))
     stored = bits.pack(mask)
-    assert bits.coded(stored, guides_of(20_000, 999)).numel() == bits.coded(stored).numel()
+    assert codec.encode(stored, guides_of(20_000, 999)).numel() == codec.encode(stored).numel()
 
 
 @given(
@@ -232,9 +232,9 @@ def test_size_is_the_conditional_entropy(spread, period):
     guides = guides_of(weights, period)
     mask, held = guided_mask(weights, spread, guides=guides)
     stored = bits.pack(mask)
-    coded = bits.coded(stored, guides)
+    coded = codec.encode(stored, guides)
     assert bits.inspect(coded, "m").coding == "context"
-    assert torch.equal(bits.decoded(coded, "m"), stored)
+    assert torch.equal(codec.decode(coded, "m"), stored)
     most = (1.01 if period is None else 1.02) * held + weights / 255
     assert 0.999 * held <= 8 * coded.numel() <= most
     assert 8 * coded.numel() < weights * entropy_of(float(mask.double().mean()))
@@ -251,9 +251,9 @@ def test_size_where_places_decide():
     mask = torch.from_numpy(buckets.sizes_of(guides[0], weights) >= 128)
     random = torch.from_numpy(np.random.default_rng(0).random(weights) < 0.5)
     mask = torch.where(torch.arange(weights) % 9 == 4, random, mask)
-    coded = bits.coded(bits.pack(mask), guides, (3, 3))
+    coded = codec.encode(bits.pack(mask), guides, (3, 3))
     assert weights / 9 <= 8 * coded.numel() <= 1.01 * weights / 9 + weights / 255
-    assert 8 * bits.coded(bits.pack(mask), guides).numel() > 2 * weights / 9
+    assert 8 * codec.encode(bits.pack(mask), guides).numel() > 2 * weights / 9
 
 
 @given(st.integers(1, 3000), st.floats(0.1, 1000), st.integers(0, 2**32 - 1))
@@ -261,9 +261,9 @@ def test_size_where_places_decide():
 def test_never_longer_than_without_guides(weights, spread, seed):
     mask, _ = guided_mask(weights, spread, seed)
     stored = bits.pack(mask)
-    coded = bits.coded(stored, guides_of(weights, 100, seed), (3,))
-    assert coded.numel() <= bits.coded(stored).numel() <= stored.numel()
-    assert torch.equal(bits.decoded(coded, "m"), stored)
+    coded = codec.encode(stored, guides_of(weights, 100, seed), (3,))
+    assert coded.numel() <= codec.encode(stored).numel() <= stored.numel()
+    assert torch.equal(codec.decode(coded, "m"), stored)
 
 
 GOLDEN = bytes.fromhex(
@@ -279,7 +279,7 @@ GOLDEN = bytes.fromhex(
 def test_stored_bytes_keep_their_meaning():
     """400 weights, 4 places in rows of 2, 2 and 1 bits of two guides; both readers."""
     assert (GOLDEN[6:8], GOLDEN[36]) == (b"\x12\4", 2)
-    mask = bits.unpack(bits.decoded(as_tensor(GOLDEN), "m"), (400,))
+    mask = bits.unpack(codec.decode(as_tensor(GOLDEN), "m"), (400,))
     digest = "ca97dd72fced880a166e6cee63a48f94cd1a69dcea28c9634266ef67acc4268e"
     assert hashlib.sha256(bytes(mask.tolist())).hexdigest() == digest
     assert mask.tolist() == reader.mask(GOLDEN).tolist()
@@ -365,7 +365,7 @@ def test_hostile_bytes_are_refused(name):
 
 def test_a_long_period_draws_no_more_numbers_than_weights():
     content = resealed(changed(CODED, 53, struct.pack("<Q", 2**63)))
-    oracles.assert_same(bits.decoded(as_tensor(content), "m"), bits.pack(MASK))
+    oracles.assert_same(codec.decode(as_tensor(content), "m"), bits.pack(MASK))
 
 
 @pytest.mark.parametrize("coded", [CODED, NEAR])
@@ -412,7 +412,7 @@ def test_memory_is_bounded_by_what_is_given(row):
     content = resealed(content + bytes([63]) * (36 if row == 0 else 144) + stream)
     tracemalloc.start()
     with pytest.raises(MaskFormatError, match="decodes to checksum"):
-        bits.decoded(as_tensor(content), "m")
+        codec.decode(as_tensor(content), "m")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert weights > 1500 * len(stream)
@@ -426,7 +426,7 @@ def test_claims_of_many_weights_take_no_memory():
     content = NEAR[:8] + struct.pack("<Q", 9 * 440_000) + NEAR[16:73] + payload
     tracemalloc.start()
     with pytest.raises(MaskFormatError):
-        bits.decoded(as_tensor(resealed(content)), "m")
+        codec.decode(as_tensor(resealed(content)), "m")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6e6

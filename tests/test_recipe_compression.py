@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from pemn_surgery import bits, report
+from pemn_surgery import bits, codec, report
 from pemn_surgery import recipe as recipes
 from pemn_surgery.errors import RecipeError
 from tests import reader
@@ -93,7 +93,7 @@ def test_sizes_and_reductions_of_a_known_mask():
     assert found["layers"] == {"a": (1000, 900), "b": (24, 24)}
     assert found["density"] == {"all": 924 / 1024, "min": 0.9, "max": 1.0}
     bound = 1000 * (0.9 * math.log2(1 / 0.9) + 0.1 * math.log2(1 / 0.1)) / 8
-    stored = [bits.coded(bits.pack(mask)).numel() for mask in masks.values()]
+    stored = [codec.encode(bits.pack(mask)).numel() for mask in masks.values()]
     assert stored[1] == 35  # 32 + 24 / 8: all ones, but too few to code
     expected = {
         "ours": stored[0] + 35,

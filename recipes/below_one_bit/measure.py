@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pemn_surgery import bits
+from pemn_surgery import bits, codec
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.buckets import sizes_of
 
@@ -72,13 +72,13 @@ def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]
     for name, mask in kept.masks.items():
         layer, stored = layers[name], bits.pack(torch.from_numpy(mask))
         guides = layer.guides(config)
-        sums["entropy"] += 8 * bits.coded(stored).numel()
-        coded = bits.coded(stored, guides, layer.shape[2:])
-        if not torch.equal(bits.decoded(coded, name), stored):
+        sums["entropy"] += 8 * codec.encode(stored).numel()
+        coded = codec.encode(stored, guides, layer.shape[2:])
+        if not torch.equal(codec.decode(coded, name), stored):
             message = f"{name} is not decoded as it was"
             raise SystemExit(message)
         sums["context"] += 8 * coded.numel()
-        sums["score"] += 8 * bits.coded(stored, guides[:1]).numel()
+        sums["score"] += 8 * codec.encode(stored, guides[:1]).numel()
         sums["bound"] += ideal(mask, np.zeros(mask.size, int), 1)[0]
         ranks = sizes_of(guides[0], mask.size)
         sums["ideal"] += ideal(mask, ranks // (256 // RANKS), RANKS)[0]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pemn_surgery import bits
+from pemn_surgery import bits, codec
 from pemn_surgery.adapters.file import MASKS, parameter_name
 from pemn_surgery.errors import RecipeError
 
@@ -62,7 +62,7 @@ def read_masks(file: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor
     """
     stored = {parameter_name(k): v for k, v in load_file(file).items() if f".{MASKS}." in k}
     return {
-        name: bits.unpack(bits.decoded(stored[name], name), tuple(shape))
+        name: bits.unpack(codec.decode(stored[name], name), tuple(shape))
         for name, shape in shapes.items()
         if name in stored
     }
@@ -105,7 +105,7 @@ def of_masks(masks: Mapping[str, Tensor], chosen: Tools) -> dict[str, Any]:
 
 
 def _ours(masks: Mapping[str, Tensor]) -> dict[str, Any]:
-    coded = [bits.coded(bits.pack(mask)) for mask in masks.values()]
+    coded = [codec.encode(bits.pack(mask)) for mask in masks.values()]
     whole = sum(code.numel() for code in coded)
     return {"ours": whole, "payload": whole - sum(_header(code) for code in coded)}
 

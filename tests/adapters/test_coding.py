@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from pemn_surgery import PemnConfig, bits, cli, from_finetuned, pemnify
+from pemn_surgery import PemnConfig, bits, cli, codec, from_finetuned, pemnify
 from pemn_surgery.errors import ConfigError, MaskFormatError
 from tests import reader
 from tests.adapters import models
@@ -61,7 +61,7 @@ def test_it_is_smaller_than_bits(tmp_path):
     assert sizes["entropy"] < sizes["bits"]
     for key, value in stored_masks(tmp_path / "bits").items():
         coded = stored_masks(tmp_path / "entropy")[key]
-        assert torch.equal(bits.decoded(coded, key), value)
+        assert torch.equal(codec.decode(coded, key), value)
 
 
 def test_saving_again_keeps_the_coding_and_recoding_changes_it(tmp_path):
@@ -144,7 +144,7 @@ def test_the_independent_reader_reads_every_stored_adapter(folder):
     assert len(found) >= 1
     for key, value in tensors.items():
         if key.endswith(".pemn_masks.bits"):
-            stored = bits.decoded(value, key)
+            stored = codec.decode(value, key)
             weights = bits.verify(stored, key).weights
             value = bits.unpack(stored, (weights,))
         assert torch.equal(torch.from_numpy(found[key].copy()), value)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pemn_surgery import PemnConfig, bits, pemnify, rng
+from pemn_surgery import PemnConfig, bits, codec, pemnify, rng
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.buckets import Guide
 from tests import oracles, reader
@@ -65,7 +65,7 @@ def test_guides_make_it_shorter(tmp_path):
     coded.save(tmp_path / "bits", "bits", **coded.OPTIONS["context"])
     assert size(tmp_path / "context") < 0.8 * size(tmp_path / "bits")
     for key, value in stored_masks(tmp_path / "bits").items():
-        assert torch.equal(bits.decoded(stored_masks(tmp_path / "context")[key], key), value)
+        assert torch.equal(codec.decode(stored_masks(tmp_path / "context")[key], key), value)
 
 
 def test_the_independent_reader_reads_it(tmp_path):
@@ -88,7 +88,7 @@ def test_a_mask_of_another_seed_is_still_kept(tmp_path):
     assert size(tmp_path / "second") > size(tmp_path / "first")
     first, second = stored_masks(tmp_path / "first"), stored_masks(tmp_path / "second")
     for key, value in first.items():
-        assert torch.equal(bits.decoded(second[key], key), bits.decoded(value, key))
+        assert torch.equal(codec.decode(second[key], key), codec.decode(value, key))
 
 
 def test_renamed_and_combined(tmp_path):
@@ -117,7 +117,7 @@ def test_masks_without_guides_are_coded_beside_their_neighbours(tmp_path):
     model.save_pretrained(str(tmp_path))
     (key,) = [key for key in stored_masks(tmp_path) if ".conv2." in key]
     assert bits.inspect(stored_masks(tmp_path)[key], key).coding == "context"
-    as_entropy = bits.coded(bits.decoded(stored_masks(tmp_path)[key], key))
+    as_entropy = codec.encode(codec.decode(stored_masks(tmp_path)[key], key))
     assert stored_masks(tmp_path)[key].numel() < 0.6 * as_entropy.numel()
     models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
     found = reader.read(tmp_path / models.WEIGHTS_FILE)[key]
@@ -126,4 +126,4 @@ def test_masks_without_guides_are_coded_beside_their_neighbours(tmp_path):
 
 def test_an_empty_weight_has_guides():
     stored = bits.pack(torch.ones(0, dtype=torch.bool))
-    assert torch.equal(bits.coded(stored, [Guide(b"k" * 16, 1)]), stored)
+    assert torch.equal(codec.encode(stored, [Guide(b"k" * 16, 1)]), stored)

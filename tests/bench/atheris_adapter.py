@@ -23,6 +23,8 @@ READERS = (
     "adapters.file",
     "adapters.config",
     "bits",
+    "codec",
+    "codes",
     "context",
     "buckets",
     "bucket_table",

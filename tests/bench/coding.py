@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pemn_surgery import bits, buckets, entropy, rng
+from pemn_surgery import bits, buckets, codec, entropy, rng
 from pemn_surgery.report import environment, table
 
 DENSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
@@ -147,12 +147,12 @@ def ours(inflate: Any = zlib) -> Way:
     """What `coding="entropy"` writes; the decoder of DEFLATE may be another than zlib."""
 
     def encode(flags: np.ndarray, _: float) -> torch.Tensor:
-        return bits.coded(bits.pack(torch.from_numpy(flags)))
+        return codec.encode(bits.pack(torch.from_numpy(flags)))
 
     def decode(stored: torch.Tensor, *_: Any) -> np.ndarray:
         standard, entropy.zlib = entropy.zlib, inflate
         try:
-            return bits.decoded(stored, "mask").numpy()[bits.HEADER_BYTES :]
+            return codec.decode(stored, "mask").numpy()[bits.HEADER_BYTES :]
         finally:
             entropy.zlib = standard
 
@@ -163,7 +163,7 @@ def context_way(guides: list[buckets.Guide]) -> Way:
     """What `coding="context"` writes."""
 
     def encode(flags: np.ndarray, _: float) -> torch.Tensor:
-        return bits.coded(bits.pack(torch.from_numpy(flags)), guides, (3, 3))
+        return codec.encode(bits.pack(torch.from_numpy(flags)), guides, (3, 3))
 
     return ours()._replace(encode=encode)
 

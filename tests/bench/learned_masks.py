@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pemn_surgery import bits
+from pemn_surgery import bits, codec
 from pemn_surgery.adapters.file import parameter_name
 from pemn_surgery.buckets import BaseGuide, base_sizes
 from pemn_surgery.report import environment, table
@@ -44,17 +44,17 @@ def measure(file: Path) -> dict[str, Any]:
     for key, stored in load_file(file).items():
         if not key.endswith(".pemn_masks.bits"):
             continue
-        plain, weight = bits.decoded(stored, key), of_weights[parameter_name(key)]
+        plain, weight = codec.decode(stored, key), of_weights[parameter_name(key)]
         mask = bits.unpack(plain, (bits.inspect(plain, key).weights,))
         found["masks"] += 1
         found["weights"] += mask.numel()
         found["bound"] += mask.numel() * entropy_of(float(mask.double().mean())) / 8
         for name in CODINGS:
             guides, kernel = guided(name, weight)
-            took, coded = timed(partial(bits.coded, plain, guides, kernel))
+            took, coded = timed(partial(codec.encode, plain, guides, kernel))
             seconds[f"encode_{name}"] += took
             known = guides[-1].sizes if guides else None
-            took, again = timed(partial(bits.decoded, coded, key, lambda known=known: known))
+            took, again = timed(partial(codec.decode, coded, key, lambda known=known: known))
             seconds[f"decode_{name}"] += took
             if not torch.equal(again, plain):
                 message = f"{file}: {key} is not decoded as it was"
