@@ -136,7 +136,19 @@ def _masks_of(model: nn.Module, adapter_name: str) -> tuple[PemnConfig, list[Pem
             "call to_trainable(model) first, and activate the adapter."
         )
         raise AdapterError(message)
+    sharded = [layer.target for layer in layers if not _is_whole(layer, adapter_name)]
+    if sharded:
+        message = (
+            f"The scores of {len(sharded)} masks are sharded, first those of {sharded[0]!r}; flips "
+            "are compared over whole masks. Load the trained adapter into a model of one process."
+        )
+        raise AdapterError(message)
     return config, layers
+
+
+def _is_whole(layer: PemnLayer, adapter_name: str) -> bool:
+    scores = cast("Tensor", layer.mask_of(adapter_name).scores)
+    return tuple(scores.shape) == tuple(layer.shape) and not hasattr(scores, "full_tensor")
 
 
 def _squared_gradients(

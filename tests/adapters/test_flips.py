@@ -178,6 +178,31 @@ def test_refusals_change_nothing(given, share, error, match):
     )
 
 
+def test_sharded_scores_are_refused():
+    """As ZeRO-3 leaves them between two uses."""
+    model, _ = trained()
+    model.base_model.model.conv2.masked_weight.mask_of("default").scores.data = torch.empty(0)
+    with pytest.raises(errors.AdapterError, match=r"1 masks are sharded.*'conv2.weight'"):
+        take_back_flips(model, losses(model), 0.5)
+
+
+def test_a_transformers_model_with_its_own_loss():
+    model = pemnify(models.bert(), bank="rp", ratio=0.5, rest="train", task_type="SEQ_CLS")
+    before = models.masks(model)
+    batch = {"input_ids": models.tokens(), "labels": torch.zeros(len(models.tokens()), dtype=int)}
+    optimizer = models.trainer_of(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    flips = models.flips(before, models.masks(model))
+    model.eval()
+    found = take_back_flips(model, (model(**batch).loss for _ in range(2)), 0.5)
+    assert sum(one.before for one in found) == flips > 100
+    assert abs(sum(one.after for one in found) - flips / 2) <= 1
+    assert models.flips(before, models.masks(model)) == sum(one.after for one in found)
+
+
 def test_adapters_that_are_missing_or_idle_are_refused():
     model, _ = trained()
     with pytest.raises(errors.AdapterError, match="cats"):
