@@ -5,7 +5,7 @@ import torch
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from pemn_surgery import compare_adapters, pemnify, recode
+from pemn_surgery import bits, compare_adapters, from_finetuned, pemnify, recode
 from pemn_surgery.adapters.card import complete_card
 from pemn_surgery.adapters.file import read_adapter_file
 from pemn_surgery.adapters.layer import PemnLayer
@@ -101,6 +101,19 @@ def test_drawn_numbers_need_no_base(bank, tmp_path):
 def test_a_bank_of_the_models_own_numbers(tmp_path):
     model = save(tmp_path, bank="mp", bank_init="model")
     assert "base" in codings(tmp_path)
+    models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
+
+
+def test_signs_are_coded_beside_the_base(tmp_path):
+    base, tuned = net(), net()
+    with torch.no_grad():  # large weights grow, the others shrink
+        for weight in tuned.parameters():
+            weight.add_(0.01 * (weight.abs() > weight.abs().mean()) - 0.003)
+    model = from_finetuned(base, tuned, "sign_delta", coding="base")
+    model.save_pretrained(str(tmp_path))
+    stored = load_file(tmp_path / models.WEIGHTS_FILE)
+    signs = {key: value for key, value in stored.items() if key.endswith(".pemn_masks.bits")}
+    assert "base" in {bits.inspect(value, key).coding for key, value in signs.items()}
     models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
 
 
