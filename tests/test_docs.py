@@ -1,6 +1,7 @@
 """Figures in the README are those of committed result files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,16 @@ def cells(line):
 
 
 ROWS = [cells(line) for line in README.splitlines() if line.startswith("|")]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_links_lead_to_what_the_site_has(page):
+    """Files of the docs folder; the site has nothing else."""
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+[./][^)#\s]*)", text):
+        target = (page.parent / link).resolve()
+        assert target.is_file(), link
+        assert target.is_relative_to(ROOT / "docs"), link
 
 
 def test_quickstart_table():
