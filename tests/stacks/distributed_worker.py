@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 from pemn_surgery import pemnify
 from tests.adapters import models
-from tests.stacks import trainings
+from tests.stacks import processes, trainings
 
 PROCESSES = 2
 STACKS = ("ddp", "fsdp2", "zero2", "zero3")
@@ -108,7 +108,7 @@ def main(rank, folder):
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=PROCESSES)
     for stack in STACKS if HAS_DEEPSPEED else STACKS[:2]:
         torch.save(findings(stack, folder / stack), folder / f"{stack}_{rank}.pt")
-    dist.destroy_process_group()
+    processes.leave()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from pemn_surgery import pemnify
 from tests.adapters import models
+from tests.stacks import processes
 
 PROCESSES = 2
 BANKS = {
@@ -114,7 +115,7 @@ def main(rank, folder):
     mesh = init_device_mesh("cpu", (PROCESSES,))
     for bank in BANKS:
         torch.save(findings(bank, rank, mesh, folder), folder / f"{bank}_{rank}.pt")
-    dist.destroy_process_group()
+    processes.leave()
 
 
 if __name__ == "__main__":
