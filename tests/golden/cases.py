@@ -139,5 +139,6 @@ CASES = {
         "kernels",
         {"bank": "own", "selector": "threshold", "coding": "context"},
     ),
+    "base": ("kernels", {"bank": "own", "selector": "threshold", "coding": "base"}),
     "scores": ("net", {"bank": "rp", "ratio": 0.1}),  # a Trainer's checkpoint: float scores
 }

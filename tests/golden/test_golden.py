@@ -44,7 +44,7 @@ def assert_as_expected(model, expected):
 
 def test_there_are_stored_adapters_of_every_kind():
     first = {folder.name for folder in STORED if folder.parent.name == "0.1"}
-    assert len(first) == 27
+    assert len(first) == 28
     assert first <= set(cases.CASES)  # later versions may have more
     assert {cases.CASES[name][0] for name in first} == {"net", "attention", "mixture", "kernels"}
 
@@ -56,6 +56,7 @@ def test_there_are_stored_adapters_of_every_kind():
         ("entropy", {"entropy", "bits"}),  # a mask takes what is shorter
         ("context_guides", {"context", "bits"}),
         ("context_neighbours", {"context", "entropy", "bits"}),
+        ("base", {"base", "bits"}),
     ],
 )
 def test_stored_adapters_hold_masks_of_all_codings(case, codings):
