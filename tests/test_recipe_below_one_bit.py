@@ -256,15 +256,17 @@ def test_contexts_in_the_docs_are_those_of_the_result():
         assert [name, *shown] in ROWS, [name, *shown]
 
 
-@pytest.mark.parametrize(("epochs", "share"), [(4, 0.35), (12, 0.37)])
-def test_seven_tenths_of_a_bit_are_as_accurate_as_the_whole(epochs, share):
-    """On CIFAR-10, as the docs say: no less than as it was trained, .5 less than settled alone."""
+@pytest.mark.parametrize(
+    ("epochs", "share", "least", "most"), [(4, 0.35, -0.1, 0.1), (12, 0.37, 0.35, 0.5)]
+)
+def test_what_seven_tenths_of_a_bit_cost(epochs, share, least, most):
+    """On CIFAR-10, in points, beside the same settling steps with no flips taken back."""
     asked = {"case": "cifar10", "lr": 0.01, "optimizer": "adamw", "held": 0.0, "pull": 0.0}
     asked |= {"epochs": epochs, "task": "digit"}
     rows = [one for one in RESULT["summary"] if all(one[k] == v for k, v in asked.items())]
     found = {(one["by"], one["share"]): one for one in rows}
-    chosen, trained, settled = (found[key] for key in (("loss", share), ("none", 0), ("size", 0)))
+    chosen, trained, settled = (found[key] for key in (("loss", share), ("none", 0), ("loss", 0)))
     assert chosen["context"]["mean"] < 0.7 < 1 < trained["context"]["mean"]
     assert chosen["seeds"] == trained["seeds"] == settled["seeds"] == [0, 1, 2]
-    accuracies = [one["accuracy"]["mean"] for one in (chosen, trained, settled)]
-    assert accuracies[1] <= accuracies[0] > accuracies[2] - 0.5
+    assert chosen["accuracy"]["mean"] >= trained["accuracy"]["mean"]
+    assert least < settled["accuracy"]["mean"] - chosen["accuracy"]["mean"] < most
