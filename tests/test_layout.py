@@ -58,6 +58,11 @@ def test_adapters_is_a_link_to_the_folder_at_the_top():
     assert Path(package.__file__).resolve() == ROOT / "adapters" / "__init__.py"
 
 
+def test_types_of_the_linked_folder_are_checked():
+    """pyright does not follow the link."""
+    assert set(PROJECT["tool"]["pyright"]["include"]) == {"pemn_surgery", "adapters", "recipes"}
+
+
 def test_import_is_light():
     code = """
 import sys
