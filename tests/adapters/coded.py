@@ -58,5 +58,23 @@ def codings(folder):
     return {bits.inspect(value, key).coding for key, value in stored_masks(folder).items()}
 
 
+def keys(model):
+    """The stored key of each mask by the weight's name."""
+    parted = {name: name.rpartition(".")[::2] for name in models.mask_layers(model)}
+    return {
+        name: f"base_model.model.{module}.masked_{parameter}.pemn_masks.bits"
+        for name, (module, parameter) in parted.items()
+    }
+
+
+def base_words(model):
+    """What the independent reader needs of a base: each weight as words of bfloat16, by key."""
+    found = keys(model)
+    return {
+        found[name]: layer.fill().flatten().bfloat16().view(torch.int16).numpy().view("u2")
+        for name, layer in models.mask_layers(model).items()
+    }
+
+
 def size(folder):
     return sum(value.numel() for value in stored_masks(folder).values())

@@ -13,7 +13,15 @@ from pemn_surgery.cli import main
 from pemn_surgery.errors import FingerprintError, MaskFormatError
 from tests import oracles, reader
 from tests.adapters import models
-from tests.adapters.coded import codings, drop_large_weights, load, net, stored_masks
+from tests.adapters.coded import (
+    base_words,
+    codings,
+    drop_large_weights,
+    keys,
+    load,
+    net,
+    stored_masks,
+)
 
 pytestmark = models.ignore_peft_on_transformers
 
@@ -69,16 +77,10 @@ def test_another_base_is_refused_by_its_fingerprint(tmp_path):
 
 def test_the_independent_reader_reads_it(tmp_path):
     model = save(tmp_path)
-    words = {
-        f"base_model.model.{name.removesuffix('weight')}masked_weight.pemn_masks.bits": (
-            layer.fill().to(torch.bfloat16).flatten().view(torch.int16).numpy().astype("u2")
-        ).astype(int)
-        for name, layer in models.mask_layers(model).items()
-    }
-    found = reader.read(tmp_path / models.WEIGHTS_FILE, words)
-    masks = models.masks(model)
-    assert set(words) == set(stored_masks(tmp_path))
-    for key, name in zip(words, models.mask_layers(model), strict=True):
+    found = reader.read(tmp_path / models.WEIGHTS_FILE, base_words(model))
+    masks, stored_keys = models.masks(model), keys(model)
+    assert set(stored_keys.values()) == set(stored_masks(tmp_path))
+    for name, key in stored_keys.items():
         oracles.assert_same(torch.from_numpy(found[key]), masks[name].flatten())
 
 
