@@ -24,7 +24,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Literal, NoReturn, cast, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 import numpy as np
 import torch
@@ -32,9 +32,10 @@ from torch import Tensor
 
 from pemn_surgery import codes
 from pemn_surgery.codes import Coding
+from pemn_surgery.deflate import CodeError
 from pemn_surgery.errors import MaskFormatError
-from pemn_surgery.symbols import CodeError
 
+Array = Any  # of numpy; its element type is in the docstrings
 CodingName = Literal["bits", "entropy", "context", "base"]
 
 HEADER_BYTES = 32
@@ -80,7 +81,7 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
         Uint8 tensor of shape (32 + ceil(n / 8),) on the CPU.
     """
     payload = np.packbits(mask.detach().cpu().numpy().reshape(-1), bitorder="little")
-    return sealed((Coding.BITS, 0, 0), mask.numel(), base, payload.tobytes())
+    return sealed((Coding.BITS, 0, 0), mask.numel(), base, payload)
 
 
 def unpack(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -192,7 +193,7 @@ def inspect(stored: Tensor, name: str) -> StoredMask:
     return StoredMask(weights, checksum, base, _CODINGS[coding])
 
 
-def _check_length(content: bytes, coding: int, weights: int, name: str) -> None:
+def _check_length(content: memoryview, coding: int, weights: int, name: str) -> None:
     """Refuse a number of weights that the bytes cannot hold, before memory is taken for them."""
     if coding == Coding.BITS:
         needed = packed_bytes(weights)
@@ -207,28 +208,30 @@ def _check_length(content: bytes, coding: int, weights: int, name: str) -> None:
         refuse(name, f"has {len(content)} bytes, too few for {weights} weights (at most {most})")
 
 
-def sealed(which: tuple[int, int, int], weights: int, base: bytes, payload: bytes) -> Tensor:
+def sealed(which: tuple[int, int, int], weights: int, base: bytes, payload: Array) -> Tensor:
     """Return a stored mask of any coding: header and payload with their checksum.
 
     Args:
         which: Bytes 5 to 7 of the header.
         weights: Number of weights.
         base: 12 bytes that identify the base.
-        payload: What follows the header.
+        payload: What follows the header, uint8.
     """
-    content = bytearray(_LAYOUT.pack(_MAGIC, VERSION, *which, weights, 0, base) + payload)
-    struct.pack_into("<I", content, CHECKSUM_OFFSET, _checksum(content))
-    return torch.frombuffer(content, dtype=torch.uint8)
+    content = np.empty(HEADER_BYTES + len(payload), np.uint8)
+    view = content.data
+    _LAYOUT.pack_into(view, 0, _MAGIC, VERSION, *which, weights, 0, base)
+    content[HEADER_BYTES:] = payload
+    struct.pack_into("<I", view, CHECKSUM_OFFSET, _checksum(view))
+    return torch.from_numpy(content)
 
 
-def _checksum(content: bytes | bytearray) -> int:
+def _checksum(content: memoryview) -> int:
     """Return the CRC-32 of all bytes but the four that hold it."""
-    view = memoryview(content)
-    return zlib.crc32(view[CHECKSUM_OFFSET + 4 :], zlib.crc32(view[:CHECKSUM_OFFSET]))
+    return zlib.crc32(content[CHECKSUM_OFFSET + 4 :], zlib.crc32(content[:CHECKSUM_OFFSET]))
 
 
-def content_of(stored: Tensor, name: str) -> bytes:
-    """Return a stored mask's bytes.
+def content_of(stored: Tensor, name: str) -> memoryview:
+    """Return a stored mask's bytes, which are not copied where they are on the CPU.
 
     Args:
         stored: Tensor that should be a stored mask.
@@ -242,7 +245,7 @@ def content_of(stored: Tensor, name: str) -> bytes:
         refuse(name, f"is {stored.dtype} of shape {shape}, a mask is one row of torch.uint8")
     if stored.numel() < HEADER_BYTES:
         refuse(name, f"has {stored.numel()} bytes, its header alone needs {HEADER_BYTES}")
-    return stored.detach().cpu().numpy().tobytes()
+    return np.ascontiguousarray(stored.detach().cpu().numpy()).data
 
 
 def refuse(name: str, problem: str, *, old: bool = True) -> NoReturn:

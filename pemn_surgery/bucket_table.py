@@ -18,7 +18,7 @@ from pemn_surgery.buckets import (
     buckets_of,
     model_of,
 )
-from pemn_surgery.symbols import odds_of
+from pemn_surgery.odds import odds_of
 
 Array = Any  # of numpy; its element type is in the docstrings
 

@@ -13,8 +13,8 @@ from pemn_surgery import bits, codes
 from pemn_surgery.bits import CHECKSUM_OFFSET, HEADER_BYTES, StoredMask
 from pemn_surgery.buckets import BaseGuide, Guide
 from pemn_surgery.codes import Code, Coding
+from pemn_surgery.deflate import CodeError
 from pemn_surgery.errors import MaskFormatError
-from pemn_surgery.symbols import CodeError
 
 
 def encode(
@@ -54,7 +54,8 @@ def sealed(code: Code, header: StoredMask) -> Tensor:
         code: The mask's code.
         header: Of the mask as bits.
     """
-    content = struct.pack("<I", header.checksum) + code.content
+    checksum = struct.pack("<I", header.checksum)
+    content = np.frombuffer(checksum + code.content, np.uint8)
     which = (code.coding, code.first, code.second)
     return bits.sealed(which, header.weights, header.base, content)
 
@@ -84,12 +85,12 @@ def decode(
     sizes = _sizes(header, base_sizes, name)
     content = bits.content_of(stored, name)
     try:
-        packed = codes.decode(content, header.weights, sizes).tobytes()
+        packed = codes.decode(content, header.weights, sizes)
     except CodeError as error:
         _refuse(name, str(error), header)
     found = bits.sealed((Coding.BITS, 0, 0), header.weights, header.base, packed)
     (expected,) = struct.unpack_from("<I", content, HEADER_BYTES)
-    (actual,) = struct.unpack_from("<I", found[:HEADER_BYTES].numpy().tobytes(), CHECKSUM_OFFSET)
+    (actual,) = struct.unpack_from("<I", found.numpy().data, CHECKSUM_OFFSET)
     if actual != expected:
         problem = f"decodes to checksum {actual:08x}, its payload says {expected:08x}"
         _refuse(name, problem, header)

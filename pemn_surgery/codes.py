@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 from pemn_surgery import buckets, context, entropy
 from pemn_surgery.buckets import BaseGuide, Guide, Table
+from pemn_surgery.deflate import CodeError
 from pemn_surgery.rng import KEY_BYTES
-from pemn_surgery.symbols import WIDTHS, CodeError, Model
+from pemn_surgery.symbols import Model
+from pemn_surgery.words import WordModel
 
 Array = Any  # of numpy; its element type is in the docstrings
 
@@ -49,7 +51,7 @@ class Code(NamedTuple):
 
 
 def by_density(packed: Array, weights: int, ones: int) -> Code | None:
-    """Code a mask by its density; None where that is one half.
+    """Code a mask by its density; None where that is near one half.
 
     Args:
         packed: The mask as bits, uint8 of shape (ceil(weights / 8),).
@@ -57,10 +59,12 @@ def by_density(packed: Array, weights: int, ones: int) -> Code | None:
         ones: Number of ones.
     """
     inverted = 2 * ones < weights
-    model = entropy.choose_model(max(ones, weights - ones) / max(weights, 1))
-    if model is None:
+    models = entropy.choose_models(max(ones, weights - ones) / max(weights, 1), weights)
+    flipped = _flipped(packed, weights, inverted)
+    found = [(model, entropy.encode(flipped, weights, model)) for model in models]
+    if not found:
         return None
-    content = entropy.encode(_flipped(packed, weights, inverted), weights, model)
+    model, content = min(found, key=lambda code: len(code[1]))
     return Code(Coding.ENTROPY, model.width | inverted * _INVERTED, model.odds, content)
 
 
@@ -85,7 +89,7 @@ def by_context(
     return Code(Coding.BASE if of_base else Coding.CONTEXT, log2s, table.places, content)
 
 
-def most_weights(content: bytes) -> int:
+def most_weights(content: memoryview) -> int:
     """Return how many weights a coded mask can have: every code has at least one bit.
 
     Args:
@@ -99,7 +103,7 @@ def most_weights(content: bytes) -> int:
     return context.most_weights(len(_table(content)[1]))
 
 
-def decode(content: bytes, weights: int, sizes: Array | None) -> Array:
+def decode(content: memoryview, weights: int, sizes: Array | None) -> Array:
     """Return a coded mask's packed bits; check ``weights`` against `most_weights` first.
 
     Args:
@@ -117,19 +121,19 @@ def decode(content: bytes, weights: int, sizes: Array | None) -> Array:
     return _flipped(entropy.decode(content[CODE_OFFSET:], weights, model), weights, inverted)
 
 
-def _model(content: bytes) -> tuple[Model, bool]:
+def _model(content: memoryview) -> tuple[Model | WordModel, bool]:
     """Return which code a mask coded by its density has, and whether it is inverted."""
     if len(content) < CODE_OFFSET:
         message = f"has {len(content)} bytes, the header of a coded mask needs {CODE_OFFSET}"
         raise CodeError(message)
     width, odds = content[_FIRST], content[_SECOND]
-    if width & ~_INVERTED not in WIDTHS:
-        message = f"has code {width}, this release reads {WIDTHS}"
+    if width & ~_INVERTED not in entropy.WIDTHS:
+        message = f"has code {width}, this release reads {entropy.WIDTHS}"
         raise CodeError(message, is_newer=True)
-    return Model(width & ~_INVERTED, odds), bool(width & _INVERTED)
+    return entropy.make_model(width & ~_INVERTED, odds), bool(width & _INVERTED)
 
 
-def _table(content: bytes, sizes: Array | None = None) -> tuple[Table, bytes]:
+def _table(content: memoryview, sizes: Array | None = None) -> tuple[Table, memoryview]:
     """Return table and streams of a mask coded by context; ``sizes`` are those of the base."""
     log2s, places = (content[_FIRST] & 15, content[_FIRST] >> 4), content[_SECOND]
     if max(log2s) > buckets.MOST_LOG2 or not places:
@@ -151,10 +155,10 @@ def _table(content: bytes, sizes: Array | None = None) -> tuple[Table, bytes]:
     if len(content) < end:
         message = f"has {len(content)} bytes, its header and table need {end}"
         raise CodeError(message)
-    return Table(places, row, guides, content[begin:end]), content[end:]
+    return Table(places, row, guides, bytes(content[begin:end])), content[end:]
 
 
-def _row(content: bytes, needed: int, places: int) -> int:
+def _row(content: memoryview, needed: int, places: int) -> int:
     """Return the width of a kernel whose neighbours are looked at, 0 if they are not."""
     if len(content) < needed:
         message = f"has {len(content)} bytes, its header needs {needed}"

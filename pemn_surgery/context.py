@@ -37,7 +37,7 @@ from pemn_surgery.buckets import (
     repeated,
     sizes_of,
 )
-from pemn_surgery.symbols import CodeError
+from pemn_surgery.deflate import CodeError
 
 Array = Any  # of numpy; its element type is in the docstrings
 
@@ -82,7 +82,7 @@ def encode(
     return table, b"".join(_encode_streams(streams))
 
 
-def decode(table: Table, streams: bytes, weights: int) -> Array:
+def decode(table: Table, streams: memoryview, weights: int) -> Array:
     """Return the mask that `encode` was given.
 
     Memory stays below six bytes a weight; check ``weights`` against `most_weights` first.
@@ -127,14 +127,14 @@ def _encode_streams(streams: Mapping[int, Sequence[Array]]) -> Iterator[bytes]:
         yield entropy.encode(packed, len(flags), model_of(level))
 
 
-def _decode_streams(streams: bytes, levels: Sequence[int], weights: int) -> dict[int, Array]:
+def _decode_streams(streams: memoryview, levels: Sequence[int], weights: int) -> dict[int, Array]:
     """Return the flags of each level, uint8, with what fills up the codes behind them.
 
     Raises:
         CodeError: If the bytes are no codes, or of more weights.
     """
     found: dict[int, Array] = {}
-    rest = memoryview(streams)
+    rest = streams
     for level in levels:
         model = model_of(level)
         found[level], used = entropy.decode_first(rest, weights, model)

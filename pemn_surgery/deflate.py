@@ -4,7 +4,9 @@ RFC 1951 (DEFLATE), sections 3.2.2 and 3.2.7. Its decoder is in C and comes with
 written here has no matches, only the codes of symbols one after the other.
 """
 
+import zlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +18,19 @@ _END = 256  # DEFLATE's symbol for the end of a block
 
 _LONGEST_CODE = 15  # DEFLATE's limit
 
-_PAIRS_AT_ONCE = 2**14
+_PAIRS_AT_ONCE = 2**14  # arrays between steps stay in the processor's cache
+
+
+class CodeError(ValueError):
+    """Coded bytes are not what an encoder returns.
+
+    Attributes:
+        is_newer: Whether a later release may have written them.
+    """
+
+    def __init__(self, problem: str, *, is_newer: bool = False) -> None:
+        super().__init__(problem)
+        self.is_newer = is_newer
 
 
 @dataclass(frozen=True)
@@ -65,15 +79,83 @@ def concatenate(symbols: Array, code: PrefixCode) -> bytes:
         code: Their code.
     """
     size = int(np.bincount(symbols, minlength=257) @ code.lengths + code.lengths[_END])
-    words = np.zeros(size // 64 + 2, "<u8")
-    place = 0
+    return write_bits(_codes(symbols, code), size)
+
+
+def _codes(symbols: Array, code: PrefixCode) -> Iterator[tuple[Array, Array]]:
+    """Yield the codes of four symbols each, and of what is left: numbers, and their bits."""
     pairs = symbols[: len(symbols) // 2 * 2].view("<u2")
     for start in range(0, len(pairs), _PAIRS_AT_ONCE):
         part = pairs[start : start + _PAIRS_AT_ONCE]
-        place = _append(words, place, code.pair_bits[part], code.pair_lengths[part])
+        yield join_neighbours(code.pair_bits[part], code.pair_lengths[part])
     rest = [*symbols[2 * len(pairs) :].tolist(), _END]
-    _append(words, place, code.bits[rest], code.lengths[rest])
+    yield code.bits[rest], code.lengths[rest]
+
+
+class CodeReader:
+    """The symbols of a code that `concatenate` wrote.
+
+    Attributes:
+        used: How many bytes of it were read.
+        ended: Whether its end was among them.
+    """
+
+    def __init__(self, coded: bytes | memoryview, code: PrefixCode) -> None:
+        self.used = 0
+        self.ended = False
+        self._coded = coded
+        self._head = code.head
+
+    def symbols(self, at_once: int) -> Iterator[bytes]:
+        """Yield the symbols piece by piece.
+
+        Args:
+            at_once: Bytes that are read for a piece.
+
+        Raises:
+            CodeError: If the bytes are no code.
+        """
+        inflater = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+        try:
+            inflater.decompress(self._head)
+            while self.used < len(self._coded) and not self.ended:
+                part = self._coded[self.used : self.used + at_once]
+                symbols = inflater.decompress(part)
+                self.used += len(part) - len(inflater.unused_data)
+                self.ended = inflater.eof
+                yield symbols
+        except zlib.error as error:
+            message = f"has a payload that is no code ({error})"
+            raise CodeError(message) from error
+
+
+def write_bits(parts: Iterable[tuple[Array, Array]], size: int) -> bytes:
+    """Return numbers one after the other, each with so many bits, the lowest first.
+
+    Args:
+        parts: Numbers of at most 64 bits, uint64, and their bits, piece by piece; no piece is
+            empty.
+        size: Bits of all.
+    """
+    words = np.zeros(size // 64 + 2, "<u8")
+    place = 0
+    for numbers, lengths in parts:
+        place = _append(words, place, numbers, lengths)
     return words.tobytes()[: (size + 7) // 8]
+
+
+def join_neighbours(numbers: Array, lengths: Array) -> tuple[Array, Array]:
+    """Return half as many numbers, each two neighbours one after the other, and their bits.
+
+    Args:
+        numbers: uint64 array of shape (n,), numbers of at most 32 bits.
+        lengths: uint8 array of shape (n,), their bits.
+    """
+    if len(numbers) % 2:
+        numbers, lengths = np.append(numbers, np.uint64(0)), np.append(lengths, np.uint8(0))
+    joined = numbers[1::2] << lengths[::2].astype(np.uint64)
+    joined |= numbers[::2]
+    return joined, lengths[::2] + lengths[1::2]
 
 
 def code_lengths(weights: list[int]) -> list[int]:
@@ -125,15 +207,12 @@ def _head(lengths: list[int]) -> bytes:
 
 
 def _append(words: Array, place: int, bits: Array, lengths: Array) -> int:
-    """Put numbers of at most 30 bits into words of 64 bits from bit ``place`` on.
+    """Put numbers into words of 64 bits from bit ``place`` on.
 
     Returns:
         The bit after them.
     """
-    if len(bits) % 2:
-        bits, lengths = np.append(bits, np.uint64(0)), np.append(lengths, 0)
-    bits = bits[::2] | bits[1::2] << lengths[::2].astype(np.uint64)
-    lengths = (lengths[::2] + lengths[1::2]).astype(np.int64)
+    lengths = lengths.astype(np.int64)
     ends = np.cumsum(lengths) + place
     starts = ends - lengths
     in_word, shifts = starts >> 6, (starts & 63).astype(np.uint64)

@@ -3,9 +3,13 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+
+from pemn_surgery.deflate import CodeError
+from pemn_surgery.odds import share_of
 
 Array = Any  # of numpy; its element type is in the docstrings
 
@@ -14,6 +18,7 @@ WIDTHS = (1, 6, 7, 8)
 # Arrays between steps stay in the processor's cache.
 _ROWS_AT_ONCE = 2**13
 _UNITS_AT_ONCE = 2**16
+_WEIGHTS_AT_ONCE = 2**18  # a multiple of 8
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Model:
 
     Attributes:
         width: Weights in a unit.
-        odds: Ones to a zero, as a byte: (16 + odds % 16) * 2 ** (odds // 16) / 16.
+        odds: Ones to a zero, as a byte (`odds.odds_of`).
     """
 
     width: int
@@ -47,22 +52,29 @@ class Model:
         """Return how many weights so many coded bytes can hold: a code has at least one bit."""
         return 8 * nbytes * self.longest * self.width
 
+    def shares(self) -> list[int]:
+        """Return how often each symbol is expected, times 2 ** 32."""
+        found = []
+        for symbol in range(self.symbols):
+            run, unit = divmod(symbol, self.full)
+            zeros = self.width - unit.bit_count() if run < self.longest else 0
+            weights = min(run + 1, self.longest) * self.width
+            found.append(share_of(weights, self.odds, [0] * zeros + [1]))
+        return found
 
-class CodeError(ValueError):
-    """Coded bytes are not what an encoder returns.
+
+class _Part(NamedTuple):
+    """Part of a mask's units.
 
     Attributes:
-        is_newer: Whether a later release may have written them.
+        size: Number of units.
+        ends: Which of them are not full, uint32.
+        last: Those units, uint8.
     """
 
-    def __init__(self, problem: str, *, is_newer: bool = False) -> None:
-        super().__init__(problem)
-        self.is_newer = is_newer
-
-
-def odds_of(odds: int) -> float:
-    """Return the ones to a zero that a model's byte stands for."""
-    return (16 + odds % 16) * 2 ** (odds // 16) / 16
+    size: int
+    ends: Array
+    last: Array
 
 
 def symbols_of(packed: Array, weights: int, model: Model) -> Array:
@@ -77,27 +89,34 @@ def symbols_of(packed: Array, weights: int, model: Model) -> Array:
     Returns:
         uint8 array; where the last unit is full, a unit 0 follows it.
     """
-    return _symbols(_units(packed, weights, model), model)
+    if model.width == 1:
+        return _symbols(_zeros(packed, weights), model)
+    units = _units(packed, weights, model)
+    return units if model.longest == 1 else _symbols(_ends(units, model), model)
 
 
-def put_symbols(parts: Iterable[bytes], units: Array, model: Model) -> int:
-    """Write the units of symbols one behind the other.
+def units_of(parts: Iterable[bytes], count: int, model: Model) -> Iterator[Array]:
+    """Yield the units of symbols, piece by piece: multiples of 8, but for the last.
 
     Args:
         parts: Symbols, piece by piece.
-        units: Where to, uint8.
+        count: The number of units; there may be one more.
         model: What a symbol is.
 
-    Returns:
-        The number of units.
-
     Raises:
-        CodeError: If there are more units than places.
+        CodeError: If there are more units or fewer.
     """
-    place, put = 0, _put if model.longest == 1 else _expand
+    left, before = count + 1, np.empty(0, np.uint8)
     for symbols in parts:
-        place = put(symbols, units, place, model)
-    return place
+        units = _expanded(symbols, before, left, model)
+        left -= len(units) - len(before)
+        whole = len(units) // 8 * 8
+        before = units[whole:]
+        yield units[:whole]
+    yield before
+    if left > 1:
+        message = f"has a payload that does not end with its {count} units of {model.width} weights"
+        raise CodeError(message)
 
 
 def count_units(symbols: bytes, model: Model) -> int:
@@ -107,7 +126,7 @@ def count_units(symbols: bytes, model: Model) -> int:
 
 
 def _units(packed: Array, weights: int, model: Model) -> Array:
-    """Return a mask's units, uint8; ones fill up the last."""
+    """Return a mask's units of several weights, uint8; ones fill up the last."""
     count = -(-weights // model.width)
     groups = -(-count // 8)  # of 8 units, that is ``width`` bytes
     filled = np.full(groups * model.width, 255, np.uint8)
@@ -116,8 +135,6 @@ def _units(packed: Array, weights: int, model: Model) -> Array:
         filled[len(packed) - 1] |= 255 << weights % 8 & 255
     if model.width == 8:
         return filled[:count]
-    if model.width == 1:
-        return np.unpackbits(filled, count=count, bitorder="little")
     units = np.empty((groups, 8), np.uint8)
     for part in _parts(groups):
         units[part] = _split(filled.reshape(groups, model.width)[part], model.width)
@@ -135,30 +152,35 @@ def _split(rows: Array, width: int) -> Array:
     return words.view(np.uint8)
 
 
-def packed_units(units: Array, weights: int, model: Model) -> Array:
+def packed_units(parts: Iterable[Array], weights: int, model: Model) -> Array:
     """Return the mask that has these units.
 
     Args:
-        units: uint8 array; their number is a multiple of 8.
+        parts: What `units_of` yields.
         weights: Number of weights.
         model: What a unit is.
 
     Returns:
         uint8 array of shape (ceil(weights / 8),).
     """
-    if model.width == 8:
-        filled = units
-    elif model.width == 1:
-        filled = np.packbits(units, bitorder="little")
-    else:
-        rows = units.reshape(-1, 8)
-        filled = np.empty((len(rows), model.width), np.uint8)
-        for part in _parts(len(rows)):
-            filled[part] = _joined(rows[part], model.width)
-    packed = filled.reshape(-1)[: -(-weights // 8)]
+    packed = np.concatenate([_packed(part, model) for part in parts])[: -(-weights // 8)]
     if weights % 8:
         packed[-1] &= 2 ** (weights % 8) - 1
     return packed
+
+
+def _packed(units: Array, model: Model) -> Array:
+    """Return the weights of units as bits; what fills up the last 8 units is any."""
+    if model.width == 8:
+        return units
+    if model.width == 1:
+        return np.packbits(units, bitorder="little")
+    units = np.append(units, np.zeros(-len(units) % 8, np.uint8)) if len(units) % 8 else units
+    rows = units.reshape(-1, 8)
+    packed = np.empty((len(rows), model.width), np.uint8)
+    for part in _parts(len(rows)):
+        packed[part] = _joined(rows[part], model.width)
+    return packed.reshape(-1)
 
 
 def _joined(rows: Array, width: int) -> Array:
@@ -174,81 +196,86 @@ def _parts(rows: int) -> Iterator[slice]:
     return (slice(start, start + _ROWS_AT_ONCE) for start in range(0, rows, _ROWS_AT_ONCE))
 
 
-def _symbols(units: Array, model: Model) -> Array:
-    """Return the symbols of units, uint8; where the last unit is full, a unit 0 is put after it."""
-    if model.longest == 1:
-        return units
-    found, run = [], 0  # the run of full units before the part
+def _ends(units: Array, model: Model) -> Iterator[_Part]:
+    """Yield where runs of full units end, part by part."""
     for start in range(0, len(units), _UNITS_AT_ONCE):
         part = units[start : start + _UNITS_AT_ONCE]
-        ends = np.flatnonzero(part != model.full)
-        runs = ends.copy()
-        runs[1:] -= ends[:-1] + 1
-        runs[:1] += run
-        found.append(_symbols_of_runs(runs, part[ends], model))
-        run = len(part) - 1 - int(ends[-1]) if len(ends) else run + len(part)
+        places = np.flatnonzero(part != model.full)
+        yield _Part(len(part), places.astype(np.uint32), part[places])
+
+
+def _zeros(packed: Array, weights: int) -> Iterator[_Part]:
+    """Yield what `_ends` does where units are weights; bytes of ones alone are passed by."""
+    for start in range(0, weights, _WEIGHTS_AT_ONCE):
+        size = min(weights - start, _WEIGHTS_AT_ONCE)
+        part = ~packed[start // 8 : (start + size + 7) // 8]
+        there = np.flatnonzero(part != 0)
+        flags = np.unpackbits(part[there], bitorder="little").view(np.bool_)
+        inside = np.flatnonzero(flags)
+        places = there[inside >> 3] << 3 | inside & 7
+        places = places[: np.searchsorted(places, size)]  # without the last byte's unused bits
+        yield _Part(size, places.astype(np.uint32), np.zeros(len(places), np.uint8))
+
+
+def _symbols(parts: Iterable[_Part], model: Model) -> Array:
+    """Return symbols, uint8; where the last unit is full, a unit 0 is put after it."""
+    found, run = [np.empty(0, np.uint8)], 0  # the run of full units before the part
+    for part in parts:
+        if not len(part.ends):
+            run += part.size
+            continue
+        runs = np.diff(part.ends, prepend=part.ends[:1]) - np.uint32(1)
+        longest, runs[0] = divmod(run + int(part.ends[0]), model.longest)
+        found += [_longest(longest, model), _symbols_of_runs(runs, part.last, model)]
+        run = part.size - 1 - int(part.ends[-1])
+    longest, rest = divmod(run, model.longest)
     if run:
-        found.append(_symbols_of_runs(np.array([run]), np.zeros(1, np.uint8), model))
-    return np.concatenate(found or [units])
+        found += [_longest(longest, model), np.array([rest * model.full], np.uint8)]
+    return np.concatenate(found)
+
+
+def _longest(count: int, model: Model) -> Array:
+    return np.full(count, model.symbols - 1, np.uint8)
 
 
 def _symbols_of_runs(runs: Array, last: Array, model: Model) -> Array:
-    """Return symbols, uint8, of runs of full units (int64), each with the unit after it (uint8)."""
-    runs = runs.astype(np.uint64)  # a division by a constant is fast without signs
-    longest = runs // model.longest
-    rest = (runs - longest * model.longest).astype(np.uint8)
+    """Return symbols, uint8, of runs of full units, uint32, each with the unit after it, uint8."""
+    longest = runs // np.uint32(model.longest)
+    rest = (runs - longest * np.uint32(model.longest)).astype(np.uint8)
     ending = rest * np.uint8(model.full) + last
     if not longest.any():
         return ending
-    places = np.cumsum((longest + 1).astype(np.int64)) - 1
-    symbols = np.full(places[-1] + 1, model.symbols - 1, np.uint8)
+    places = np.cumsum((longest + np.uint32(1)).astype(np.int64)) - 1
+    symbols = _longest(int(places[-1]) + 1, model)
     symbols[places] = ending
     return symbols
 
 
-def _expand(symbols: bytes, units: Array, place: int, model: Model) -> int:
-    """Write the units of symbols to ``units`` from ``place`` on, and return the place after them.
+def _expanded(symbols: bytes, before: Array, most: int, model: Model) -> Array:
+    """Return units, and behind them those of symbols, uint8.
 
     Raises:
-        CodeError: If there are more units than places.
+        CodeError: If there are more than ``most``.
     """
     unit_count, last_unit = _expansions(model)
-    last = np.frombuffer(symbols.translate(last_unit), np.uint8)
-    ends = _running_sum(symbols.translate(unit_count), model.longest)
-    total = int(ends[-1]) if len(ends) else 0
-    if total > len(units) - place:
-        message = f"has a payload of more than {len(units) - 1} units of {model.width} weights"
+    ends = _running_sum(symbols.translate(unit_count)) if model.longest > 1 else None
+    total = len(symbols) if ends is None else int(ends[-1]) if len(ends) else 0
+    if total > most:
+        message = f"has a payload of more than {most - 1} units of {model.width} weights"
         raise CodeError(message)
-    ends += place - 1
-    units[ends] = last
-    return place + total
+    if ends is None:
+        return np.concatenate([before, np.frombuffer(symbols, np.uint8)])
+    units = np.full(len(before) + total, model.full, np.uint8)
+    units[: len(before)] = before
+    ends += len(before) - 1
+    units[ends] = np.frombuffer(symbols.translate(last_unit), np.uint8)
+    return units
 
 
-def _put(symbols: bytes, units: Array, place: int, model: Model) -> int:
-    """Do what `_expand` does where every symbol is one unit."""
-    if len(symbols) > len(units) - place:
-        message = f"has a payload of more than {len(units) - 1} units of {model.width} weights"
-        raise CodeError(message)
-    units[place : place + len(symbols)] = np.frombuffer(symbols, np.uint8)
-    return place + len(symbols)
-
-
-def _running_sum(counts: bytes, largest: int) -> Array:
-    """Return the sums of the first 1, 2, ... of these bytes, int64.
-
-    Args:
-        counts: Numbers.
-        largest: The largest that may be among them.
-    """
-    if 8 * largest > 255:
-        return np.cumsum(np.frombuffer(counts, np.uint8).astype(np.int64))
-    # One multiplication makes the sums within 8 bytes, which is several times as fast.
-    eights = np.frombuffer(counts.ljust(-(-len(counts) // 8) * 8, b"\0"), "<u8")
-    within = (eights * np.uint64(0x0101010101010101)).view(np.uint8).reshape(-1, 8)
-    eighth = within[:, 7].astype(np.int64)
-    sums = np.repeat(np.cumsum(eighth) - eighth, 8)
-    sums += within.reshape(-1)
-    return sums[: len(counts)]
+def _running_sum(counts: bytes) -> Array:
+    """Return the sums of the first 1, 2, ... of these bytes, int64; torch is faster than numpy."""
+    numbers = np.frombuffer(counts, np.uint8).astype(np.int64)
+    return torch.from_numpy(numbers).cumsum_(0).numpy()
 
 
 @lru_cache(maxsize=96)

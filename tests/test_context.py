@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pemn_surgery import bits, buckets, codec, context, entropy, rng, symbols
+from pemn_surgery import bits, buckets, codec, context, deflate, entropy, rng
 from pemn_surgery.adapters import PemnConfig
 from pemn_surgery.adapters.layer import initial_scores
 from pemn_surgery.errors import MaskFormatError
@@ -398,7 +398,7 @@ def test_what_follows_a_stream_must_fill_it_up():
             found = context.decode(table, stream, 100)
             np.testing.assert_array_equal(np.unpackbits(found)[:96], flags[:96])
         else:
-            with pytest.raises(symbols.CodeError, match=said):
+            with pytest.raises(deflate.CodeError, match=said):
                 context.decode(table, stream, 100)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pemn_surgery import bits, codec, deflate, entropy, symbols
+from pemn_surgery import bits, codec, codes, deflate, entropy, odds, words
 from pemn_surgery.errors import MaskFormatError
 from tests import oracles, reader
 from tests.stored import (
@@ -36,12 +36,19 @@ DENSITIES = (
     0.68,
     0.69,
     0.7,
+    0.714,
+    0.72,
+    0.75,
+    0.764,
     0.78,
+    0.795,
     0.8,
     0.85,
+    0.89,
     0.9,
     0.92,
     0.93,
+    0.935,
     0.95,
     0.975,
     0.99,
@@ -100,24 +107,70 @@ def test_round_trip_at_the_edges(weights, density):
     check_round_trip(bernoulli(weights, density))
 
 
-@given(st.sampled_from(symbols.WIDTHS), st.integers(0, 255), st.integers(0, 2000), st.floats(0, 1))
+@given(st.sampled_from(entropy.WIDTHS), st.integers(0, 255), st.integers(0, 2000), st.floats(0, 1))
 @settings(deadline=None)
 def test_every_code_holds_every_mask(width, odds, weights, density):
     """The code is for a density; a mask of any other only takes more room."""
-    model = symbols.Model(width, odds)
+    model = entropy.make_model(width, odds)
     mask = bernoulli(weights, density)
     packed = np.packbits(mask.numpy(), bitorder="little")
     coded = entropy.encode(packed, weights, model)
     np.testing.assert_array_equal(entropy.decode(coded, weights, model), packed)
-    found, rest = reader.stream(coded + b"more", weights, width, odds)
-    np.testing.assert_array_equal(found, mask.numpy())
-    assert rest == b"more"
+    behind = b"" if width == words.WIDTH else b"more"
+    found, rest = reader.stream(coded + behind, width, odds)
+    np.testing.assert_array_equal(list(found)[:weights], mask.numpy())
+    assert rest == behind
+
+
+@pytest.mark.parametrize("own", [0, 1, 2, 17, 136, 137, 200, 254, 255])
+def test_words_with_any_number_of_symbols_of_their_own(own, monkeypatch):
+    """A reader takes that number from the file: a later release may choose another."""
+    monkeypatch.setattr(words, "_OWN_UP_TO", ((float("inf"), own),))
+    model = entropy.make_model(16, 40)
+    mask = np.arange(0, 65536, 13, dtype="<u2").view(np.uint8)  # words of all ranks
+    coded = entropy.encode(mask, 8 * len(mask), model)
+    assert coded[0] == own
+    np.testing.assert_array_equal(entropy.decode(coded, 8 * len(mask), model), mask)
+    found, rest = reader.stream(coded, 16, 40)
+    np.testing.assert_array_equal(np.packbits(list(found), bitorder="little"), mask)
+    assert rest == b""
+
+
+def test_words_by_hand():
+    """16 ones have rank 0; 14 and two zeros lowest rank 136, behind 1 + 16 + 119 others."""
+    mask = torch.tensor([True] * 16 + [False] * 2 + [True] * 14)
+    packed = np.packbits(mask.numpy(), bitorder="little")
+    coded = entropy.encode(packed, 32, entropy.make_model(16, 0))
+    assert coded[0] == 0
+    assert coded[-2:] == bytes([0, 136])  # both in the first page; no page for words that are rare
+    single = entropy.encode(packed, 32, entropy.make_model(16, 60))
+    assert single[0] == 190  # every word of two zeros has its own symbol
+    assert len(single) < len(coded)
+
+
+@pytest.mark.parametrize(("odds_byte", "weights"), [(0, 0), (16, 1), (30, 2), (59, 3)])
+def test_shares_by_hand(odds_byte, weights):
+    ones = odds.odds_of(odds_byte)
+    for zeros in range(weights + 1):
+        ways = [0] * zeros + [math.comb(weights, zeros)]
+        share = ways[-1] * ones ** (weights - zeros) / (1 + ones) ** weights
+        assert odds.share_of(weights, odds_byte, ways) == int(share * 2**32)
+
+
+def test_large_masks_are_coded_fast_and_small_ones_short():
+    def widths(weights, density):
+        return [model.width for model in entropy.choose_models(density, weights)]
+
+    assert widths(10**6, 0.5) == widths(10, 0.53) == []
+    assert widths(10**6, 0.54) == widths(10**6, 0.93) == [16]
+    assert widths(10**6, 0.94) == widths(10, 0.94) == [1]
+    assert widths(1000, 0.6) == widths(1000, 0.93) == [16, 8, 6]
 
 
 def test_runs_across_parts():
     """Ones for longer than what is taken at once, and a zero on each side of a part's end."""
-    mask = torch.ones(2**18 + 5, dtype=torch.bool)
-    for zero in (3, 2**16 - 1, 2**16, 2**16 + 1, 2**17 + 255, 2**17 + 511):
+    mask = torch.ones(2**19 + 5, dtype=torch.bool)
+    for zero in (3, 2**16 - 1, 2**16, 2**17 + 511, 2**18 - 1, 2**18, 2**18 + 255, 2**19 + 1):
         mask[zero] = False
         for chosen in (mask, ~mask):
             oracles.assert_same(
@@ -175,11 +228,23 @@ def test_code_lengths_at_the_limit():
     assert sum(2.0**-length for length in lengths) == 1
 
 
-CODED = as_bytes(codec.encode(bits.pack(bernoulli(3000, 0.9))))
+def coded_by(width, weights=3000, density=0.9):
+    """The form of one width, also where another is shorter."""
+    stored = bits.pack(bernoulli(weights, density))
+    model = entropy.make_model(width, odds.nearest_odds(density))
+    content = entropy.encode(stored.numpy()[bits.HEADER_BYTES :], weights, model)
+    code = codes.Code(codes.Coding.ENTROPY, width, model.odds, content)
+    return as_bytes(codec.sealed(code, bits.verify(stored, "m")))
 
 
-def count(weights):
-    return changed(CODED, 8, struct.pack("<Q", weights))
+CODED = coded_by(6)
+WORDS = coded_by(16)  # 188 words; 190 ranks have their own symbol
+RARE = coded_by(16, 30_000, 0.87)  # 190 symbols, 65 pages, and words of those that are left
+OWN = bits.HEADER_BYTES + 4
+
+
+def count(weights, coded=CODED):
+    return changed(coded, 8, struct.pack("<Q", weights))
 
 
 HOSTILE = {
@@ -193,7 +258,7 @@ HOSTILE = {
     ),
     "more weights": (
         count(3100),
-        "does not end with its 3100 weights",
+        "does not end with its 517 units of 6 weights",
     ),
     "2^60 weights": (count(2**60), f"too few for {2**60} weights"),
     "2^64 - 1 weights": (changed(CODED, 8, b"\xff" * 8), f"too few for {2**64 - 1} weights"),
@@ -210,6 +275,19 @@ HOSTILE = {
     "checksum of the bits": (changed(CODED, 32, b"\0\0\0\0"), "its payload says 00000000"),
     "base": (changed(CODED, 20, b"\1"), "decodes to checksum"),
     "coding 4": (changed(CODED, 5, b"\4"), "coding 4, this release reads 0 to 3"),
+    "words, payload gone": (WORDS[:OWN], "too few for 3000 weights"),
+    "words, nothing but their number": (count(0, WORDS)[:OWN], "has no payload"),
+    "words, code cut": (WORDS[: OWN + 60], "does not end with its 3000 weights"),
+    "words, bytes cut": (WORDS[:-1], "bytes behind its code, which needs"),
+    "words, a byte more": (WORDS + b"\0", "bytes behind its code, which needs"),
+    "words, fewer weights": (count(2900, WORDS), "more than 182 words of 16 weights"),
+    "words, more weights": (count(3100, WORDS), "does not end with its 3100 weights"),
+    "words, other place": (changed(WORDS, len(WORDS) - 1, b"\xff"), "decodes to checksum"),
+    "words, other number of own symbols": (changed(WORDS, OWN, b"\0"), "has a payload|needs"),
+    "words, a page that is not there": (
+        changed(RARE, len(RARE) - 1, b"\xff"),
+        "has a word of rank 82[0-9]{3}, where there are 65536",
+    ),
 }
 
 
@@ -218,24 +296,26 @@ def test_hostile_bytes_are_refused(name):
     assert_refused(*HOSTILE[name], 4e6)
 
 
-def test_every_flipped_bit_is_noticed():
-    assert_every_flipped_bit_is_noticed(CODED)
+@pytest.mark.parametrize("coded", [CODED, WORDS], ids=["runs", "words"])
+def test_every_flipped_bit_is_noticed(coded):
+    assert_every_flipped_bit_is_noticed(coded)
 
 
-@given(st.lists(st.tuples(st.integers(5, len(CODED) - 1), st.integers(0, 255)), max_size=4))
+@pytest.mark.parametrize("coded", [CODED, WORDS, RARE], ids=["runs", "words", "rare"])
+@given(st.lists(st.tuples(st.integers(5, 300), st.integers(0, 255)), max_size=4))
 @settings(deadline=None, max_examples=300)
-def test_altered_bytes_with_a_fitting_checksum(changes):
-    assert_refused_or_the_same(CODED, changes)
+def test_altered_bytes_with_a_fitting_checksum(coded, changes):
+    assert_refused_or_the_same(coded, changes)
 
 
-@given(st.binary(max_size=300), st.sampled_from(symbols.WIDTHS), st.integers(0, 255))
+@given(st.binary(max_size=300), st.sampled_from(entropy.WIDTHS), st.integers(0, 255))
 @settings(deadline=None, max_examples=50)
 def test_any_bytes_end_in_bounded_memory(payload, width, odds):
-    model = symbols.Model(width, odds)
+    model = entropy.make_model(width, odds)
     weights = model.most_weights(len(payload))
     tracemalloc.start()
     try:
-        with pytest.raises(symbols.CodeError):
+        with pytest.raises(deflate.CodeError):
             entropy.decode(payload, weights, model)
     finally:
         peak = tracemalloc.get_traced_memory()[1]

@@ -29,7 +29,9 @@ READERS = (
     "buckets",
     "bucket_table",
     "entropy",
+    "words",
     "symbols",
+    "odds",
     "deflate",
 )
 

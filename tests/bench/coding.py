@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pemn_surgery import bits, buckets, codec, entropy, rng
+from pemn_surgery import bits, buckets, codec, codes, deflate, entropy, odds, rng
 from pemn_surgery.report import environment, table
 
-DENSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.975, 0.99)
+DENSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.93, 0.94, 0.95, 0.975, 0.99)
 WEIGHTS = (10_000, 100_000, 1_000_000, 10_000_000)
 COMPARED = 1_000_000
 SPREADS = (5, 20, 60, 150)  # of 256 sizes: how far around the cut bits leave the initial mask
@@ -150,13 +150,26 @@ def ours(inflate: Any = zlib) -> Way:
         return codec.encode(bits.pack(torch.from_numpy(flags)))
 
     def decode(stored: torch.Tensor, *_: Any) -> np.ndarray:
-        standard, entropy.zlib = entropy.zlib, inflate
+        standard, deflate.zlib = deflate.zlib, inflate
         try:
             return codec.decode(stored, "mask").numpy()[bits.HEADER_BYTES :]
         finally:
-            entropy.zlib = standard
+            deflate.zlib = standard
 
     return Way(encode, decode, torch.Tensor.numel)
+
+
+def of_units(width: int) -> Way:
+    """What `coding="entropy"` writes for small masks: units, and runs of full ones."""
+
+    def encode(flags: np.ndarray, density: float) -> torch.Tensor:
+        stored = bits.pack(torch.from_numpy(flags))
+        model = entropy.make_model(width, odds.nearest_odds(density))
+        content = entropy.encode(stored.numpy()[bits.HEADER_BYTES :], len(flags), model)
+        code = codes.Code(codes.Coding.ENTROPY, width, model.odds, content)
+        return codec.sealed(code, bits.verify(stored, "mask"))
+
+    return ours()._replace(encode=encode)
 
 
 def context_way(guides: list[buckets.Guide]) -> Way:
@@ -190,6 +203,7 @@ def measure_contexts(weights: int, spread: float, seed: int, repeats: int) -> di
 
 def other_ways() -> dict[str, Way]:
     ways = {
+        "units of 6 weights and runs of full ones": of_units(6),
         "bytes, zlib Z_HUFFMAN_ONLY": of_bytes(huffman_only, lambda c: zlib.decompress(c, -15)),
         "gaps, zlib Z_HUFFMAN_ONLY": Way(gaps, from_gaps),
         "bytes, zlib level 9": of_bytes(lambda c: zlib.compress(c, 9), zlib.decompress),

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from pemn_surgery import __version__
 from pemn_surgery.adapters.file import WEIGHTS, read_adapter_file
@@ -44,7 +45,7 @@ def assert_as_expected(model, expected):
 
 def test_there_are_stored_adapters_of_every_kind():
     first = {folder.name for folder in STORED if folder.parent.name == "0.1"}
-    assert len(first) == 28
+    assert len(first) == 31
     assert first <= set(cases.CASES)  # later versions may have more
     assert {cases.CASES[name][0] for name in first} == {"net", "attention", "mixture", "kernels"}
 
@@ -62,6 +63,21 @@ def test_there_are_stored_adapters_of_every_kind():
 def test_stored_adapters_hold_masks_of_all_codings(case, codings):
     file = read_adapter_file(FOLDER / "0.1" / case / WEIGHTS)
     assert {header.coding for header in file.stored.values()} == codings
+
+
+@pytest.mark.parametrize(
+    ("case", "widths"),
+    [
+        ("entropy", {6}),
+        ("entropy_words", {16}),
+        ("entropy_bytes", {6, 8}),
+        ("entropy_gaps", {1}),
+    ],
+)
+def test_stored_adapters_hold_codes_of_all_widths(case, widths):
+    tensors = load_file(FOLDER / "0.1" / case / WEIGHTS)
+    stored = [value.tolist() for key, value in tensors.items() if key.endswith(".bits")]
+    assert {content[6] & 127 for content in stored if content[5] == 1} == widths
 
 
 def test_this_release_has_its_adapters():
