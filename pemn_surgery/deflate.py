@@ -6,7 +6,7 @@ written here has no matches, only the codes of symbols one after the other.
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -79,17 +79,15 @@ def concatenate(symbols: Array, code: PrefixCode) -> bytes:
         code: Their code.
     """
     size = int(np.bincount(symbols, minlength=257) @ code.lengths + code.lengths[_END])
-    return write_bits(_codes(symbols, code), size)
-
-
-def _codes(symbols: Array, code: PrefixCode) -> Iterator[tuple[Array, Array]]:
-    """Yield the codes of four symbols each, and of what is left: numbers, and their bits."""
+    words = np.zeros(size // 64 + 2, "<u8")
+    place = 0
     pairs = symbols[: len(symbols) // 2 * 2].view("<u2")
     for start in range(0, len(pairs), _PAIRS_AT_ONCE):
         part = pairs[start : start + _PAIRS_AT_ONCE]
-        yield join_neighbours(code.pair_bits[part], code.pair_lengths[part])
+        place = _append(words, place, code.pair_bits[part], code.pair_lengths[part])
     rest = [*symbols[2 * len(pairs) :].tolist(), _END]
-    yield code.bits[rest], code.lengths[rest]
+    _append(words, place, code.bits[rest], code.lengths[rest])
+    return words.tobytes()[: (size + 7) // 8]
 
 
 class CodeReader:
@@ -127,35 +125,6 @@ class CodeReader:
         except zlib.error as error:
             message = f"has a payload that is no code ({error})"
             raise CodeError(message) from error
-
-
-def write_bits(parts: Iterable[tuple[Array, Array]], size: int) -> bytes:
-    """Return numbers one after the other, each with so many bits, the lowest first.
-
-    Args:
-        parts: Numbers of at most 64 bits, uint64, and their bits, piece by piece; no piece is
-            empty.
-        size: Bits of all.
-    """
-    words = np.zeros(size // 64 + 2, "<u8")
-    place = 0
-    for numbers, lengths in parts:
-        place = _append(words, place, numbers, lengths)
-    return words.tobytes()[: (size + 7) // 8]
-
-
-def join_neighbours(numbers: Array, lengths: Array) -> tuple[Array, Array]:
-    """Return half as many numbers, each two neighbours one after the other, and their bits.
-
-    Args:
-        numbers: uint64 array of shape (n,), numbers of at most 32 bits.
-        lengths: uint8 array of shape (n,), their bits.
-    """
-    if len(numbers) % 2:
-        numbers, lengths = np.append(numbers, np.uint64(0)), np.append(lengths, np.uint8(0))
-    joined = numbers[1::2] << lengths[::2].astype(np.uint64)
-    joined |= numbers[::2]
-    return joined, lengths[::2] + lengths[1::2]
 
 
 def code_lengths(weights: list[int]) -> list[int]:
@@ -207,12 +176,15 @@ def _head(lengths: list[int]) -> bytes:
 
 
 def _append(words: Array, place: int, bits: Array, lengths: Array) -> int:
-    """Put numbers into words of 64 bits from bit ``place`` on.
+    """Put numbers of at most 30 bits into words of 64 bits from bit ``place`` on.
 
     Returns:
         The bit after them.
     """
-    lengths = lengths.astype(np.int64)
+    if len(bits) % 2:
+        bits, lengths = np.append(bits, np.uint64(0)), np.append(lengths, 0)
+    bits = bits[::2] | bits[1::2] << lengths[::2].astype(np.uint64)
+    lengths = (lengths[::2] + lengths[1::2]).astype(np.int64)
     ends = np.cumsum(lengths) + place
     starts = ends - lengths
     in_word, shifts = starts >> 6, (starts & 63).astype(np.uint64)

@@ -226,8 +226,9 @@ class Case:
 BANKS: dict[str, dict[str, Any]] = {
     "context": {"bank": "rp", "density": 0.8},
     "base": {"bank": "own", "density": 0.8},
+    "entropy": {"bank": "rp", "density": 0.8},  # codes of two widths
 }
-FRESH = {"context": 1, "base": 0}  # seed of the model that is loaded onto: drawn numbers take any
+FRESH = {"context": 1, "base": 0, "entropy": 1}  # seed of the model that is loaded onto: drawn numbers take any
 
 
 def make(coding: str) -> PeftModel:

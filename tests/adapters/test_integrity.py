@@ -539,7 +539,13 @@ def test_the_fuzzer_damages_every_coding(case):
     stored = PemnConfig.from_pretrained(str(case.folder)).file.stored
     found = {mask.coding for mask in stored.values()}
     assert found == {case.coding, "entropy", "bits"}
-    assert {*fuzz.BANKS, "entropy", "bits"} == set(get_args(CodingName))
+    assert {*fuzz.BANKS, "bits"} == set(get_args(CodingName))
+
+
+def test_the_fuzzer_damages_codes_of_several_widths(tmp_path):
+    tensors = fuzz.Case(tmp_path, "entropy").tensors
+    stored = [value.tolist() for key, value in tensors.items() if key.endswith(".bits")]
+    assert {(content[5], content[6]) for content in stored} == {(1, 16), (1, 6), (0, 0)}
 
 
 def test_the_oracle_of_the_fuzzer_sees_other_adapters(case):

@@ -1,11 +1,11 @@
 """Coverage-guided damage of adapter files, beside `tests.fuzz`; needs ``pip install atheris``.
 
-    python -m tests.bench.atheris_adapter result.json -max_total_time=3600
+    python -m tests.bench.atheris_adapter result.json context -max_total_time=3600
 
-An input is one file of the adapter: its first byte chooses which, the rest is the content. The
-corpus begins with the two whole files, and half of all changes are those of `tests.fuzz`, half of
-these on a whole file. The first outcome that is neither a named error nor the same adapter ends the
-run.
+The second argument is the adapter's coding, "context" or "entropy". An input is one file of the
+adapter: its first byte chooses which, the rest is the content. The corpus begins with the two whole
+files, and half of all changes are those of `tests.fuzz`, half of these on a whole file. The first
+outcome that is neither a named error nor the same adapter ends the run.
 """
 
 import json
@@ -78,14 +78,14 @@ class Target:
 
 def main() -> int:
     warnings.simplefilter("ignore")
-    case = Case(Path(tempfile.mkdtemp(prefix="pemn_atheris_")))
+    case = Case(Path(tempfile.mkdtemp(prefix="pemn_atheris_")), sys.argv[2])
     corpus = Path(tempfile.mkdtemp(prefix="pemn_corpus_"))
     for number, name in enumerate(NAMES):
         (corpus / name).write_bytes(bytes([number]) + case.whole[name])
     limits = ["-timeout=5", "-rss_limit_mb=3000", "-max_len=16000", "-len_control=0"]
     target = Target(case, Path(sys.argv[1]))
     atheris.Setup(
-        [sys.argv[0], *sys.argv[2:], *limits, str(corpus)],
+        [sys.argv[0], *sys.argv[3:], *limits, str(corpus)],
         target.judge,
         custom_mutator=target.mutate,
     )
