@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.adapters import atomic, config, guard
+from pemn_surgery.adapters.file import seal
 from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import AdapterError, AdapterFileError, AdapterWriteError, ConfigError
 from tests import fuzz
@@ -562,6 +563,23 @@ def test_the_oracle_of_the_fuzzer_sees_other_adapters(case):
     save_file(case.tensors, case.folder / WEIGHTS)
     edit(case.folder, scale="sqrt_density")
     assert case.outcome() == "WRONG: another meaning"
+
+
+def test_a_file_with_a_digest_that_was_made_to_fit_is_one_of_its_own(case):
+    """Against damage, not against forgery; the fuzzer knows the digest by the document alone."""
+    for name, whole in case.whole.items():
+        (case.folder / name).write_bytes(whole)
+    assert fuzz.sealed_digest(case.whole[WEIGHTS]) == case.digest
+    path, tensors = case.folder / WEIGHTS, {**case.tensors}
+    key = next(key for key in tensors if key.endswith("running_mean"))
+    tensors[key] = tensors[key] + 1
+    save_file(tensors, path)
+    assert fuzz.sealed_digest(path.read_bytes()) is None
+    sealed = seal(path, json.loads(case.whole[CONFIG]))
+    save_file(tensors, path, metadata={"pemn": json.dumps(sealed)})
+    assert case.outcome() == "resealed"
+    save_file(case.tensors, path, metadata={"pemn": json.dumps(sealed)})
+    assert case.outcome() == "AdapterFileError"
 
 
 @pytest.mark.parametrize("coding", sorted(fuzz.BANKS))
