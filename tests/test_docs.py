@@ -172,6 +172,22 @@ def test_coding_tables():
     assert min(row["decode"]["mb_per_s"] for row in large) >= 150
 
 
+CONTEXT = json.loads((ROOT / "docs/results/context.json").read_text(encoding="utf-8"))["contexts"]
+
+
+def test_context_table():
+    page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    assert len(CONTEXT) == 16
+    for one in CONTEXT:
+        shown = [f"{one['weights']:,}", f"{one['entropy_a_weight']:.2f}"]
+        shown += [f"{one['size_to_entropy']:.4f}"]
+        for way in ("encode", "decode"):
+            low, high = one[way]["mb_per_s_quartiles"]
+            shown += [f"{one[way]['mb_per_s']:.1f} ({low:.1f}-{high:.1f})"]
+        assert shown in rows, shown
+
+
 def test_coding_comparison():
     page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
     rows = [cells(line.replace("`", "")) for line in page.splitlines() if line.startswith("|")]
