@@ -30,7 +30,7 @@ _ALL = 2**WIDTH
 _PAGE = 256
 _RARE = 255  # the last symbol
 
-# Up to which odds how many words have their own symbol: within .8 % of the entropy.
+# Up to which odds how many words have their own symbol: within .9 % of the entropy.
 _OWN_UP_TO = ((2.5, 0), (3.25, 20), (3.9, 145), (float("inf"), 190))
 
 _READ_AT_ONCE = 2**18  # few pieces; a byte has eight symbols at most
