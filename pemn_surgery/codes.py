@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from pemn_surgery import buckets, context, entropy
 from pemn_surgery.buckets import BaseGuide, Guide, Table
 from pemn_surgery.deflate import CodeError
+from pemn_surgery.packed import cut_off
 from pemn_surgery.rng import KEY_BYTES
 from pemn_surgery.symbols import Model
 from pemn_surgery.words import WordModel
@@ -172,9 +173,4 @@ def _row(content: memoryview, needed: int, places: int) -> int:
 
 def _flipped(packed: Array, weights: int, inverted: bool) -> Array:
     """Return packed bits, each turned around if asked for; unused bits stay zero."""
-    if not inverted:
-        return packed
-    flipped = ~packed
-    if weights % 8:
-        flipped[-1] &= 2 ** (weights % 8) - 1
-    return flipped
+    return cut_off(~packed, weights) if inverted else packed

@@ -22,6 +22,7 @@ import numpy as np
 from pemn_surgery import symbols, words
 from pemn_surgery.deflate import CodeError, CodeReader, PrefixCode, concatenate, make_code
 from pemn_surgery.odds import nearest_odds
+from pemn_surgery.packed import cut_off, filled_up
 from pemn_surgery.symbols import Model, count_units, packed_units, symbols_of, units_of
 from pemn_surgery.words import WordModel
 
@@ -33,7 +34,7 @@ _READ_AT_ONCE = 2**15  # arrays between steps stay in the processor's cache
 
 _NEARLY_HALF = 0.54  # below it less than .2 % would be gained
 _WORDS_UP_TO = 0.931  # both codes are within .8 % of the entropy there (docs/coding.md)
-_SMALL = 2**17  # so many weights take no time with any code
+_SMALL = 2**17  # fewer weights are quickly coded in several ways
 
 
 def choose_models(density: float, weights: int) -> list[Model | WordModel]:
@@ -73,14 +74,14 @@ def encode(packed: Array, weights: int, model: Model | WordModel) -> bytes:
         model: The code.
     """
     if isinstance(model, WordModel):
-        return words.encode(packed, weights, model)
+        return words.encode(filled_up(packed, weights, words.WIDTH // 8).view("<u2"), model)
     return concatenate(symbols_of(packed, weights, model), _code(model))
 
 
 def decode(coded: bytes | memoryview, weights: int, model: Model | WordModel) -> Array:
     """Return the mask that `encode` was given.
 
-    Memory stays below a byte a weight; check ``weights`` against ``model.most_weights`` first.
+    Memory stays within 1.3 bytes a weight; check ``weights`` against ``model.most_weights`` first.
 
     Args:
         coded: What `encode` returned.
@@ -94,7 +95,8 @@ def decode(coded: bytes | memoryview, weights: int, model: Model | WordModel) ->
         CodeError: If the bytes are no code of so many weights.
     """
     if isinstance(model, WordModel):
-        return words.decode(coded, weights, model)
+        found = words.decode(coded, -(-weights // words.WIDTH), model)
+        return cut_off(found.view(np.uint8), weights)
     code = CodeReader(coded, _code(model))
     units = units_of(code.symbols(_READ_AT_ONCE), -(-weights // model.width), model)
     packed = packed_units(units, weights, model)

@@ -10,6 +10,7 @@ import torch
 
 from pemn_surgery.deflate import CodeError
 from pemn_surgery.odds import share_of
+from pemn_surgery.packed import cut_off, filled_up
 
 Array = Any  # of numpy; its element type is in the docstrings
 
@@ -128,16 +129,12 @@ def count_units(symbols: bytes, model: Model) -> int:
 def _units(packed: Array, weights: int, model: Model) -> Array:
     """Return a mask's units of several weights, uint8; ones fill up the last."""
     count = -(-weights // model.width)
-    groups = -(-count // 8)  # of 8 units, that is ``width`` bytes
-    filled = np.full(groups * model.width, 255, np.uint8)
-    filled[: len(packed)] = packed
-    if weights % 8:
-        filled[len(packed) - 1] |= 255 << weights % 8 & 255
+    rows = filled_up(packed, weights, model.width).reshape(-1, model.width)  # of 8 units each
     if model.width == 8:
-        return filled[:count]
-    units = np.empty((groups, 8), np.uint8)
-    for part in _parts(groups):
-        units[part] = _split(filled.reshape(groups, model.width)[part], model.width)
+        return rows.reshape(-1)[:count]
+    units = np.empty((len(rows), 8), np.uint8)
+    for part in _parts(len(rows)):
+        units[part] = _split(rows[part], model.width)
     return units.reshape(-1)[:count]
 
 
@@ -163,10 +160,7 @@ def packed_units(parts: Iterable[Array], weights: int, model: Model) -> Array:
     Returns:
         uint8 array of shape (ceil(weights / 8),).
     """
-    packed = np.concatenate([_packed(part, model) for part in parts])[: -(-weights // 8)]
-    if weights % 8:
-        packed[-1] &= 2 ** (weights % 8) - 1
-    return packed
+    return cut_off(np.concatenate([_packed(part, model) for part in parts]), weights)
 
 
 def _packed(units: Array, model: Model) -> Array:
@@ -258,13 +252,11 @@ def _expanded(symbols: bytes, before: Array, most: int, model: Model) -> Array:
         CodeError: If there are more than ``most``.
     """
     unit_count, last_unit = _expansions(model)
-    ends = _running_sum(symbols.translate(unit_count)) if model.longest > 1 else None
-    total = len(symbols) if ends is None else int(ends[-1]) if len(ends) else 0
+    ends = _running_sum(symbols.translate(unit_count))
+    total = int(ends[-1]) if len(ends) else 0
     if total > most:
         message = f"has a payload of more than {most - 1} units of {model.width} weights"
         raise CodeError(message)
-    if ends is None:
-        return np.concatenate([before, np.frombuffer(symbols, np.uint8)])
     units = np.full(len(before) + total, model.full, np.uint8)
     units[: len(before)] = before
     ends += len(before) - 1

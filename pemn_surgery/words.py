@@ -30,7 +30,8 @@ _ALL = 2**WIDTH
 _PAGE = 256
 _RARE = 255  # the last symbol
 
-# Up to which odds how many words have their own symbol: within .9 % of the entropy.
+# Up to which odds how many words have their own symbol: within .9 % of the entropy, and with few
+# codes of over 9 bits, which zlib reads more slowly.
 _OWN_UP_TO = ((2.5, 0), (3.25, 20), (3.9, 145), (float("inf"), 190))
 
 _READ_AT_ONCE = 2**18  # few pieces; a byte has eight symbols at most
@@ -57,17 +58,15 @@ class WordModel:
         return 8 * nbytes * WIDTH
 
 
-def encode(packed: Array, weights: int, model: WordModel) -> bytes:
-    """Code a mask.
+def encode(words: Array, model: WordModel) -> bytes:
+    """Code words.
 
     Args:
-        packed: uint8 array of shape (ceil(weights / 8),): weight i is bit ``i % 8`` of byte
-            ``i // 8``.
-        weights: Number of weights.
+        words: uint16 array of shape (n,), the first weight lowest.
         model: The code.
     """
     own = next(own for limit, own in _OWN_UP_TO if odds_of(model.odds) <= limit)
-    words, tables = _words(packed, weights), _tables(own)
+    tables = _tables(own)
     symbols = tables.symbol[words]
     places = tables.place[words[np.flatnonzero(symbols >= own)] if own else words]
     pages = tables.page[words[np.flatnonzero(symbols == _RARE)]][::-1]
@@ -75,47 +74,30 @@ def encode(packed: Array, weights: int, model: WordModel) -> bytes:
     return b"".join([bytes([own]), code, places.tobytes(), pages.tobytes()])
 
 
-def decode(coded: bytes | memoryview, weights: int, model: WordModel) -> Array:
-    """Return the mask that `encode` was given.
-
-    Memory stays below a byte a weight; check ``weights`` against `WordModel.most_weights` first.
+def decode(coded: bytes | memoryview, count: int, model: WordModel) -> Array:
+    """Return the words that `encode` was given.
 
     Args:
         coded: What `encode` returned.
-        weights: Number of weights.
+        count: Number of words.
         model: The code.
 
     Returns:
-        uint8 array of shape (ceil(weights / 8),).
+        uint16 array of shape (count,).
 
     Raises:
-        CodeError: If the bytes are no code of so many weights.
+        CodeError: If the bytes are no code of so many words.
     """
     if not len(coded):
         message = "has no payload"
         raise CodeError(message)
-    own, count = coded[0], -(-weights // WIDTH)
+    own = coded[0]
     reader = CodeReader(coded[1:], _code(model.odds, own))
     symbols = np.frombuffer(b"".join(_at_most(count, reader.symbols(_READ_AT_ONCE))), np.uint8)
-    behind = np.frombuffer(coded[1 + reader.used :], np.uint8)
     if len(symbols) < count or not reader.ended:
-        message = f"has a payload that does not end with its {weights} weights"
+        message = f"has a payload that does not end with its {count} words of {WIDTH} weights"
         raise CodeError(message)
-    packed = _decoded(symbols, behind, own).view(np.uint8)[: -(-weights // 8)]
-    if weights % 8:
-        packed[-1] &= 2 ** (weights % 8) - 1
-    return packed
-
-
-def _words(packed: Array, weights: int) -> Array:
-    """Return a mask's words, uint16; ones fill up the last."""
-    if weights % WIDTH == 0:
-        return packed.view("<u2")
-    filled = np.full(-(-weights // WIDTH) * 2, 255, np.uint8)
-    filled[: len(packed)] = packed
-    if weights % 8:
-        filled[len(packed) - 1] |= 255 << weights % 8 & 255
-    return filled.view("<u2")
+    return _decoded(symbols, np.frombuffer(coded[1 + reader.used :], np.uint8), own)
 
 
 def _at_most(count: int, parts: Iterator[bytes]) -> Iterator[bytes]:

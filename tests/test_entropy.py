@@ -277,11 +277,11 @@ HOSTILE = {
     "coding 4": (changed(CODED, 5, b"\4"), "coding 4, this release reads 0 to 3"),
     "words, payload gone": (WORDS[:OWN], "too few for 3000 weights"),
     "words, nothing but their number": (count(0, WORDS)[:OWN], "has no payload"),
-    "words, code cut": (WORDS[: OWN + 60], "does not end with its 3000 weights"),
+    "words, code cut": (WORDS[: OWN + 60], "does not end with its 188 words"),
     "words, bytes cut": (WORDS[:-1], "bytes behind its code, which needs"),
     "words, a byte more": (WORDS + b"\0", "bytes behind its code, which needs"),
     "words, fewer weights": (count(2900, WORDS), "more than 182 words of 16 weights"),
-    "words, more weights": (count(3100, WORDS), "does not end with its 3100 weights"),
+    "words, more weights": (count(3100, WORDS), "does not end with its 194 words"),
     "words, other place": (changed(WORDS, len(WORDS) - 1, b"\xff"), "decodes to checksum"),
     "words, other number of own symbols": (changed(WORDS, OWN, b"\0"), "has a payload|needs"),
     "words, a page that is not there": (

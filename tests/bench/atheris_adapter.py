@@ -22,6 +22,7 @@ import atheris
 READERS = (
     "adapters.file",
     "adapters.config",
+    "adapters.config_file",
     "bits",
     "codec",
     "codes",
@@ -32,6 +33,7 @@ READERS = (
     "words",
     "symbols",
     "odds",
+    "packed",
     "deflate",
 )
 
