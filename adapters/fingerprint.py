@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pemn_surgery.bank import BankSpec, Layout, Shape
-from pemn_surgery.errors import FingerprintError
+from pemn_surgery.errors import FingerprintError, PemnWarning
 
 Fingerprint = dict[str, str]
 
@@ -120,6 +120,7 @@ def check_fingerprint(expected: Mapping[str, str], actual: Mapping[str, str], ba
         warnings.warn(
             f"The base could not be checked: the masks know it in {', '.join(expected)}, it is "
             f"loaded in {', '.join(actual)}.",
+            PemnWarning,
             stacklevel=2,
         )
 

@@ -32,6 +32,7 @@ from pemn_surgery.adapters.file import (
     read_adapter,
 )
 from pemn_surgery.adapters.registry import PEMN
+from pemn_surgery.adapters.versions import check_versions
 from pemn_surgery.errors import AdapterError, AdapterFileError
 
 PICKLE = "adapter_model.bin"
@@ -149,6 +150,7 @@ def _with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
             checked = check_adapter(folder)
             if checked is None:
                 return load(self, *args, **kwargs)
+            check_versions("load_adapter")
             options = {**given, **given.get("kwargs", {})}
             options = {key: options[key] for key in options if key not in {"self", "kwargs"}}
             options |= {"peft_model_id": str(folder), "peft_config": checked}

@@ -21,7 +21,7 @@ from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
 from pemn_surgery.buckets import Guide, base_sizes
-from pemn_surgery.errors import NonFiniteScoresError
+from pemn_surgery.errors import NonFiniteScoresError, PemnWarning
 from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.roles import rows_of
@@ -70,7 +70,7 @@ class PemnTunerLayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Go back to unmerged adapters. The base was never changed, so this is exact."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", PemnWarning, stacklevel=2)
         self.merged_adapters.clear()
 
 

@@ -14,7 +14,7 @@ from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, mask_key
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.bits import StoredMask
 from pemn_surgery.buckets import BaseGuide, Guide
-from pemn_surgery.errors import ArchitectureError
+from pemn_surgery.errors import ArchitectureError, PemnWarning
 from pemn_surgery.selector import check_finite
 
 StateDict = dict[str, Tensor]
@@ -104,6 +104,7 @@ def prepare_for_model(
         warnings.warn(
             f"The file holds bits, not scores, for {lossy} masks: training starts from scores made "
             "from the bits, so earlier magnitudes are lost.",
+            PemnWarning,
             stacklevel=3,
         )
     return loaded

@@ -1,4 +1,4 @@
-"""Every named error of the package.
+"""Every named error and warning of the package.
 
 Each message says what was given, what is needed and what to do. An error is raised before
 anything changes: a refused call leaves the model as it was.
@@ -27,6 +27,10 @@ class GraphModeError(PemnError, ValueError):
 
 class NothingToMaskError(PemnError, ValueError):
     """No weight of the model would be masked."""
+
+
+class VersionsError(PemnError, ImportError):
+    """The installed versions of two libraries cannot work together."""
 
 
 class AdapterError(PemnError, ValueError):
@@ -93,5 +97,9 @@ class FinetunedMismatchError(PemnError, ValueError):
     """A fine-tuned model has other tensors than its base, or values that cannot be compared."""
 
 
-class LowCoverageWarning(UserWarning):
+class PemnWarning(UserWarning):
+    """Base of all warnings of this package."""
+
+
+class LowCoverageWarning(PemnWarning):
     """Less than nine tenths of the weights that a model multiplies with were masked."""
