@@ -21,6 +21,8 @@ from pemn_surgery.adapters.model import PemnModel
 from pemn_surgery.adapters.recode import recode
 from pemn_surgery.adapters.registry import register
 from pemn_surgery.adapters.versions import wrap_adding
+from pemn_surgery.adapters.whole_modules import wrap_choices
+from pemn_surgery.recompute import wrap_checkpoints
 
 register(PemnConfig, PemnModel)
 wrap_saving()
@@ -28,6 +30,8 @@ wrap_loading()
 wrap_cards()
 enter_hotswap()
 wrap_adding()
+wrap_choices()
+wrap_checkpoints()
 
 __all__ = [
     "ErrorReport",

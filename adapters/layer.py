@@ -15,13 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from pemn_surgery import bits, rng, surgery
+from pemn_surgery import bits, in_force, rng, surgery
 from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.bank import Bank, BankSpec
 from pemn_surgery.buckets import Guide, base_sizes
 from pemn_surgery.errors import NonFiniteScoresError, PemnWarning
+from pemn_surgery.in_force import InForce
 from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.roles import rows_of
@@ -41,7 +42,19 @@ class PemnTunerLayer(BaseTunerLayer):
 
     def active_adapter_names(self) -> Sequence[str]:
         """Return the adapters that apply: none while disabled or merged."""
-        return [] if self._disable_adapters or self.merged_adapters else self.active_adapters
+        return [] if self._disable_adapters or self.merged_adapters else self.chosen()
+
+    def chosen(self) -> list[str]:
+        """Return the adapters that were activated, whatever a call reads in their place."""
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else active
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters; within a call of the model those that it reads."""
+        if torch.compiler.is_compiling() or in_force.current() is None:
+            return self.chosen()
+        return list(in_force.read(cast("in_force.Layer", self)).names)
 
     @property
     def weight(self) -> Tensor:
@@ -131,9 +144,9 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         stored = self.own_weight() if self.quantization_backend is not None else None
         return stored if stored is not None and self.is_bare() else super().read()
 
-    def _sources(self) -> Sources | None:
+    def _sources(self, state: InForce) -> Sources | None:
         """A quantised weight's values are never kept: that they are not is what it is for."""
-        return super()._sources() if self.quantization_backend is None else None
+        return super()._sources(state) if self.quantization_backend is None else None
 
     def _is_fill_new(self) -> bool:
         return self.quantization_backend is not None or super()._is_fill_new()

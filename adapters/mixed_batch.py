@@ -9,8 +9,10 @@ matrix products could not be shared either.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from pemn_surgery import in_force
+from pemn_surgery.adapters.whole_modules import choosing_layers
 from pemn_surgery.errors import AdapterError, MixedBatchError
+from pemn_surgery.in_force import Chosen
 
 # PEFT's name for samples that no adapter works on.
 BASE = "__base__"
@@ -50,35 +55,98 @@ def mixed_batches(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Let a model's forward (and generate) take each sample with its own adapter.
 
     Every tensor argument whose first dimension is the batch's is split; others go to every group.
+    Other calls, of this thread or of others, run as if there were no such batch.
 
     Args:
         model: The model itself, below PEFT's own.
         names: The adapter of each sample, or "__base__" for none.
 
     Raises:
-        MixedBatchError: If the model trains or is merged, or inputs or outputs cannot be split or
-            joined.
+        MixedBatchError: If the model trains, is merged, or is compiled where torch does not follow
+            context variables, or inputs or outputs cannot be split or joined.
         AdapterError: If there is no adapter of a name.
     """
     _check(model, names)
-    groups = _groups(names)
-    held = {method: model.__dict__[method] for method in _METHODS if method in model.__dict__}
-    running: list[str] = []
-    for method in _METHODS:
-        if hasattr(model, method):
-            model.__dict__[method] = _by_group(model, method, tuple(names), groups, running)
+    layers = frozenset(choosing_layers(model))
+    token = _batch.set(_Batch(tuple(names), _groups(names), layers))
+    try:
+        with _splitting(model):
+            yield
+    finally:
+        _batch.reset(token)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the samples of a call belong to.
+
+    Attributes:
+        names: The adapter of each sample.
+        groups: The rows of every adapter's samples.
+        layers: Everything in the model that chooses between adapters.
+    """
+
+    names: tuple[str, ...]
+    groups: Mapping[str, list[int]]
+    layers: Set[in_force.Layer]
+
+
+# The batch whose samples the next method of the model has to part; None within a group's run.
+_batch: ContextVar[_Batch | None] = ContextVar("pemn_batch", default=None)
+
+_installing = threading.Lock()
+
+
+@contextmanager
+def _splitting(model: nn.Module) -> Iterator[None]:
+    """Put methods that split over the model's own, as long as any thread runs such a batch."""
+    with _installing:
+        held = model.__dict__.setdefault(_HELD, _Held(model))
+        held.calls += 1
     try:
         yield
     finally:
+        with _installing:
+            held.calls -= 1
+            if not held.calls:
+                held.put_back(model)
+                del model.__dict__[_HELD]
+
+
+_HELD = "_pemn_held_methods"
+
+
+class _Held:
+    """A model's own methods while others stand in their place.
+
+    Attributes:
+        calls: How many calls need those others.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls = 0
+        self.own = {name: model.__dict__[name] for name in _METHODS if name in model.__dict__}
+        for method in _METHODS:
+            if hasattr(model, method):
+                model.__dict__[method] = _by_group(model, method)
+
+    def put_back(self, model: nn.Module) -> None:
+        """Give the model its own methods again."""
         for method in _METHODS:
             model.__dict__.pop(method, None)
-        model.__dict__.update(held)
+        model.__dict__.update(self.own)
 
 
 def _check(model: nn.Module, names: Sequence[str]) -> None:
     listed = isinstance(names, (list, tuple)) and len(names) > 0
     if not listed or not all(isinstance(name, str) for name in names):
         message = f"adapter_names needs a list of adapter names, one a sample; got {names!r}."
+        raise MixedBatchError(message)
+    if not in_force.follows_compiled() and _is_compiled(model):
+        message = (
+            f"torch {torch.__version__} compiles the choice of adapters in, so that adapter_names "
+            "would have no effect. Use torch >= 2.14, or the model before torch.compile."
+        )
         raise MixedBatchError(message)
     if model.training:
         message = (
@@ -104,6 +172,11 @@ def _check(model: nn.Module, names: Sequence[str]) -> None:
         raise MixedBatchError(message)
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return compiled or torch.compiler.is_compiling()
+
+
 def _groups(names: Sequence[str]) -> dict[str, list[int]]:
     """Return the places of every adapter's samples."""
     groups: dict[str, list[int]] = {}
@@ -118,38 +191,27 @@ def _switches(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def _by_group(
-    model: nn.Module,
-    method: str,
-    names: tuple[str, ...],
-    groups: dict[str, list[int]],
-    running: list[str],
-) -> Callable[..., Any]:
-    """Return a model's method that runs once per group; within a group's run it is the plain one.
+def _by_group(model: nn.Module, method: str) -> Callable[..., Any]:
+    """Return a model's method that runs once per group where a batch is to be parted.
 
     Args:
         model: The model.
         method: Name of the method.
-        names: The adapter of each sample.
-        groups: The places of every adapter's samples.
-        running: The adapter whose group is running, shared by the model's methods.
     """
     plain = getattr(model, method)
 
     @functools.wraps(plain)  # transformers' generate reads the forward's signature
     def run(*args: Any, **kwargs: Any) -> Any:
-        if running:
+        batch = _batch.get()
+        if batch is None:
             return plain(*args, **kwargs)
+        names, groups = batch.names, batch.groups
         _check_size((args, kwargs), names)
         parts = []
         for place, (name, rows) in enumerate(groups.items()):
             own_args, own_kwargs = _take((args, kwargs), names, rows, place)
-            running.append(name)
-            try:
-                with _in_force(model, name):
-                    parts.append(plain(*own_args, **own_kwargs))
-            finally:
-                running.pop()
+            with _group(name, batch.layers):
+                parts.append(plain(*own_args, **own_kwargs))
         padding = _padding(model, kwargs) if method == "generate" else None
         return _Joiner(names, list(groups.values()), padding).join(parts)
 
@@ -157,18 +219,14 @@ def _by_group(
 
 
 @contextmanager
-def _in_force(model: nn.Module, name: str) -> Iterator[None]:
-    """Let one adapter be the active one, without touching what trains."""
-    switches = _switches(model)
-    before = [(switch._active_adapter, switch._disable_adapters) for switch in switches]
+def _group(name: str, layers: Set[in_force.Layer]) -> Iterator[None]:
+    """Run one group: one adapter is in force, and no method parts its samples again."""
+    token = _batch.set(None)
     try:
-        for switch in switches:
-            switch._active_adapter = [name]
-            switch._disable_adapters = name == BASE
-        yield
+        with in_force.use(Chosen(() if name == BASE else (name,), layers)):
+            yield
     finally:
-        for switch, (active, disabled) in zip(switches, before, strict=True):
-            switch._active_adapter, switch._disable_adapters = active, disabled
+        _batch.reset(token)
 
 
 def _check_size(given: Any, names: tuple[str, ...]) -> None:

@@ -7,13 +7,14 @@ Every check runs in `_prepare_model`, before the first module changes.
 # pyright: reportIncompatibleMethodOverride=false
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
-from pemn_surgery import graph_surgery
+from pemn_surgery import graph_surgery, in_force
 from pemn_surgery.adapters.algebra import CombinationName, add_combination
 from pemn_surgery.adapters.checks import (
     check_in_place,
@@ -38,6 +39,7 @@ from pemn_surgery.adapters.operation import Operation
 from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
+from pemn_surgery.adapters.whole_modules import choosing_layers
 
 _UNLOAD = "unload_and_optionally_merge_module"
 
@@ -130,13 +132,46 @@ class PemnModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Let ``adapter_names`` name an adapter for every sample of the batch."""
+        """Let ``adapter_names`` name an adapter for every sample; else keep what is active now."""
         names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-        else:
+        if names is not None:
             with mixed_batches(self.model, names):
                 yield
+        elif torch.compiler.is_compiling() or in_force.current() is not None:
+            yield
+        else:
+            with in_force.running():
+                yield
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters, for calls that begin from now on."""
+        with self._switching():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def enable_adapter_layers(self) -> None:
+        """Enable the adapters, for calls that begin from now on."""
+        with self._switching():
+            super().enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """Disable the adapters, for calls that begin from now on."""
+        with self._switching():
+            super().disable_adapter_layers()
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Fix the effective weights, for calls that begin from now on."""
+        with self._switching():
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Go back to unmerged adapters, for calls that begin from now on."""
+        with self._switching():
+            super().unmerge_adapter()
+
+    def _switching(self) -> AbstractContextManager[None]:
+        return in_force.switching(choosing_layers(self.model))
 
     def __getattr__(self, name: str) -> Any:
         """Pass attributes on as PEFT does, but for a graph module's way of copying itself.

@@ -6,6 +6,7 @@ share, if it grew, would lower H most is the one that knows the batch.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from pemn_surgery import in_force
+from pemn_surgery.adapters.whole_modules import choosing_layers
 from pemn_surgery.errors import ConfigError, TaskInferenceError
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.mixture import Mixture
@@ -67,8 +70,8 @@ def infer_task(
     The model runs in eval mode, once (and backward) a round, with fill x sum of alpha_i (mask x
     scale)_i as every weight. What else tasks own is mixed with the same weights: norms, running
     statistics, biases and the tensors of ``modules_to_save``. The model is left as it was: mode,
-    active and merged adapters, gradients, statistics, kept weights. Other threads must not use it
-    meanwhile.
+    active and merged adapters, gradients, statistics, kept weights. Calls of a `PeftModel` that
+    other threads have begun go on as they began; those that they are about to begin wait.
 
     Args:
         model: Any model that carries adapters of this method, also inside a wrapper. Its forward
@@ -195,8 +198,8 @@ def _entropy_gradients(model: nn.Module, inputs: Any, names: tuple[str, ...]) ->
 
 @contextmanager
 def _mixed(model: nn.Module, mixture: Mixture) -> Iterator[None]:
-    """Let everything that tasks own be read as a mixture."""
-    with ExitStack() as stack:
+    """Let everything that tasks own be read as a mixture, in this thread."""
+    with in_force.switching(choosing_layers(model)), ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (MaskedWeight, TaskTensors)):
                 stack.callback(setattr, module, "mixture", module.mixture)
@@ -209,10 +212,13 @@ def _mixed(model: nn.Module, mixture: Mixture) -> Iterator[None]:
 
 def _mixing_hook(mixture: Mixture) -> Callable[..., Any]:
     """Return a hook that replaces a whole module's output by that of its mixed copy."""
+    thread = threading.get_ident()
 
     def run_mixed(
         wrapper: ModulesToSaveWrapper, given: tuple[Any, ...], keywords: dict[str, Any], _: Any
     ) -> Any:
+        if threading.get_ident() != thread:
+            return None
         heads = _heads(wrapper, mixture.names)
         return functional_call(heads[0], _mixed_tensors(heads, mixture), given, keywords)
 

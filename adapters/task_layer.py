@@ -31,7 +31,7 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
 
     def active_adapter_names(self) -> Sequence[str]:
         """Return the adapters whose tensors are in force; merged ones stay in force."""
-        return [] if self._disable_adapters else (self.merged_adapters or self.active_adapters)
+        return [] if self._disable_adapters else (self.merged_adapters or self.chosen())
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; one that freezes its norms puts the module into eval mode."""

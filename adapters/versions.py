@@ -12,6 +12,7 @@ from typing import Any, cast
 import peft
 import transformers
 import transformers.integrations.peft as integration
+from transformers.utils import check_peft_version
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.errors import VersionsError
@@ -34,7 +35,7 @@ def check_versions(method: str) -> None:
     """
     least = integration.MIN_PEFT_VERSION
     try:
-        integration.check_peft_version(min_version=least)
+        check_peft_version(min_version=least)
     except ValueError as error:
         raise VersionsError(_refusal(method, least)) from error
 

@@ -19,25 +19,38 @@ class Kept:
     """The kept effective weight; never copied or pickled with its layer.
 
     It goes when a gradient passes through it: whatever then changes the scores, it is made anew.
+    Weight and sources are one value, so that another thread finds both or neither.
     """
 
     def __init__(self) -> None:
-        self.clear()
+        self._held: tuple[Sources, Tensor] | None = None
 
-    def serves(self, sources: Sources) -> bool:
-        """Tell whether the kept weight was made from exactly these sources."""
-        return self.sources is not None and self.sources.state == sources.state
+    @property
+    def weight(self) -> Tensor | None:
+        """The kept weight, or None."""
+        held = self._held
+        return None if held is None else held[1]
+
+    @property
+    def sources(self) -> Sources | None:
+        """What it was made from, or None."""
+        held = self._held
+        return None if held is None else held[0]
+
+    def serve(self, sources: Sources) -> Tensor | None:
+        """Return the kept weight if it was made from exactly these sources, or None."""
+        held = self._held
+        return held[1] if held is not None and held[0].state == sources.state else None
 
     def keep(self, weight: Tensor, sources: Sources) -> None:
         """Keep a weight until its sources change or its gradient is computed."""
-        self.weight, self.sources = weight, sources
+        self._held = (sources, weight)
         if weight.requires_grad and not weight.is_leaf:
             weight.register_hook(self._gradient_passed)
 
     def clear(self) -> None:
         """Forget the kept weight."""
-        self.sources: Sources | None = None
-        self.weight: Tensor | None = None
+        self._held = None
 
     def _gradient_passed(self, _grad: Tensor) -> None:
         self.clear()

@@ -9,14 +9,17 @@ The effective weight is made once and kept until anything that it depends on cha
 ``layer.weight.dtype`` costs nothing and a layer that runs twelve times per step is masked once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from pemn_surgery import in_force
 from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.bank import Bank
+from pemn_surgery.errors import AdapterError
+from pemn_surgery.in_force import InForce
 from pemn_surgery.kept import Kept, Sources, is_untracked
 from pemn_surgery.mixture import Mixture
 
@@ -77,9 +80,23 @@ class MaskedWeight(nn.Module):
         """The layer whose parameter this is."""
         return self._owner[0]
 
+    def now(self) -> InForce:
+        """Return what is in force by the layer's attributes, in the order in which it applies."""
+        names = self.in_order([n for n in self.active_adapter_names() if n in self.pemn_masks])
+        return InForce(tuple(names), self.merged_weight, self.mixture)
+
+    def holds(self, name: str) -> bool:
+        """Tell whether an adapter has a mask of this weight."""
+        return name in self.pemn_masks
+
+    def parts_of(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Yield the parameters of adapters' masks: scores, and the scales of signs."""
+        for name in names:
+            yield from self._mask_of(name).parameters()
+
     def names_in_use(self) -> Sequence[str]:
         """Return the adapters that apply, in order. The PEFT layer says which are active."""
-        return self.in_order([n for n in self.active_adapter_names() if n in self.pemn_masks])
+        return in_force.read(self).names
 
     def in_order(self, names: Sequence[str]) -> list[str]:
         """Return adapters as they apply: masks multiply the fill, then deltas add to that."""
@@ -92,8 +109,8 @@ class MaskedWeight(nn.Module):
 
     def is_bare(self) -> bool:
         """Tell whether nothing applies at the moment: the effective weight is the fill."""
-        fixed = self.mixture is not None or self.merged_weight is not None
-        return not fixed and not self.names_in_use()
+        state = in_force.read(self)
+        return not state.names and state.merged_weight is None and state.mixture is None
 
     def own_weight(self) -> Tensor | None:
         """Return the layer's own frozen weight, or None where a bank replaced it."""
@@ -116,14 +133,16 @@ class MaskedWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the effective weight, the kept one if nothing that it depends on has changed."""
+        state = in_force.read(self)
         if torch.compiler.is_compiling() or self._is_offloaded():
-            return self._make()
-        sources = self._sources() if self.keeps else None
+            return self._make(state)
+        sources = self._sources(state) if self.keeps else None
         if sources is None:
-            return self._make()
-        if self._kept.serves(sources):
-            return cast("Tensor", self._kept.weight)
-        weight = self._make()
+            return self._make(state)
+        kept = self._kept.serve(sources)
+        if kept is not None:
+            return kept
+        weight = self._make(state)
         self._kept.keep(weight, sources)
         return weight
 
@@ -135,16 +154,24 @@ class MaskedWeight(nn.Module):
                 return own  # accelerate has taken the weight out and reads its place, not values
         return cast("Tensor", self())
 
-    def _make(self) -> Tensor:
-        if self.mixture is not None:
-            return self._mix(self.mixture)
-        if self.merged_weight is not None:
-            return self.merged_weight
+    def _make(self, state: InForce) -> Tensor:
+        if state.mixture is not None:
+            return self._mix(state.mixture)
+        if state.merged_weight is not None:
+            return state.merged_weight
         weight, is_scratch = self.fill(), self._is_fill_new()
-        for name in self.names_in_use():
-            weight = self.pemn_masks[name](weight, is_scratch=is_scratch)
+        for name in state.names:
+            weight = self._mask_of(name)(weight, is_scratch=is_scratch)
             is_scratch = True
         return weight
+
+    def _mask_of(self, name: str) -> nn.Module:
+        """Return an adapter's mask, which a call may have found that somebody has since deleted."""
+        mask = self.pemn_masks._modules.get(name)
+        if mask is not None:
+            return mask
+        message = in_force.DELETED.format(f"mask of {self.target!r}", name)
+        raise AdapterError(message)
 
     def _mix(self, mixture: Mixture) -> Tensor:
         """Return the mixed effective weight; an adapter without a mask of it adds all of it."""
@@ -182,25 +209,24 @@ class MaskedWeight(nn.Module):
             return True
         return any("_hf_hook" in mask.__dict__ for mask in self.pemn_masks.values())
 
-    def _sources(self) -> Sources | None:
+    def _sources(self, state: InForce) -> Sources | None:
         """Return what the effective weight depends on, or None where it must not be kept.
 
         Trained scores are read anew without gradients: an optimizer that writes through ``.data``
         changes them without a trace in the version counter.
         """
-        if self.mixture is not None:
+        if state.mixture is not None:
             return None
-        names = tuple(self.names_in_use())
         grad = torch.is_grad_enabled()
-        masks = [cast("AdapterMask", self.pemn_masks[name]) for name in names]
+        masks = [cast("AdapterMask", self._mask_of(name)) for name in state.names]
         stores = [store for mask in masks for store in mask.stores]
         if not grad and any(store.requires_grad for store in stores):
             return None
         base = self.bank.values if self.bank is not None else self.own_weight()
-        tensors = [tensor for tensor in (base, self.merged_weight, *stores) if tensor is not None]
+        tensors = [tensor for tensor in (base, state.merged_weight, *stores) if tensor is not None]
         if any(is_untracked(tensor) for tensor in tensors):
             return None
-        return Sources(names, (grad, torch.is_inference_mode_enabled()), tensors)
+        return Sources(state.names, (grad, torch.is_inference_mode_enabled()), tensors)
 
 
 def keep_weights(model: nn.Module, keep: bool) -> None:

@@ -5,11 +5,14 @@ tensors carries one child, `TaskTensors`, with one `TensorSet` per adapter; the 
 stay as they are and serve while adapters are disabled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from torch import Tensor, nn
 
+from pemn_surgery import in_force
+from pemn_surgery.errors import AdapterError
+from pemn_surgery.in_force import InForce
 from pemn_surgery.mixture import Mixture
 
 # The attribute that holds a module's `TaskTensors`.
@@ -94,6 +97,27 @@ class TaskTensors(nn.Module):
         """Return the active adapters; without PEFT every adapter is."""
         return list(self.pemn_tensors.keys())
 
+    def now(self) -> InForce:
+        """Return what is in force by the attributes."""
+        names = tuple(name for name in self.active_adapter_names() if name in self.pemn_tensors)
+        return InForce(names, None, self.mixture)
+
+    def holds(self, name: str) -> bool:
+        """Tell whether an adapter has tensors of this module."""
+        return name in self.pemn_tensors
+
+    def parts_of(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Yield the parameters of adapters' tensor sets."""
+        for name in names:
+            yield from self._set_of(name).parameters()
+
+    def _set_of(self, adapter: str) -> "TensorSet":
+        """Return an adapter's tensors, which a call may have found that somebody has deleted."""
+        if adapter in self.pemn_tensors:
+            return cast("TensorSet", self.pemn_tensors[adapter])
+        message = in_force.DELETED.format(f"tensors of {self.target!r}", adapter)
+        raise AdapterError(message)
+
     def base(self, name: str) -> Tensor | None:
         """Return the module's own tensor.
 
@@ -115,7 +139,8 @@ class TaskTensors(nn.Module):
         base = self.base(name)
         if base is None or (base.is_meta and self._is_offloaded()):
             return base
-        owned = self.active_tensor(name) if self.mixture is None else self._mixed(name, base)
+        mixture = in_force.read(self).mixture
+        owned = self.active_tensor(name) if mixture is None else self._mixed(name, base, mixture)
         return base if owned is None else owned.to(base.dtype)
 
     def forward(self, name: str) -> Tensor | None:
@@ -128,18 +153,17 @@ class TaskTensors(nn.Module):
 
     def active_tensor(self, name: str) -> Tensor | None:
         """Return the first active adapter's tensor of this name, or None."""
-        for adapter in self.active_adapter_names():
-            tensor = self._tensor_of(adapter, name)
-            if tensor is not None:
-                return tensor
+        for adapter in in_force.read(self).names:
+            tensors = self._set_of(adapter)
+            if tensors.holds(name):
+                return tensors(name)
         return None
 
-    def _mixed(self, name: str, base: Tensor) -> Tensor:
+    def _mixed(self, name: str, base: Tensor, mixture: Mixture) -> Tensor:
         """Return the mixture; an adapter without such a tensor adds the module's own.
 
         Only parameters pass gradients on: torch refuses running statistics that ask for one.
         """
-        mixture = cast("Mixture", self.mixture)
         held = [self._tensor_of(adapter, name) for adapter in mixture.names]
         mixed = mixture.of_tensors([base if tensor is None else tensor for tensor in held])
         return mixed if name in self.owner._parameters else mixed.detach()
@@ -155,8 +179,8 @@ class TaskTensors(nn.Module):
 
         What is written to a mixture belongs to no adapter and is dropped.
         """
-        mixture = self.mixture
-        for adapter in mixture.names if mixture is not None else self.active_adapter_names():
+        names, _, mixture = in_force.read(self)
+        for adapter in names if mixture is None else mixture.names:
             if adapter in self.pemn_tensors and name in self.pemn_tensors[adapter]._buffers:
                 if mixture is None:
                     self.pemn_tensors[adapter]._buffers[name] = value

@@ -1,0 +1,82 @@
+"""Modules that PEFT trains and saves whole, read as a call reads masked layers.
+
+``modules_to_save`` puts a wrapper of PEFT's around a module, which chooses by attributes of its own
+whose copy runs. Where a model with masks runs in a `Call` (`pemn_surgery.in_force`), the wrapper
+answers for that call; everywhere else, and for every other method, it answers as PEFT wrote it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from pemn_surgery import in_force
+from pemn_surgery.in_force import InForce, Layer
+from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.task import TaskTensors
+
+
+@dataclass(frozen=True)
+class WholeModule:
+    """A wrapper of PEFT's, as a layer that a `Call` can be asked about.
+
+    Attributes:
+        wrapper: The wrapper.
+    """
+
+    wrapper: AuxiliaryTrainingWrapper
+
+    def now(self) -> InForce:
+        """Return what its attributes say."""
+        active = self.wrapper._active_adapter
+        names = (active,) if isinstance(active, str) else tuple(active)
+        return InForce(() if self.wrapper._disable_adapters else names)
+
+    def holds(self, name: str) -> bool:
+        """Tell that any name may be chosen: PEFT runs the original where it has no copy."""
+        return True
+
+    def parts_of(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Yield the parameters of adapters' copies."""
+        for name, parameter in self.wrapper.named_parameters():
+            if any(f".{adapter}." in name for adapter in names):
+                yield parameter
+
+
+def choosing_layers(model: nn.Module) -> Iterator[Layer]:
+    """Yield everything in a model that chooses between adapters.
+
+    Args:
+        model: The model.
+    """
+    for module in model.modules():
+        if isinstance(module, (MaskedWeight, TaskTensors)):
+            yield module
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            yield WholeModule(module)
+
+
+def wrap_choices() -> None:
+    """Let PEFT's wrappers answer for the call that runs."""
+    kind = cast("Any", AuxiliaryTrainingWrapper)
+    kind.disable_adapters = _answering(kind.disable_adapters, lambda names: not names)
+    kind.active_adapters = _answering(kind.active_adapters, list)
+    kind.active_adapter = _answering(
+        kind.active_adapter, lambda names: names[0] if len(names) == 1 else list(names)
+    )
+
+
+def _answering(theirs: property, answer: Callable[[tuple[str, ...]], Any]) -> property:
+    plain = cast("Callable[[Any], Any]", theirs.fget)
+
+    def get(self: AuxiliaryTrainingWrapper) -> Any:
+        if torch.compiler.is_compiling() and not in_force.follows_compiled():
+            return plain(self)
+        if in_force.current() is None:
+            return plain(self)
+        return answer(in_force.read(WholeModule(self)).names)
+
+    return property(get, doc=theirs.__doc__)
