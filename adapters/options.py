@@ -371,5 +371,5 @@ def shown(value: Any) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; nested too deeply
-        return f"a {type(value).__name__} too long to show"
+        return f"<{type(value).__name__} too long to show>"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
