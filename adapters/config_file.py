@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from peft.config import PeftConfig
 
-from pemn_surgery.adapters.disk import refuse_unreadable
+from pemn_surgery.adapters.disk import read_text
 from pemn_surgery.adapters.file import AdapterFile, seal
 from pemn_surgery.errors import AdapterFileError, ConfigError
 
@@ -24,9 +24,9 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterFileError: If it cannot be read, or is not a JSON object.
     """
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        refuse_unreadable(path, error)
+        written = json.loads(read_text(path))
+    except AdapterFileError:
+        raise
     except (ValueError, RecursionError) as error:  # ValueError: neither JSON nor UTF-8
         refuse_file(path, f"is not JSON ({type(error).__name__}: {error})")
     if not isinstance(written, dict):

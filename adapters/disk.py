@@ -5,6 +5,7 @@
 
 import errno
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,7 @@ def is_there(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no name at all
         return False
     except OSError as error:
-        if _is_reachable(path.parent):  # a name that no file can have is a name on the hub
+        if _mode(path.parent):  # a name that no file can have is a name on the hub
             refuse_unreadable(path, error)
         return False
     return True
@@ -64,9 +65,27 @@ def named_errors(path: Path) -> Iterator[None]:
         raise AdapterFileError(message) from error
 
 
+def read_text(path: Path) -> str:
+    """Return a text file's content.
+
+    Args:
+        path: The file.
+
+    Raises:
+        AdapterFileError: If it cannot be opened or read.
+        UnicodeDecodeError: If it is not UTF-8.
+    """
+    try:
+        _check_opens(path)
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        refuse_unreadable(path, error)
+
+
 def _check_opens(path: Path) -> None:
     """Let the system say why a file does not open; safetensors calls all of them missing."""
-    if _is_reachable(path) and not path.is_file() and not path.is_dir():  # would wait for ever
+    mode = _mode(path)
+    if mode and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # would wait for ever
         raise OSError(errno.EINVAL, "it is a pipe, a socket or a device")
     with path.open("rb"):
         pass
@@ -88,15 +107,15 @@ def refuse_unreadable(path: Path, error: OSError) -> NoReturn:
 
 
 def _what(path: Path) -> str:
-    if path.is_symlink() and not _is_reachable(path):
+    if stat.S_ISLNK(_mode(path, follow=False)) and not _mode(path):
         return f"it is a link to {str(path.readlink())!r}, which is not there: "
-    return "it is a folder: " if path.is_dir() else ""
+    return "it is a folder: " if stat.S_ISDIR(_mode(path)) else ""
 
 
 def _do(path: Path) -> str:
-    if path.is_dir():
+    if stat.S_ISDIR(_mode(path)):
         return "an adapter's files lie in its folder, under these names themselves."
-    if not _is_reachable(path):
+    if stat.S_ISLNK(_mode(path, follow=False)) and not _mode(path):
         return "get the file again from where it was saved."
     return "let this process read it (permissions, the disk), or copy it anew."
 
@@ -106,9 +125,9 @@ def _number(error: Exception) -> int:
     return int(found[1]) if found else 0
 
 
-def _is_reachable(path: Path) -> bool:
+def _mode(path: Path, *, follow: bool = True) -> int:
+    """Return what the system says that this is (`stat`), 0 if it is not there or does not say."""
     try:
-        path.stat()
+        return path.stat(follow_symlinks=follow).st_mode
     except (OSError, ValueError):
-        return False
-    return True
+        return 0

@@ -294,7 +294,7 @@ def test_an_option_is_read_or_refused():
             (silent.append((name, options)) if same else read.add(name))
     assert silent == []
     assert read == set(CHANGES)
-    assert refused == set(CHANGES) - {"scale"}  # bank_init="model" and scale_fan
+    assert refused == set(CHANGES) - {"scale", "bank_init"}
 
 
 SIGNS = {"bank": "own", "form": "sign_delta"}
