@@ -35,12 +35,12 @@ def check_no_other_method(model: nn.Module) -> None:
         raise AlreadyPemnifiedError(message)
 
 
-def _method_of(layer: nn.Module) -> str:
-    """Return PEFT's name of the method whose class is the nearest to a tuner layer's own."""
-    classes = {
-        kind: getattr(tuner, "tuner_layer_cls", None)
-        for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
-    }
-    of_layer = type(layer).__mro__
-    found = [(of_layer.index(c), kind) for kind, c in classes.items() if c in of_layer]
-    return min(found, key=lambda pair: pair[0])[1].value if found else type(layer).__name__
+def _method_of(layer: object) -> str:
+    """Return PEFT's name of the method whose tuner lies in the same package as a layer's class."""
+    tuners = PEFT_TYPE_TO_TUNER_MAPPING.items()
+    places = {_package(tuner): kind.value for kind, tuner in tuners}
+    return places.get(_package(type(layer)), type(layer).__name__)
+
+
+def _package(of: type) -> str:
+    return of.__module__.rpartition(".")[0]

@@ -209,6 +209,7 @@ def test_pemnify_twice():
         before.assert_unchanged()
 
 
+@models.ignore_peft_on_transformers
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own, of a second adapter
 @pytest.mark.parametrize(("kind", "config"), OTHER_METHODS.items())
 def test_masks_on_a_model_with_adapters_of_another_method(kind, config):
@@ -239,6 +240,7 @@ def test_masks_on_a_model_with_adapters_of_another_method(kind, config):
     assert len(models.masks(pemnify(merged))) > 4
 
 
+@models.ignore_peft_on_transformers
 def test_masks_beside_lora_in_a_transformers_model():
     model = models.bert()
     model.add_adapter(LoraConfig(target_modules=["query", "value"]), "lora")
