@@ -4,12 +4,22 @@ import json
 import struct
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from pemn_surgery import PemnConfig, bits, codec, compare_adapters, pemnify, recode
+from pemn_surgery import (
+    PemnConfig,
+    bits,
+    buckets,
+    codec,
+    compare_adapters,
+    entropy,
+    pemnify,
+    recode,
+)
 from pemn_surgery.adapters import contents
 from pemn_surgery.adapters.file import read_adapter_file, read_decoded
 from pemn_surgery.codes import Coding
@@ -33,10 +43,14 @@ BOMBS = {
 }
 
 
+# Eight of the longest runs of ones, each a bit 0, and the end of the code.
+END = entropy.encode(np.full(255, 255, np.uint8), 2040, buckets.model_of(63))
+
+
 def bomb(kind, weights=None, payload=PAYLOAD):
     """A mask whose own checksum is right, of as many weights as its bytes can hold."""
     which, head, most = BOMBS[kind]
-    content = struct.pack("<I", 0) + head + bytes(payload)
+    content = struct.pack("<I", 0) + head + bytes(payload - len(END)) + END
     content = torch.frombuffer(bytearray(content), dtype=torch.uint8).numpy()
     return bits.sealed(which, most if weights is None else weights, bytes(12), content)
 
