@@ -10,6 +10,7 @@ from torch import nn
 from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default_head
+from pemn_surgery.adapters.options import check_names, check_values
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.targets import Plan
 
@@ -101,9 +102,6 @@ def make_config(config: PemnConfig | None, options: Mapping[str, Any]) -> PemnCo
             )
             raise ConfigError(message)
         return config
-    unknown = sorted(set(options) - set(PemnConfig.__dataclass_fields__))
-    if unknown:
-        known = ", ".join(sorted(PemnConfig.__dataclass_fields__))
-        message = f"Unknown option {', '.join(unknown)}. PemnConfig has: {known}."
-        raise ConfigError(message)
+    check_values(options)
+    check_names(options)
     return PemnConfig(**options)

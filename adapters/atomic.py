@@ -43,7 +43,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import CONFIG, SEAL, WEIGHTS, seal
+from pemn_surgery.adapters.file import CONFIG, WEIGHTS, seal
+from pemn_surgery.adapters.seal import SEAL
 from pemn_surgery.errors import AdapterWriteError, ConfigError
 
 try:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.other_methods import check_no_other_method
 from pemn_surgery.bank import BankSpec
 from pemn_surgery.errors import (
     AdapterError,
@@ -34,6 +35,8 @@ _WRAPPERS = (
     "ScriptModule",
     "RecursiveScriptModule",
 )
+
+_OPTION = {"init": "bank_init"}  # what users call a field of `BankSpec`
 
 
 def check_model(model: nn.Module) -> None:
@@ -68,6 +71,7 @@ def check_fresh(model: nn.Module) -> None:
     Raises:
         AlreadyPemnifiedError: If it carries adapters.
     """
+    check_no_other_method(model)
     layers = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     if layers:
         message = (
@@ -262,7 +266,7 @@ def check_same_bank(held: BankSpec, wanted: BankSpec) -> None:
     if held == wanted:
         return
     differing = ", ".join(
-        f"{name}={value!r} instead of {getattr(held, name)!r}"
+        f"{_OPTION.get(name, name)}={value!r} instead of {getattr(held, name)!r}"
         for name, value in vars(wanted).items()
         if getattr(held, name) != value
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import mask_key, one_reading, read_adapter
+from pemn_surgery.adapters.file import mask_key, one_reading, read_decoded
 from pemn_surgery.adapters.file_checks import check_without_base
 from pemn_surgery.bits import HEADER_BYTES
 from pemn_surgery.errors import AdapterFileError, ArchitectureError
@@ -112,7 +112,7 @@ def _read(folder: str | Path) -> tuple[PemnConfig, _Masks]:
             )
             raise AdapterFileError(message)
         check_without_base(config.file)
-        tensors = read_adapter(config.file.path).tensors
+        tensors = read_decoded(config.file.path).tensors
     masks = {}
     for name, weights in config.file.masks.items():
         payload = tensors[mask_key(name, "bits")].numpy()[HEADER_BYTES:].tobytes()

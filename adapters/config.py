@@ -1,20 +1,30 @@
 """`PemnConfig`: what an adapter is, as PEFT configures it."""
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 from peft.config import PeftConfig
 
-from pemn_surgery.adapters.config_file import decide, read_json, refuse_file
+from pemn_surgery.adapters.config_file import decide, read_json, refuse_file, refuse_option
+from pemn_surgery.adapters.disk import is_there
 from pemn_surgery.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter_file
+from pemn_surgery.adapters.options import (
+    check_names,
+    check_pattern,
+    check_values,
+    idle_options,
+    refuse,
+    refuse_idle,
+    shown,
+)
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.bank import BankName, BankSpec, InitName
 from pemn_surgery.bits import CodingName
-from pemn_surgery.errors import ConfigError, PemnError
+from pemn_surgery.errors import ConfigError
 from pemn_surgery.request import RestName, TiedName
 from pemn_surgery.selector import Selector, SelectorName
 
@@ -145,6 +155,11 @@ class PemnConfig(PeftConfig):
     digest: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        check_values(values)
+        # Every saved configuration names PEFT's version; one that was saved is taken as it is.
+        is_new = self.peft_version is None and self.fingerprint is None
+        refuse_idle(self, idle_options(self, _given(values), is_new=is_new))
         super().__post_init__()
         self.peft_type = cast("Any", PEMN)
         # Runtime only, never saved: whether float scores are kept, in files (Trainer checkpoints)
@@ -156,10 +171,7 @@ class PemnConfig(PeftConfig):
         # field is written anew at each save, so that one object may configure several models.
         self.file: AdapterFile | None = None
         self.trained_on = self.fingerprint
-        self._check_choices()
         self._fill_in_defaults()
-        self._check_bank()
-        self._check_selection()
         self._check_form()
         self._check_targets()
 
@@ -170,7 +182,8 @@ class PemnConfig(PeftConfig):
         Args:
             name: "pemn" (Bai et al. 2022), "edge_popup" (Ramanujan et al. 2020), "piggyback"
                 (Mallya et al. 2018) or "self_masking" (Warmerdam et al. 2024).
-            **changes: Fields that differ from the paper.
+            **changes: Fields that differ from the paper; a setting of the paper that they make
+                meaningless is left out.
 
         Returns:
             The configuration.
@@ -178,10 +191,14 @@ class PemnConfig(PeftConfig):
         Raises:
             ConfigError: If there is no such preset, or a change is not allowed.
         """
-        if name not in _PRESETS:
-            message = f"There is no preset {name!r}; choose one of {', '.join(_PRESETS)}."
+        if not isinstance(name, str) or name not in _PRESETS:
+            message = f"There is no preset {shown(name)}; choose one of {', '.join(_PRESETS)}."
             raise ConfigError(message)
-        return cls(**{**_PRESETS[name], **changes})
+        check_values(changes)
+        check_names(changes)
+        options = {**_PRESETS[name], **changes}
+        idle = idle_options(SimpleNamespace(**{**_DEFAULTS, **options}), options, is_new=True)
+        return cls(**{key: options[key] for key in options if key in changes or key not in idle})
 
     @classmethod
     def from_pretrained(
@@ -201,25 +218,27 @@ class PemnConfig(PeftConfig):
             AdapterFileError: If the configuration or a local adapter file is truncated or altered.
         """
         folder = Path(pretrained_model_name_or_path) / (subfolder or "")
-        if (folder / CONFIG).is_file():
+        if is_there(folder / CONFIG):
             return cls._from_folder(folder, cls._split_kwargs(kwargs)[1])
         try:
             name = pretrained_model_name_or_path
             return cast("PemnConfig", super().from_pretrained(name, subfolder, **kwargs))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             refuse_file(folder / CONFIG, f"is not JSON ({type(error).__name__}: {error})")
+        except ConfigError as error:
+            refuse_option(folder / CONFIG, error)
 
     @classmethod
     def _from_folder(cls, folder: Path, given: Mapping[str, Any]) -> "PemnConfig":
         path = folder / WEIGHTS
         written = read_json(folder / CONFIG)
-        file = read_adapter_file(path) if path.is_file() else None
+        file = read_adapter_file(path) if is_there(path) else None
         decided = written if file is None else decide(folder / CONFIG, written, file)
         try:
             options = cls.check_kwargs(**{**given, **decided})
             config = cast("PemnConfig", cls.from_peft_type(**options))
-        except PemnError:
-            raise
+        except ConfigError as error:
+            refuse_option(folder / CONFIG, error)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if file is None and "peft_type" not in written:
                 raise  # other JSON and no weights, so no adapter: PEFT says so itself
@@ -248,18 +267,6 @@ class PemnConfig(PeftConfig):
         """How masks are chosen from scores."""
         return Selector(self.selector, self.density, self.threshold)
 
-    def _check_choices(self) -> None:
-        _one_of("bank", self.bank, get_args(BankName))
-        _one_of("bank_init", self.bank_init, (None, *get_args(InitName)))
-        _one_of("selector", self.selector, get_args(SelectorName))
-        _one_of("scale", self.scale, (None, *get_args(ScaleName)))
-        _one_of("form", self.form, get_args(FormName))
-        _one_of("coding", self.coding, get_args(CodingName))
-        _one_of("rest", self.rest, (None, *get_args(RestName)))
-        _one_of("tied", self.tied, get_args(TiedName))
-        if isinstance(self.score_init, str):
-            _one_of("score_init", self.score_init, ("kaiming_uniform", "a number"))
-
     def _fill_in_defaults(self) -> None:
         if self.bank_init is None:
             self.bank_init = "model" if self.bank == "own" else "kaiming_normal"
@@ -271,92 +278,31 @@ class PemnConfig(PeftConfig):
         if self.rest is None:
             self.rest = "stats" if self.bank_init == "model" else "train"
 
-    def _check_bank(self) -> None:
-        if self.bank != "rp":
-            for name in ("ratio", "length", "permute"):
-                value = getattr(self, name)
-                if value:
-                    _refuse(name, value, f'nothing: it belongs to bank="rp", not "{self.bank}"')
-        elif self.ratio is not None and self.length is not None:
-            _refuse("length", self.length, f"no ratio beside it (ratio={self.ratio}): give one")
-        _in_range("ratio", self.ratio)
-        if self.length is not None and (not _is_int(self.length) or self.length < 1):
-            _refuse("length", self.length, "a whole number of at least 1")
-        if not _is_int(self.seed):
-            _refuse("seed", self.seed, "a whole number")
-        if self.scale_fan and self.bank_init == "model":
-            _refuse("scale_fan", True, 'drawn numbers: bank_init="model" takes the model\'s own')
-
-    def _check_selection(self) -> None:
-        _in_range("density", self.density)
-        if not _is_number(self.threshold):
-            _refuse("threshold", self.threshold, "a finite number")
-        if not isinstance(self.score_init, str) and not _is_number(self.score_init):
-            _refuse("score_init", self.score_init, '"kaiming_uniform" or a finite number')
-        if self.selector == "topk" and not isinstance(self.score_init, str):
-            _refuse("score_init", self.score_init, '"kaiming_uniform": equal scores have no order')
-
     def _check_form(self) -> None:
-        if self.form == "sign_delta":
-            if self.bank != "own" or self.bank_init != "model":
-                given = f"bank={self.bank!r}, bank_init={self.bank_init!r}"
-                _refuse("form", self.form, f'bank="own", bank_init="model" beside it, not {given}')
-            if self.scale is not None:
-                _refuse(
-                    "scale", self.scale, 'None with form="sign_delta", which has its own scales'
-                )
+        if self.form == "sign_delta" and (self.bank != "own" or self.bank_init != "model"):
+            given = f"bank={self.bank!r}, bank_init={self.bank_init!r}"
+            refuse("form", self.form, f'bank="own", bank_init="model" beside it, not {given}')
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            given = self.layers_to_transform
-            _refuse("layers_to_transform", given, "target_modules as a list, not as a pattern")
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            given = self.layers_pattern
-            _refuse("layers_pattern", given, "target_modules as a list, not as a pattern")
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+            check_pattern(name, value)
+        for name in ("layers_to_transform", "layers_pattern"):
+            given = getattr(self, name)
+            if isinstance(self.target_modules, str) and given is not None:
+                refuse(name, given, "target_modules as a list, not as a pattern")
         if self.layers_pattern and self.layers_to_transform is None:
             message = (
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified; "
-                f"layers_pattern={self.layers_pattern!r} was given alone."
+                f"layers_pattern={shown(self.layers_pattern)} was given alone."
             )
             raise ConfigError(message)
-        if self.trainable_token_indices is not None:
-            given = self.trainable_token_indices
-            _refuse("trainable_token_indices", given, "None: use modules_to_save for embeddings")
-        for name in ("target_modules", "exclude_modules"):
-            _check_pattern(name, getattr(self, name))
 
 
-def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        _refuse(name, value, f"one of {listed}")
+_DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(PemnConfig)}
 
 
-def _in_range(name: str, value: float | None) -> None:
-    if value is not None and not (_is_number(value) and 0 < value <= 1):
-        _refuse(name, value, "a number with 0 < value <= 1 (a share, not a percentage)")
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and value == value and abs(value) != float("inf")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_pattern(name: str, value: Any) -> None:
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            _refuse(name, value, f"a regular expression ({error})")
-
-
-def _refuse(name: str, value: Any, needed: str) -> None:
-    message = f"PemnConfig got {name}={value!r}; it needs {needed}."
-    raise ConfigError(message)
+def _given(options: Mapping[str, Any]) -> list[str]:
+    """Return the options that are not as they are by default."""
+    return [name for name, value in options.items() if value != _DEFAULTS[name]]

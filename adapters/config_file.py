@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 
 from peft.config import PeftConfig
 
+from pemn_surgery.adapters.disk import read_text
 from pemn_surgery.adapters.file import AdapterFile, seal
-from pemn_surgery.errors import AdapterFileError
+from pemn_surgery.errors import AdapterFileError, ConfigError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,10 +21,12 @@ def read_json(path: Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        AdapterFileError: If it is not a JSON object.
+        AdapterFileError: If it cannot be read, or is not a JSON object.
     """
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = json.loads(read_text(path))
+    except AdapterFileError:
+        raise
     except (ValueError, RecursionError) as error:  # ValueError: neither JSON nor UTF-8
         refuse_file(path, f"is not JSON ({type(error).__name__}: {error})")
     if not isinstance(written, dict):
@@ -89,3 +92,21 @@ def refuse_file(path: Path, problem: str) -> NoReturn:
         "from where it was saved."
     )
     raise AdapterFileError(message)
+
+
+def refuse_option(path: Path, error: ConfigError) -> NoReturn:
+    """Refuse an ``adapter_config.json`` with an option that cannot be.
+
+    Args:
+        path: The file.
+        error: Which option, and why.
+
+    Raises:
+        AdapterFileError: Always.
+    """
+    message = (
+        f"{str(path)!r} is no configuration of masks: {error} It is truncated or altered, or of a "
+        "later release. Nothing was loaded; get it again from where it was saved, or upgrade "
+        "pemn-surgery."
+    )
+    raise AdapterFileError(message) from error

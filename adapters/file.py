@@ -4,62 +4,59 @@ A file that `pemn_surgery.adapters.atomic` saved holds, beside its tensors, the 
 configuration and one digest over both (its *seal*, in the safetensors metadata). A file without
 a seal was written by transformers, by another tool or by an early version: its masks have
 checksums of their own, nothing else of it is covered.
+
+Coded masks stay as they are while a file is read. How much memory their bits take is what the file
+claims, so they are decoded once the model has agreed to the sizes (`decode_held`), or, where there
+is no model, up to a limit (`read_decoded`).
 """
 
-import hashlib
-import json
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from pemn_surgery import bits, codec
-from pemn_surgery.bits import StoredMask
-from pemn_surgery.errors import AdapterFileError
-from pemn_surgery.masked import masked_child_name
+from pemn_surgery.adapters.contents import (
+    KEY_PREFIX,
+    MASKS,
+    TENSORS,
+    AdapterFile,
+    check_room,
+    is_mask,
+    mask_key,
+    parameter_name,
+    sort_out,
+)
+from pemn_surgery.adapters.disk import named_errors
+from pemn_surgery.adapters.seal import SEAL, check_seal, digest_of, sealed_configuration
+
+__all__ = [
+    "CONFIG",
+    "KEY_PREFIX",
+    "MASKS",
+    "TENSORS",
+    "WEIGHTS",
+    "AdapterFile",
+    "Contents",
+    "decode_held",
+    "held_tensors",
+    "holds_masks",
+    "mask_key",
+    "one_reading",
+    "parameter_name",
+    "read_adapter",
+    "read_adapter_file",
+    "read_decoded",
+    "seal",
+]
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-SEAL = "pemn"  # the metadata's key
-KEY_PREFIX = "base_model.model."
-MASKS = "pemn_masks"
-TENSORS = "pemn_tensors"
-
-_UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError)
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """What an adapter file holds.
-
-    Attributes:
-        path: The file.
-        nbytes: Its size.
-        masks: Number of weights of each masked parameter, by the parameter's name.
-        ones: Number of ones of each mask; those that are float scores, or coded beside the base,
-            are not there.
-        stored: What the header of each mask says; empty where the file holds float scores.
-        others: Shape and dtype of every other tensor, by key.
-        scales: Number of row scales beside each mask; empty but for ``form="sign_delta"``.
-        sealed: The configuration that the file was saved with, as in ``adapter_config.json``;
-            None where the file has no seal.
-    """
-
-    path: Path
-    nbytes: int
-    masks: Mapping[str, int]
-    ones: Mapping[str, int]
-    stored: Mapping[str, StoredMask]
-    others: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    scales: Mapping[str, int]
-    sealed: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,13 @@ class Contents:
 
     Attributes:
         file: What the file holds.
-        tensors: Its tensors by key, on the CPU; coded masks as bits, but for ``coding="base"``.
+        tensors: Its tensors by key, on the CPU.
+        coded: Keys of the masks among them that are to be decoded, but for ``coding="base"``.
     """
 
     file: AdapterFile
     tensors: Mapping[str, Tensor]
+    coded: frozenset[str] = frozenset()
 
 
 _held: ContextVar[dict[Path, Contents] | None] = ContextVar("held", default=None)
@@ -112,6 +111,39 @@ def read_adapter(path: Path) -> Contents:
     if path not in held:
         held[path] = _read(path)
     return held[path]
+
+
+def read_decoded(path: Path) -> Contents:
+    """Read a file as `read_adapter` does, with its masks as bits, where no model is at hand.
+
+    Args:
+        path: ``adapter_model.safetensors`` of an adapter.
+
+    Returns:
+        Its tensors, but that masks of ``coding="base"`` stay coded: they take their base.
+
+    Raises:
+        AdapterFileError: If the file is missing, truncated, altered or not a safetensors file.
+        MaskFormatError: If masks would take far more memory than the file is long, or are no code.
+    """
+    contents = read_adapter(path)
+    check_room(contents.file)
+    return _decoded(contents)
+
+
+def decode_held(file: AdapterFile) -> None:
+    """Decode what `one_reading` holds of a file, once a model has the sizes that it claims.
+
+    Args:
+        file: What was read and compared with the model.
+
+    Raises:
+        MaskFormatError: If a mask is no code of so many weights.
+    """
+    held = _held.get() or {}
+    contents = held.get(file.path)
+    if contents is not None and contents.file is file:
+        held[file.path] = _decoded(contents)
 
 
 def held_tensors(path: Path) -> Mapping[str, Tensor] | None:
@@ -156,41 +188,26 @@ def seal(path: Path, configuration: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         The configuration, its "digest" filled in.
     """
-    return {**configuration, "digest": _digest(_raw(path)[1], configuration)}
-
-
-def mask_key(name: str, kind: str) -> str:
-    """Return the file's key of a parameter's mask.
-
-    Args:
-        name: The parameter's name, for example "layer1.0.conv1.weight".
-        kind: "bits", "scores" or "row_scale".
-    """
-    path, _, parameter = name.rpartition(".")
-    module = f"{path}." if path else ""
-    return f"{KEY_PREFIX}{module}{masked_child_name(parameter)}.{MASKS}.{kind}"
-
-
-def parameter_name(key: str) -> str:
-    """Return the parameter's name of a mask's key (the inverse of `mask_key`)."""
-    module = key.removeprefix(KEY_PREFIX).rpartition(f".{MASKS}.")[0]
-    path, _, child = module.rpartition(".")
-    parameter = child.removeprefix(masked_child_name(""))
-    return f"{path}.{parameter}" if path else parameter
+    return {**configuration, "digest": digest_of(_raw(path)[1], configuration)}
 
 
 def _read(path: Path) -> Contents:
     nbytes, tensors, metadata = _raw(path)
-    stored = {key: bits.inspect(value, key) for key, value in tensors.items() if _is_mask(key)}
-    sealed = _sealed(path, metadata)
+    stored = {key: bits.inspect(value, key) for key, value in tensors.items() if is_mask(key)}
+    sealed = sealed_configuration(path, metadata)
     if sealed is not None:
-        _check_seal(path, tensors, sealed)
-    tensors |= {
-        key: codec.decode(tensors[key], key)
-        for key, header in stored.items()
-        if header.coding not in ("bits", "base")  # that takes the base
-    }
-    return Contents(_sort_out(path, nbytes, tensors, stored, sealed), tensors)
+        check_seal(path, tensors, sealed)
+    file = sort_out(path, nbytes, tensors, stored, sealed)
+    return Contents(file, tensors, frozenset(file.coded))
+
+
+def _decoded(contents: Contents) -> Contents:
+    """Return the contents with coded masks as bits, but for those that take their base."""
+    tensors, file = dict(contents.tensors), contents.file
+    for key in contents.coded:
+        tensors[key] = codec.decode(tensors[key], key)
+        file.count(key, tensors[key])
+    return Contents(file, tensors)
 
 
 def _raw(path: Path) -> tuple[int, dict[str, Tensor], Mapping[str, str]]:
@@ -208,89 +225,5 @@ def _opened(path: Path) -> Iterator[Any]:
     one's header. The library checks first that the header is no longer than the file and that the
     tensors' places fill the rest exactly, so no more is allocated than the file is long.
     """
-    with _named(path), safe_open(path, framework="pt", backend="pread") as file:
+    with named_errors(path), safe_open(path, framework="pt", backend="pread") as file:
         yield file
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name what safetensors and torch may raise on a header that means nothing."""
-    try:
-        yield
-    except _UNREADABLE as error:
-        nbytes = path.stat().st_size if path.is_file() else 0
-        message = (
-            f"The adapter file {str(path)!r} ({nbytes} bytes) cannot be read: {error}. It is "
-            "truncated or altered; nothing was loaded. Get the file again from where it was saved."
-        )
-        raise AdapterFileError(message) from error
-
-
-def _sealed(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any] | None:
-    if SEAL not in metadata:
-        return None
-    try:
-        configuration = json.loads(metadata[SEAL])
-    except (ValueError, RecursionError) as error:
-        _refuse_seal(path, f"cannot be read ({type(error).__name__}: {error})")
-    if not isinstance(configuration, dict):
-        _refuse_seal(path, f"is {type(configuration).__name__}, not a configuration")
-    return configuration
-
-
-def _check_seal(path: Path, tensors: Mapping[str, Tensor], sealed: Mapping[str, Any]) -> None:
-    actual = _digest(tensors, sealed)
-    if actual != sealed.get("digest"):
-        _refuse_seal(path, f"says digest {sealed.get('digest')!r}, the content has {actual!r}")
-
-
-def _refuse_seal(path: Path, problem: str) -> NoReturn:
-    message = (
-        f"The seal of the adapter file {str(path)!r} {problem}: the file was altered after it was "
-        "saved. Nothing was loaded; get the file again from where it was saved."
-    )
-    raise AdapterFileError(message)
-
-
-def _digest(tensors: Mapping[str, Tensor], configuration: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits over every tensor's name, type, shape and bytes, and the rest.
-
-    Against damage, not against forgery: a CRC-32 finds every changed byte of a tensor.
-    """
-    rest = {key: value for key, value in configuration.items() if key != "digest"}
-    lines = [json.dumps(rest, sort_keys=True), *sorted(_described(tensors))]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _described(tensors: Mapping[str, Tensor]) -> Iterable[str]:
-    for key, tensor in tensors.items():
-        content: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-        yield f"{key} {tensor.dtype} {list(tensor.shape)} {zlib.crc32(content):08x}"
-
-
-def _is_mask(key: str) -> bool:
-    """Tell whether a key is a stored mask's: neither scores nor scales."""
-    return f".{MASKS}." in key and not key.endswith((".row_scale", ".scores"))
-
-
-def _sort_out(
-    path: Path,
-    nbytes: int,
-    tensors: Mapping[str, Tensor],
-    stored: Mapping[str, StoredMask],
-    sealed: Mapping[str, Any] | None,
-) -> AdapterFile:
-    masks, ones, others, scales = {}, {}, {}, {}
-    for key, tensor in tensors.items():
-        if f".{MASKS}." not in key:
-            others[key] = (tuple(tensor.shape), tensor.dtype)
-        elif key.endswith(".row_scale"):
-            scales[parameter_name(key)] = tensor.numel()
-        elif key.endswith(".scores"):
-            masks[parameter_name(key)] = tensor.numel()
-        else:
-            masks[parameter_name(key)] = stored[key].weights
-            if stored[key].coding != "base":
-                ones[parameter_name(key)] = bits.count_ones(tensor)
-    headers = {parameter_name(key): header for key, header in stored.items()}
-    return AdapterFile(path, nbytes, masks, ones, headers, others, scales, sealed)

@@ -106,14 +106,13 @@ def check_fingerprint(expected: Mapping[str, str], actual: Mapping[str, str], ba
     Raises:
         FingerprintError: If the two differ where both are known.
     """
-    common = sorted(set(expected) & set(actual))
+    common = [name for name in _TYPES if name in expected and name in actual]
     different = [name for name in common if expected[name] != actual[name]]
     if different:
-        name = different[0]
         message = (
-            f"The masks were trained on a base with fingerprint {expected[name]} (in {name}), but "
-            f"{base} has {actual[name]}: its frozen weights differ. Load the checkpoint (or the "
-            "seed) that the adapter was trained on. Nothing was changed."
+            f"The masks were trained on a base with fingerprint {_shown(expected, different[0])}, "
+            f"but {base} has {_shown(actual, different[0])}: its frozen weights differ. Load the "
+            "checkpoint (or the seed) that the adapter was trained on. Nothing was changed."
         )
         raise FingerprintError(message)
     if expected and actual and not common:
@@ -123,6 +122,14 @@ def check_fingerprint(expected: Mapping[str, str], actual: Mapping[str, str], ba
             PemnWarning,
             stacklevel=2,
         )
+
+
+def _shown(fingerprint: Mapping[str, str], name: str) -> str:
+    """Return the digits of values in one type, and in which type their base is held."""
+    if len(fingerprint) == len(_TYPES) and len(set(fingerprint.values())) == 1:
+        return f"{fingerprint[name]} (drawn from a seed)"  # the same in every type
+    held = next(held for held in _TYPES if held in fingerprint)  # the widest has all
+    return f"{fingerprint[name]} ({held}{f', rounded to {name}' * (held != name)})"
 
 
 def short_form(fingerprint: Mapping[str, str]) -> bytes:

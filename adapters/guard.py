@@ -23,13 +23,14 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.config_file import read_json
+from pemn_surgery.adapters.disk import is_there
 from pemn_surgery.adapters.file import (
     CONFIG,
     WEIGHTS,
     held_tensors,
     holds_masks,
     one_reading,
-    read_adapter,
+    read_decoded,
 )
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.adapters.versions import check_versions
@@ -66,9 +67,9 @@ def check_adapter(folder: Path) -> PemnConfig | None:
         AdapterFileError: If a file is missing, truncated, altered, or pickle.
     """
     weights = folder / WEIGHTS
-    if not (folder / CONFIG).is_file() or not _is_ours(folder):
+    if not is_there(folder / CONFIG) or not _is_ours(folder):
         return None
-    if not weights.is_file():
+    if not is_there(weights):
         _refuse_without_weights(folder)
     return PemnConfig.from_pretrained(str(folder))
 
@@ -154,7 +155,7 @@ def _with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
             options = {**given, **given.get("kwargs", {})}
             options = {key: options[key] for key in options if key not in {"self", "kwargs"}}
             options |= {"peft_model_id": str(folder), "peft_config": checked}
-            tensors = dict(read_adapter(folder / WEIGHTS).tensors)
+            tensors = dict(read_decoded(folder / WEIGHTS).tensors)
             return load(self, **{**options, "adapter_state_dict": tensors})
 
     return load_adapter
@@ -162,7 +163,7 @@ def _with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_ours(folder: Path) -> bool:
     """Tell by either file; the other may be damaged."""
-    if (folder / WEIGHTS).is_file():
+    if is_there(folder / WEIGHTS):
         try:
             return holds_masks(folder / WEIGHTS)
         except AdapterFileError:

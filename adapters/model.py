@@ -36,6 +36,7 @@ from pemn_surgery.adapters.matching import (
 )
 from pemn_surgery.adapters.mixed_batch import mixed_batches
 from pemn_surgery.adapters.operation import Operation
+from pemn_surgery.adapters.other_methods import check_no_other_method
 from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
@@ -54,6 +55,7 @@ class PemnModel(BaseTuner):
     def __init__(
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
+        check_no_other_method(model)
         check_name_is_free(model, adapter_name)
         if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of them
             check_loader_decodes(peft_config)
@@ -65,6 +67,7 @@ class PemnModel(BaseTuner):
     def _prepare_model(self, peft_config: PemnConfig, model: nn.Module) -> None:
         """Plan and check everything; the model is still as it was when this raises."""
         check_model(model)
+        check_no_other_method(model)
         set_default_head(peft_config, model)
         followed = None
         if peft_config.functional_weights is None or peft_config.rewritten_weights is None:

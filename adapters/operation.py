@@ -18,6 +18,7 @@ from pemn_surgery.adapters.checks import (
     check_signs,
 )
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.file import decode_held
 from pemn_surgery.adapters.file_checks import check_file_fits
 from pemn_surgery.adapters.layer import PemnLayer, weight_stream
 from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
@@ -51,6 +52,8 @@ class Operation:
         self.bank = self._find_or_build_bank()
         self.fingerprint = self._fingerprint()
         self._check_base()
+        if config.file is not None:
+            decode_held(config.file)
         from_meta = materialise.is_on_meta(model, plan)
         # Built without memory and not to be trained: nothing is held twice, nothing dense is kept.
         self.is_lean = from_meta and config.inference_mode

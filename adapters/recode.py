@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -15,25 +16,26 @@ from pemn_surgery.adapters.file import (
     AdapterFile,
     one_reading,
     parameter_name,
-    read_adapter,
     read_adapter_file,
+    read_decoded,
 )
 from pemn_surgery.adapters.file_checks import check_without_base
 from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import AdapterFileError, ConfigError
 from pemn_surgery.selector import check_finite
 
-_CODINGS: tuple[CodingName, ...] = ("bits", "entropy")
+RecodingName = Literal["bits", "entropy"]
 
 
-def recode(folder: str | Path, coding: CodingName, out: str | Path | None = None) -> AdapterFile:
+def recode(folder: str | Path, coding: RecodingName, out: str | Path | None = None) -> AdapterFile:
     """Write an adapter's masks in another coding; everything else of it stays as it is.
 
     Scores, as a Trainer's checkpoint holds them, become the masks that they choose.
 
     Args:
         folder: The adapter's folder.
-        coding: "bits" or "entropy", as in `PemnConfig`.
+        coding: "bits" or "entropy", as in `PemnConfig`. "context" and "base" need the model's
+            layers, and are made by saving from it.
         out: Folder for the new adapter; None puts it in place of the old one, all at once.
 
     Returns:
@@ -45,7 +47,7 @@ def recode(folder: str | Path, coding: CodingName, out: str | Path | None = None
         NonFiniteScoresError: If scores contain NaN or infinity.
         AdapterWriteError: If it cannot be written; the old adapter is still there.
     """
-    _check_coding(coding)
+    _check_coding(coding, folder)
     place = Path(folder if out is None else out)
     with one_reading():
         config = PemnConfig.from_pretrained(str(folder))
@@ -54,7 +56,7 @@ def recode(folder: str | Path, coding: CodingName, out: str | Path | None = None
         _check_keeps_scores(file, Path(folder), place)
         tensors = {
             _new_key(key): _recoded(key, value, coding, config)
-            for key, value in read_adapter(file.path).tensors.items()
+            for key, value in read_decoded(file.path).tensors.items()
         }
     config.coding = coding
     write_adapter(place, tensors, config)
@@ -68,7 +70,7 @@ def _bring_card(folder: Path, place: Path) -> None:
     complete_card(place)
 
 
-def _recoded(key: str, value: Tensor, coding: CodingName, config: PemnConfig) -> Tensor:
+def _recoded(key: str, value: Tensor, coding: RecodingName, config: PemnConfig) -> Tensor:
     if f".{MASKS}." not in key or key.endswith(".row_scale"):
         return value
     stored = value
@@ -84,13 +86,18 @@ def _new_key(key: str) -> str:
     return f"{key.removesuffix('.scores')}.bits" if is_scores else key
 
 
-def _check_coding(coding: str) -> None:
-    if coding not in _CODINGS:
-        message = (
-            f'coding={coding!r}; give "bits" or "entropy". For "context" and "base", which take '
-            "weights, load the adapter, set its PemnConfig.coding, and save it again."
+def _check_coding(coding: Any, folder: str | Path) -> None:
+    if coding in get_args(RecodingName):
+        return
+    remedy = ""
+    if coding in get_args(CodingName):
+        remedy = (
+            f' For "{coding}", which codes masks beside what the model tells of each weight: model '
+            f"= PeftModel.from_pretrained(base, {str(folder)!r}); "
+            f'model.peft_config["default"].coding = "{coding}"; model.save_pretrained(folder).'
         )
-        raise ConfigError(message)
+    message = f'recode got coding={coding!r}; files alone give "bits" or "entropy".{remedy}'
+    raise ConfigError(message)
 
 
 def _file_of(config: PemnConfig, folder: str | Path) -> AdapterFile:

@@ -3,13 +3,15 @@
     from pemn_surgery import pemnify, plan, PemnConfig, PemnCallback
 
 Names are imported when they are first used, so that ``import pemn_surgery`` does not import
-transformers, timm or PEFT.
+transformers, timm or PEFT. PEFT knows masks as soon as both are imported, in either order
+(`pemn_surgery.late`).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from pemn_surgery import errors
+from pemn_surgery.late import register_with_peft
 
 if TYPE_CHECKING:
     from pemn_surgery.adapters import (
@@ -78,3 +80,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_with_peft()

@@ -97,6 +97,16 @@ def decode(
     return found
 
 
+def room(header: StoredMask) -> int:
+    """Return the bytes that decoding a mask takes at most, beside the mask as bits.
+
+    Args:
+        header: What `bits.inspect` returned.
+    """
+    of_a_weight = 1.3 if header.coding == "entropy" else 6
+    return 0 if header.coding == "bits" else int(of_a_weight * header.weights)
+
+
 def _sizes(
     header: StoredMask, base_sizes: Callable[[], np.ndarray | None], name: str
 ) -> np.ndarray | None:

@@ -108,7 +108,10 @@ def test_signs_and_scales(tmp_path):
 def test_what_is_refused(tmp_path):
     make(tmp_path / "a")
     for coding in ("context", "base"):
-        said = f'coding={coding!r}; give "bits" or "entropy".*take weights'
+        said = (
+            f'coding={coding!r}; files alone give "bits" or "entropy".*from_pretrained.*'
+            f'coding = "{coding}"; model.save_pretrained'
+        )
         with pytest.raises(ConfigError, match=said):
             recode(tmp_path / "a", coding)
     (tmp_path / "b").mkdir()

@@ -6,7 +6,7 @@ import pytest
 
 from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.adapters.file import AdapterFile
-from pemn_surgery.errors import AdapterFileError, ConfigError
+from pemn_surgery.errors import AdapterFileError
 from pemn_surgery.selector import Selector
 from tests.adapters import models
 from tests.adapters.models import BANKS
@@ -104,7 +104,7 @@ def test_stored_values_are_checked_too(tmp_path):
     stored = json.loads(path.read_text())
     for name, value in [("density", 3), ("bank", "vector"), ("ratio", 0), ("selector", "x")]:
         path.write_text(json.dumps({**stored, name: value}))
-        with pytest.raises(ConfigError, match=f"{name}={value!r}"):
+        with pytest.raises(AdapterFileError, match=f"{name}={value!r}; it needs"):
             PemnConfig.from_pretrained(str(tmp_path))
 
 
@@ -117,8 +117,9 @@ def test_runtime_state_is_not_part_of_the_configuration():
 
 
 def test_presets_take_changes():
-    config = PemnConfig.preset("self_masking", seed=5, threshold=0.1)
-    assert (config.seed, config.threshold, config.score_init) == (5, 0.1, 1.0)
+    config = PemnConfig.preset("self_masking", rest="norms", threshold=0.1)
+    assert (config.rest, config.threshold, config.score_init) == ("norms", 0.1, 1.0)
+    assert PemnConfig.preset("edge_popup", seed=5).seed == 5
     assert PemnConfig.preset("piggyback").threshold == 5e-3
     assert PemnConfig.preset("piggyback").score_init == 1e-2
     assert PemnConfig.preset("pemn") == PemnConfig(rest="train")

@@ -5,7 +5,14 @@ import math
 import pytest
 import timm
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from torch import nn
 
 from pemn_surgery import PemnConfig, pemnify, plan
@@ -19,6 +26,12 @@ from pemn_surgery.errors import (
     UnsupportedModelError,
 )
 from tests.adapters import models
+
+OTHER_METHODS = {
+    "LORA": LoraConfig(target_modules=["query", "value"]),
+    "ADALORA": AdaLoraConfig(target_modules=["query", "value"], total_step=10),
+    "IA3": IA3Config(target_modules=["query", "value"], feedforward_modules=[]),
+}
 
 SHARE = "0 < value <= 1"
 BAD_OPTIONS = [
@@ -48,7 +61,7 @@ BAD_OPTIONS = [
     ({"rest": "all"}, ("rest='all'", "'train', 'norms', 'stats', 'freeze'")),
     ({"seed": 1.5}, ("seed=1.5", "whole number")),
     ({"seed": None}, ("seed=None", "whole number")),
-    ({"score_init": "normal"}, ("score_init='normal'", "'kaiming_uniform', 'a number'")),
+    ({"score_init": "normal"}, ("score_init='normal'", "'kaiming_uniform', a finite number")),
     ({"score_init": 1.0}, ("score_init=1.0", '"kaiming_uniform"', "no order")),
     ({"selector": "threshold", "threshold": math.nan}, ("threshold=nan", "finite number")),
     ({"selector": "threshold", "score_init": math.inf}, ("score_init=inf", "finite number")),
@@ -97,9 +110,9 @@ def test_presets(name):
         "piggyback": ("own", "model", "threshold", "freeze", None),
         "self_masking": ("own", "model", "threshold", "stats", "sqrt_density"),
     }
-    made = PemnConfig.preset(name, seed=4)
+    made = PemnConfig.preset(name, tied="both")
     assert (made.bank, made.bank_init, made.selector, made.rest, made.scale) == wanted[name]
-    assert made.seed == 4
+    assert made.tied == "both"
     with pytest.raises(ConfigError, match="density=2"):
         PemnConfig.preset(name, density=2)
 
@@ -196,11 +209,45 @@ def test_pemnify_twice():
         before.assert_unchanged()
 
 
-def test_pemnify_after_lora():
-    model = get_peft_model(models.net(), LoraConfig(target_modules=["conv1"]))
-    with pytest.raises(AlreadyPemnifiedError, match="conv1"):
-        pemnify(model)
-    assert "lora" in str(model).lower()
+@models.ignore_peft_on_transformers
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's own, of a second adapter
+@pytest.mark.parametrize(("kind", "config"), OTHER_METHODS.items())
+def test_masks_on_a_model_with_adapters_of_another_method(kind, config):
+    """One sentence with the method, the count and what to do, at every door."""
+    peft_model = get_peft_model(models.bert(), config)
+    inner = peft_model.base_model.model
+    before = {name: value.clone() for name, value in peft_model.state_dict().items()}
+    classes = [type(module) for module in peft_model.modules()]
+    doors = {
+        "pemnify": lambda: pemnify(peft_model),
+        "pemnify inner": lambda: pemnify(inner),
+        "get_peft_model": lambda: get_peft_model(inner, PemnConfig(), adapter_name="masks"),
+        "around": lambda: get_peft_model(peft_model, PemnConfig(), adapter_name="masks"),
+        "injected": lambda: inject_adapter_in_model(PemnConfig(), inner, "masks"),
+    }
+    for door, call in doors.items():
+        with pytest.raises(AlreadyPemnifiedError) as error:
+            call()
+        message = models.says(
+            error, f"carries {kind} adapters in 4 layers", "attention.self.query",
+            "merge_and_unload()", "Nothing was changed",
+        )  # fmt: skip
+        assert len(message) < 400, door
+    assert list(peft_model.peft_config) == ["default"]
+    assert [type(module) for module in peft_model.modules()] == classes
+    models.assert_same_tensors(peft_model.state_dict(), before)
+    merged = peft_model.merge_and_unload()
+    assert len(models.masks(pemnify(merged))) > 4
+
+
+@models.ignore_peft_on_transformers
+def test_masks_beside_lora_in_a_transformers_model():
+    model = models.bert()
+    model.add_adapter(LoraConfig(target_modules=["query", "value"]), "lora")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AlreadyPemnifiedError, match="carries LORA adapters in 4 layers"):
+        model.add_adapter(PemnConfig(), "masks")
+    models.assert_same_tensors(model.state_dict(), before)
 
 
 def test_after_unload_a_model_is_fresh():

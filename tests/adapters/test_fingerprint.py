@@ -1,5 +1,7 @@
 """Masks never load onto another base, and do load onto the same one in another float type."""
 
+import re
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -241,3 +243,49 @@ def test_a_later_adapter_sees_changes_that_torch_does_not(tmp_path, change, widt
     assert fingerprints._known.items() <= known.items()
     found = {name: model.peft_config[name].fingerprint for name in ("later", "latest")}
     assert found == {"later": expected, "latest": expected}
+
+
+HELD = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("trained", HELD)
+@pytest.mark.parametrize("served", HELD)
+def test_the_error_names_the_types_of_the_two_bases(trained, served, tmp_path):
+    """Whichever types they are compared in: that is said besides, where it is another."""
+    model = pemnify(models.net(0).to(HELD[trained]), bank="own")
+    model.save_pretrained(str(tmp_path))
+    base = models.net(1).to(HELD[served])
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    if {trained, served} == {"bfloat16", "float16"}:  # neither is a rounding of the other
+        with pytest.warns(UserWarning, match=f"know it in {trained}, it is loaded in {served}"):
+            PeftModel.from_pretrained(base, str(tmp_path))
+        return
+    compared = next(
+        name for name in ("bfloat16", "float16", "float32") if name in (trained, served)
+    )
+    with pytest.raises(FingerprintError) as error:
+        PeftModel.from_pretrained(base, str(tmp_path))
+    sides = [
+        f"({held})" if held == compared else f"({held}, rounded to {compared})"
+        for held in (trained, served)
+    ]
+    message = str(error.value)
+    assert re.search(
+        rf"trained on a base with fingerprint [0-9a-f]{{16}} {re.escape(sides[0])},", message
+    )
+    assert re.search(rf"the given model has [0-9a-f]{{16}} {re.escape(sides[1])}:", message)
+    assert re.findall("float32|bfloat16|float16", message) == re.findall(
+        "float32|bfloat16|float16", "".join(sides)
+    )
+    models.assert_same_tensors(base.state_dict(), before)
+
+
+def test_the_error_names_no_type_of_numbers_that_a_seed_draws(tmp_path):
+    pemnify(models.net(), bank="rp", seed=1).save_pretrained(str(tmp_path))
+    config = PemnConfig.from_pretrained(str(tmp_path))
+    config.seed = 2
+    with pytest.raises(
+        FingerprintError, match=r"[0-9a-f]{16} \(drawn from a seed\), but the gi"
+    ) as error:
+        PeftModel.from_pretrained(models.net(), str(tmp_path), config=config)
+    assert "float" not in str(error.value)

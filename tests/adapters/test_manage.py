@@ -59,7 +59,7 @@ def test_rename(active, tmp_path):
 
 
 def test_rename_of_merged_and_several_active_adapters():
-    model = pair(selector="threshold")
+    model = pair(selector="threshold", score_init="kaiming_uniform")
     model.base_model.set_adapter(["a", "b"])
     expected = models.logits(model)
     rename_adapter(model, "b", "dogs")

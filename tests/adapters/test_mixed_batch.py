@@ -283,7 +283,7 @@ def test_outputs_of_every_kind():
         }
 
     model = pemnify(Odd({"t0": outputs, "t1": outputs}), adapter_name="t0")
-    model.add_adapter("t1", PemnConfig(selector="threshold", density=0.9))
+    model.add_adapter("t1", PemnConfig(selector="threshold"))
     x, names = torch.randn(3, 4), ["t1", "t0", "t1"]
     with torch.no_grad():
         found = model.eval()(x, adapter_names=names)

@@ -1,0 +1,178 @@
+"""What an adapter file holds: which keys are masks, of how many weights, and what they take."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from pemn_surgery import bits, codec
+from pemn_surgery.bits import StoredMask
+from pemn_surgery.errors import AdapterFileError, MaskFormatError
+from pemn_surgery.masked import masked_child_name
+
+KEY_PREFIX = "base_model.model."
+MASKS = "pemn_masks"
+TENSORS = "pemn_tensors"
+
+# Where no model says how many weights a mask has, its file must be worth the memory it asks for.
+_ROOM = 1 << 30
+_ROOM_A_BYTE = 128
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter file holds.
+
+    Attributes:
+        path: The file.
+        nbytes: Its size.
+        masks: Number of weights of each masked parameter, by the parameter's name.
+        counted: Number of ones of each mask that is bits or was decoded; `ones` has all.
+        coded: Coded masks that were not, by key.
+        stored: What the header of each mask says; empty where the file holds float scores.
+        others: Shape and dtype of every other tensor, by key.
+        scales: Number of row scales beside each mask; empty but for ``form="sign_delta"``.
+        sealed: The configuration that the file was saved with, as in ``adapter_config.json``;
+            None where the file has no seal.
+    """
+
+    path: Path
+    nbytes: int
+    masks: Mapping[str, int]
+    counted: dict[str, int] = field(repr=False)
+    coded: dict[str, Tensor] = field(repr=False, compare=False)
+    stored: Mapping[str, StoredMask]
+    others: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    scales: Mapping[str, int]
+    sealed: Mapping[str, Any] | None
+
+    @property
+    def ones(self) -> Mapping[str, int]:
+        """Number of ones of each mask, but float scores and those coded beside the base.
+
+        Coded masks are decoded when this is asked for, if they were not for a load.
+
+        Raises:
+            MaskFormatError: If a coded mask is damaged, or asks for too much memory.
+        """
+        check_room(self)
+        for key, tensor in [*self.coded.items()]:
+            self.count(key, codec.decode(tensor, key))
+        return {name: self.counted[name] for name in self.masks if name in self.counted}
+
+    def count(self, key: str, mask: Tensor) -> None:
+        """Count the ones of a mask that is decoded.
+
+        Args:
+            key: The mask's key.
+            mask: What `bits.pack` returned.
+        """
+        self.counted[parameter_name(key)] = bits.count_ones(mask)
+        self.coded.pop(key, None)
+
+
+def mask_key(name: str, kind: str) -> str:
+    """Return the file's key of a parameter's mask.
+
+    Args:
+        name: The parameter's name, for example "layer1.0.conv1.weight".
+        kind: "bits", "scores" or "row_scale".
+    """
+    path, _, parameter = name.rpartition(".")
+    module = f"{path}." if path else ""
+    return f"{KEY_PREFIX}{module}{masked_child_name(parameter)}.{MASKS}.{kind}"
+
+
+def parameter_name(key: str) -> str:
+    """Return the parameter's name of a mask's key (the inverse of `mask_key`)."""
+    module = key.removeprefix(KEY_PREFIX).rpartition(f".{MASKS}.")[0]
+    path, _, child = module.rpartition(".")
+    parameter = child.removeprefix(masked_child_name(""))
+    return f"{path}.{parameter}" if path else parameter
+
+
+def check_room(file: AdapterFile) -> None:
+    """Refuse masks that would take far more memory than their file is worth.
+
+    A code may stand for 2,040 weights a byte, and a file of some megabytes for hundreds of
+    gigabytes; masks of density .997 stay within the limit however large their model is.
+
+    Args:
+        file: What was read, its coded masks not decoded.
+
+    Raises:
+        MaskFormatError: If it asks for more.
+    """
+    if not file.coded:
+        return
+    coded = {parameter_name(key): file.stored[parameter_name(key)] for key in file.coded}
+    decoding = max(codec.room(mask) for mask in coded.values())
+    needed = sum(bits.packed_bytes(mask.weights) for mask in coded.values()) + decoding
+    most = _ROOM + _ROOM_A_BYTE * file.nbytes
+    if needed > most:
+        largest = max(coded, key=lambda name: coded[name].weights)
+        message = (
+            f"The coded masks in {str(file.path)!r} ({file.nbytes:,} bytes) say that they stand "
+            f"for {sum(mask.weights for mask in coded.values()):,} weights ({largest!r} for "
+            f"{coded[largest].weights:,}) and would take {needed:,} bytes of memory; without a "
+            f"model that shows such weights at most {most:,} are taken. Load the adapter with "
+            "PeftModel.from_pretrained(base, folder), which compares sizes with the model's; if "
+            "there is no such model, the file was altered."
+        )
+        raise MaskFormatError(message)
+
+
+def is_mask(key: str) -> bool:
+    """Tell whether a key is a stored mask's: neither scores nor scales.
+
+    Args:
+        key: A tensor's key.
+    """
+    return f".{MASKS}." in key and not key.endswith((".row_scale", ".scores"))
+
+
+def sort_out(
+    path: Path,
+    nbytes: int,
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, StoredMask],
+    sealed: Mapping[str, Any] | None,
+) -> AdapterFile:
+    """Return what a file holds.
+
+    Args:
+        path: The file.
+        nbytes: Its size.
+        tensors: Its tensors by key, as they are stored.
+        stored: The header of each mask by key.
+        sealed: The configuration in its seal.
+    """
+    masks, counted, coded, others, scales = {}, {}, {}, {}, {}
+    for key, tensor in tensors.items():
+        name = parameter_name(key)
+        if f".{MASKS}." not in key:
+            others[key] = (tuple(tensor.shape), tensor.dtype)
+        elif key.endswith(".row_scale"):
+            scales[name] = tensor.numel()
+        elif name in masks:
+            _refuse_second(path, name)
+        else:
+            masks[name] = stored[key].weights if key in stored else tensor.numel()
+    for key, header in stored.items():
+        if header.coding == "bits":
+            counted[parameter_name(key)] = bits.count_ones(tensors[key])
+        elif header.coding != "base":  # that takes the base
+            coded[key] = tensors[key]
+    headers = {parameter_name(key): header for key, header in stored.items()}
+    return AdapterFile(path, nbytes, masks, counted, coded, headers, others, scales, sealed)
+
+
+def _refuse_second(path: Path, name: str) -> NoReturn:
+    message = (
+        f"The adapter file {str(path)!r} holds two masks of {name!r}; it was altered, or put "
+        "together from two. Nothing was loaded; get the file again from where it was saved."
+    )
+    raise AdapterFileError(message)

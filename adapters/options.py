@@ -1,0 +1,375 @@
+"""What every option of `PemnConfig` may be, and which options another one makes meaningless.
+
+Two tables: `OPTIONS` has a row for each field, with the words for its error; `IDLE` has a row for
+each way in which a field is never read. A new option gets its rows there, not code elsewhere.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from os import PathLike
+from typing import Any, NoReturn, get_args
+
+from peft.utils import TaskType
+
+from pemn_surgery.bank import BankName, InitName
+from pemn_surgery.bits import CodingName
+from pemn_surgery.errors import ConfigError
+from pemn_surgery.request import RestName, TiedName
+from pemn_surgery.selector import SelectorName
+
+_LARGEST = 3.4e38  # of float32
+_MOST_DIGITS = 1000  # Python itself turns no more than 4,300 into text
+_SHOWN = 200  # characters of a value in an error
+_FINGERPRINT = re.compile("[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field may be.
+
+    Attributes:
+        needed: What it needs to be, for the error.
+        holds: Tells whether a value is that.
+        is_users: Whether users give it; what the library fills in for itself is in no list.
+    """
+
+    needed: str
+    holds: Callable[[Any], bool]
+    is_users: bool = True
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A way in which a field is never read.
+
+    Attributes:
+        option: The field.
+        when: Tells from a configuration, its open fields still None, whether nothing reads it.
+        because: Where it belongs, and what stands against that; braces name fields.
+        in_files: Whether an adapter that is read is refused too, or else taken as it is.
+    """
+
+    option: str
+    when: Callable[[Any], bool]
+    because: str
+    in_files: bool = False
+
+
+def _choice(*choices: Any) -> Option:
+    listed = ", ".join(repr(choice) for choice in choices)
+    return Option(f"one of {listed}", lambda value: value in choices)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return is_int and abs(value) < 10**_MOST_DIGITS
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether a value is a number that float32 can hold; none is infinite there."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= _LARGEST  # not true of NaN
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
+def _is_list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple, set)) and all(map(holds, value))
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _is_text(name) and _is_text(digest) and _FINGERPRINT.fullmatch(digest)
+        for name, digest in value.items()
+    )
+
+
+def _or_none(option: Option) -> Option:
+    return Option(
+        f"{option.needed}, or None",
+        lambda value: value is None or option.holds(value),
+        option.is_users,
+    )
+
+
+_SHARE = Option("a number with 0 < value <= 1 (a share, not a percentage)", _is_share)
+_NUMBER = Option("a finite number", _is_number)
+_WHOLE = Option(f"a whole number of at most {_MOST_DIGITS} digits", _is_whole)
+_FLAG = Option("True or False", _is_flag)
+_TEXT = Option("a string", _is_text)
+_NAMES = Option("a list of strings", _is_list_of(_is_text))
+_NAMES_OR_PATTERN = Option(
+    "a list of names, or a string", lambda value: _is_text(value) or _NAMES.holds(value)
+)
+_INDICES = Option(
+    "a whole number, or a list of them",
+    lambda value: _is_whole(value) or _is_list_of(_is_whole)(value),
+)
+_PATH = Option("a string", lambda value: isinstance(value, (str, PathLike)))
+_DICT = Option("a dict", lambda value: isinstance(value, dict))
+
+
+def _internal(option: Option) -> Option:
+    """Return the row of a field that PEFT or this library fills in."""
+    return _or_none(Option(option.needed, option.holds, is_users=False))
+
+
+OPTIONS: dict[str, Option] = {
+    "bank": _choice(*get_args(BankName)),
+    "ratio": _or_none(_SHARE),
+    "length": _or_none(
+        Option("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
+    ),
+    "permute": _FLAG,
+    "bank_init": _choice(None, *get_args(InitName)),
+    "scale_fan": _FLAG,
+    "seed": _WHOLE,
+    "selector": _choice(*get_args(SelectorName)),
+    "density": _SHARE,
+    "threshold": _NUMBER,
+    "score_init": _or_none(
+        Option(
+            "'kaiming_uniform', a finite number",
+            lambda value: value == "kaiming_uniform" if _is_text(value) else _is_number(value),
+        )
+    ),
+    "scale": _choice(None, "sqrt_density"),
+    "form": _choice("product", "sign_delta"),
+    "rest": _choice(None, *get_args(RestName)),
+    "target_modules": _or_none(_NAMES_OR_PATTERN),
+    "exclude_modules": _or_none(_NAMES_OR_PATTERN),
+    "layers_to_transform": _or_none(_INDICES),
+    "layers_pattern": _or_none(_NAMES_OR_PATTERN),
+    "target_parameters": _or_none(_NAMES),
+    "functional_weights": _or_none(_NAMES),
+    "rewritten_weights": _or_none(_NAMES),
+    "carried": _internal(_NAMES),
+    "tied": _choice(*get_args(TiedName)),
+    "modules_to_save": _or_none(_NAMES),
+    "trainable_token_indices": Option(
+        "None: use modules_to_save for embeddings", lambda value: value is None, is_users=False
+    ),
+    "coding": _choice(*get_args(CodingName)),
+    "task_type": _choice(None, *(task.value for task in TaskType)),
+    "inference_mode": _FLAG,
+    "revision": _or_none(_TEXT),
+    "base_model_name_or_path": _internal(_PATH),
+    "peft_type": _internal(Option("'PEMN'", lambda value: value == "PEMN")),
+    "auto_mapping": _internal(_DICT),
+    "peft_version": _internal(_TEXT),
+    "fingerprint": _internal(Option("16 hexadecimal digits by dtype", _is_fingerprint)),
+    "digest": _internal(_TEXT),
+}
+
+
+def _draws_numbers(config: Any) -> bool:
+    return config.bank_init != "model" and (config.bank_init is not None or config.bank != "own")
+
+
+def _draws_scores(config: Any) -> bool:
+    is_constant = _is_number(config.score_init)
+    by_default = config.score_init is None and config.selector == "threshold"
+    return config.form == "product" and not is_constant and not by_default
+
+
+def _permutes(config: Any) -> bool:
+    return config.permute and config.bank == "rp" and config.ratio != 1
+
+
+def _names_parameters_alone(config: Any) -> bool:
+    return bool(config.target_parameters) and config.target_modules is None
+
+
+_OTHER_BANK = 'it belongs to bank="rp", not bank="{bank}"'
+_SIGNS = 'it belongs to form="product"; signs come from a fine-tuned model'
+
+IDLE: tuple[Idle, ...] = (
+    *(
+        Idle(name, lambda config: config.bank != "rp", _OTHER_BANK, in_files=True)
+        for name in ("ratio", "length", "permute")
+    ),
+    Idle(
+        "ratio",
+        lambda config: config.length is not None,
+        "length={length!r} beside it decides: give one",
+        in_files=True,
+    ),
+    Idle(
+        "permute",
+        lambda config: config.ratio == 1,
+        "a vector of ratio=1 is as long as the largest layer, and only a tiled one is permuted",
+    ),
+    Idle(
+        "scale_fan",
+        lambda config: not _draws_numbers(config),
+        'it belongs to drawn numbers, and bank_init="model" takes the model\'s own',
+        in_files=True,
+    ),
+    Idle(
+        "seed",
+        lambda config: not (_draws_numbers(config) or _draws_scores(config) or _permutes(config)),
+        "frozen numbers are the model's own and no initial score is drawn; batches and new heads "
+        "follow torch.manual_seed",
+    ),
+    Idle(
+        "density",
+        lambda config: config.selector != "topk" and not config.scale_fan,
+        'it belongs to selector="topk" (or to scale_fan=True), not selector="{selector}"',
+    ),
+    Idle("density", lambda config: config.form != "product", _SIGNS),
+    Idle(
+        "threshold",
+        lambda config: config.selector != "threshold",
+        'it belongs to selector="threshold", not selector="{selector}"',
+    ),
+    Idle("threshold", lambda config: config.form != "product", _SIGNS),
+    Idle(
+        "score_init",
+        lambda config: config.selector == "topk" and _is_number(config.score_init),
+        'a number belongs to selector="threshold"; "topk" needs "kaiming_uniform", as equal scores '
+        "have no order",
+        in_files=True,
+    ),
+    Idle("score_init", lambda config: config.form != "product", _SIGNS),
+    *(
+        Idle(
+            name,
+            _names_parameters_alone,
+            "it belongs to target_modules; target_parameters takes all that it names",
+        )
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
+    ),
+    Idle(
+        "scale",
+        lambda config: config.form != "product",
+        'it belongs to form="product", not form="{form}", which has its own scales',
+        in_files=True,
+    ),
+)
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Refuse values that an option cannot have, each by itself.
+
+    Args:
+        values: Fields of a configuration.
+
+    Raises:
+        ConfigError: If one has another type, or is out of its range.
+    """
+    for name, value in values.items():
+        if name in OPTIONS and not OPTIONS[name].holds(value):
+            refuse(name, value, OPTIONS[name].needed)
+
+
+def idle_options(config: Any, given: Iterable[str], *, is_new: bool) -> dict[str, str]:
+    """Return the options that nothing would read, and why.
+
+    Args:
+        config: Anything with the fields of a configuration; those left open are None.
+        given: The fields that are not as they are by default.
+        is_new: Whether a user gives them; an adapter that is read may have been saved with them.
+    """
+    names = set(given)
+    return {
+        row.option: row.because.format_map(vars(config))
+        for row in IDLE
+        if row.option in names and (is_new or row.in_files) and row.when(config)
+    }
+
+
+def refuse_idle(config: Any, idle: Mapping[str, str]) -> None:
+    """Refuse options that nothing would read.
+
+    Args:
+        config: Where they are given.
+        idle: What `idle_options` returned.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for name, because in idle.items():
+        message = (
+            f"PemnConfig got {name}={shown(getattr(config, name))}, which nothing would read: "
+            f"{because}. Leave it out."
+        )
+        raise ConfigError(message)
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Refuse options that there are not, or that the library fills in.
+
+    Args:
+        options: What a user gave.
+
+    Raises:
+        ConfigError: If one is unknown.
+    """
+    users = [name for name, option in OPTIONS.items() if option.is_users]
+    internal = [name for name in OPTIONS if name not in users and options.get(name) is None]
+    unknown = [name for name in options if name not in users and name not in internal]
+    if unknown:
+        near = get_close_matches(unknown[0], users, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        message = (
+            f"Unknown option {', '.join(map(str, unknown))}.{hint} "
+            f"PemnConfig has: {', '.join(sorted(users))}."
+        )
+        raise ConfigError(message)
+
+
+def check_pattern(name: str, value: Any) -> None:
+    """Refuse a string that is no regular expression.
+
+    Args:
+        name: The option.
+        value: Its value, of any type.
+
+    Raises:
+        ConfigError: If it is a string that does not compile.
+    """
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            refuse(name, value, f"a regular expression ({error})")
+
+
+def refuse(name: str, value: Any, needed: str) -> NoReturn:
+    """Refuse an option's value.
+
+    Args:
+        name: The option.
+        value: What was given.
+        needed: What it needs to be.
+
+    Raises:
+        ConfigError: Always.
+    """
+    message = f"PemnConfig got {name}={shown(value)}; it needs {needed}."
+    raise ConfigError(message)
+
+
+def shown(value: Any) -> str:
+    """Return a value as it stands in an error: a long one is cut.
+
+    Args:
+        value: Any value.
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; nested too deeply
+        return f"<{type(value).__name__} too long to show>"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"

@@ -1,0 +1,85 @@
+"""PEFT knows masks once it and this package are imported, in either order; neither gets heavy."""
+
+import json
+
+import pytest
+
+from tests.adapters import models
+
+KNOWS = """
+import peft
+assert "PEMN" in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+assert not any(type(finder).__module__ == "pemn_surgery.late" for finder in sys.meta_path)
+print("known")
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import sys, pemn_surgery",
+        "import sys, peft, pemn_surgery",
+        "import sys, pemn_surgery.adapters",
+        "import sys, pemn_surgery\nfrom pemn_surgery import PemnConfig",
+        "import sys, pemn_surgery\nfrom peft.config import PeftConfig",
+    ],
+)
+def test_either_order(first):
+    assert models.run_python(f"{first}\n{KNOWS}") == "known\n"
+
+
+def test_an_adapter_is_loaded_by_peft_alone(tmp_path):
+    from pemn_surgery import pemnify
+
+    model = pemnify(models.net(), bank="rp", seed=3)
+    model.save_pretrained(str(tmp_path))
+    code = """
+import json, sys
+import pemn_surgery
+from peft import PeftModel
+from tests.adapters import models
+model = PeftModel.from_pretrained(models.net(seed=5), sys.argv[1])
+print(json.dumps(models.logits(model).tolist()))
+"""
+    found = json.loads(models.run_python(code, tmp_path).splitlines()[-1])
+    assert found == models.logits(model).tolist()
+
+
+def test_looking_for_peft_imports_nothing_and_its_module_is_its_own():
+    code = f"""
+import importlib.util, inspect, sys
+import pemn_surgery
+from importlib.machinery import SourceFileLoader
+for name in ("json.tool", "peft", "peft", "no_such_package"):
+    spec = importlib.util.find_spec(name)
+assert spec is None and importlib.util.find_spec("peft").origin.endswith("__init__.py")
+assert not {{"peft", "torch", "transformers"}} & set(sys.modules)
+{KNOWS}
+assert type(peft.__loader__) is SourceFileLoader and "PeftModel" in inspect.getsource(peft)
+"""
+    assert models.run_python(code) == "known\n"
+
+
+def test_an_import_of_peft_that_fails_can_be_repeated_and_ours_never_breaks_it(tmp_path):
+    """A stand-in for PEFT: it fails once; then masks cannot be registered, which is a warning."""
+    package = tmp_path / "peft"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import os\nif os.environ.pop('FAIL', ''):\n    raise ImportError('half')\nvalue = 7\n"
+    )
+    code = """
+import os, sys, warnings
+sys.path.insert(0, sys.argv[1])
+os.environ["FAIL"] = "1"
+import pemn_surgery
+try:
+    import peft
+except ImportError as error:
+    print(error)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import peft
+ours = [str(one.message) for one in caught if "masks" in str(one.message)]
+print(peft.value, len(ours), "import pemn_surgery.adapters shows where" in ours[0])
+"""
+    assert models.run_python(code, tmp_path).splitlines() == ["half", "7 1 True"]
