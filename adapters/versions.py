@@ -12,7 +12,7 @@ from typing import Any, cast
 import peft
 import transformers
 import transformers.integrations.peft as integration
-from transformers.utils import check_peft_version
+from transformers.utils.peft_utils import check_peft_version
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.errors import VersionsError
