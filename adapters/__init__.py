@@ -20,8 +20,10 @@ from pemn_surgery.adapters.manage import rename_adapter, to_trainable
 from pemn_surgery.adapters.model import PemnModel
 from pemn_surgery.adapters.recode import recode
 from pemn_surgery.adapters.registry import register
+from pemn_surgery.adapters.whole import wrap_adding
 
 register(PemnConfig, PemnModel)
+wrap_adding()
 wrap_saving()
 wrap_loading()
 wrap_cards()

@@ -8,6 +8,7 @@ checksums of their own, nothing else of it is covered.
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ SEAL = "pemn"  # the metadata's key
 KEY_PREFIX = "base_model.model."
 MASKS = "pemn_masks"
 TENSORS = "pemn_tensors"
+
+# A part of a model may be called like one of these: a key is known by its last three parts.
+_MASK_KEY = re.compile(rf"(^|\.){masked_child_name('')}[^.]+\.{MASKS}\.[^.]+$")
 
 _UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError)
 
@@ -143,7 +147,7 @@ def holds_masks(path: Path) -> bool:
     """
     with _opened(path) as file:
         sealed = SEAL in (file.metadata() or {})
-        return sealed or any(f".{MASKS}." in key for key in file.keys())  # noqa: SIM118
+        return sealed or any(map(is_mask_key, file.keys()))
 
 
 def seal(path: Path, configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,6 +173,11 @@ def mask_key(name: str, kind: str) -> str:
     path, _, parameter = name.rpartition(".")
     module = f"{path}." if path else ""
     return f"{KEY_PREFIX}{module}{masked_child_name(parameter)}.{MASKS}.{kind}"
+
+
+def is_mask_key(key: str) -> bool:
+    """Tell whether a file's key is a mask's: its bits, scores or scales."""
+    return _MASK_KEY.search(key) is not None
 
 
 def parameter_name(key: str) -> str:
@@ -270,7 +279,7 @@ def _described(tensors: Mapping[str, Tensor]) -> Iterable[str]:
 
 def _is_mask(key: str) -> bool:
     """Tell whether a key is a stored mask's: neither scores nor scales."""
-    return f".{MASKS}." in key and not key.endswith((".row_scale", ".scores"))
+    return is_mask_key(key) and not key.endswith((".row_scale", ".scores"))
 
 
 def _sort_out(
@@ -282,7 +291,7 @@ def _sort_out(
 ) -> AdapterFile:
     masks, ones, others, scales = {}, {}, {}, {}
     for key, tensor in tensors.items():
-        if f".{MASKS}." not in key:
+        if not is_mask_key(key):
             others[key] = (tuple(tensor.shape), tensor.dtype)
         elif key.endswith(".row_scale"):
             scales[parameter_name(key)] = tensor.numel()

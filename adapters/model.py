@@ -1,6 +1,7 @@
 """`PemnModel`: the PEFT tuner that plans, operates, saves and loads.
 
-Every check runs in `_prepare_model`, before the first module changes.
+Every check runs in `_prepare_model`, before the first module changes; whatever else goes wrong is
+undone.
 """
 
 # PEFT declares every hook with its base configuration class; each tuner narrows it to its own.
@@ -38,6 +39,7 @@ from pemn_surgery.adapters.operation import Operation
 from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
+from pemn_surgery.undo import undone_on_error
 
 _UNLOAD = "unload_and_optionally_merge_module"
 
@@ -55,7 +57,9 @@ class PemnModel(BaseTuner):
         check_name_is_free(model, adapter_name)
         if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of them
             check_loader_decodes(peft_config)
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        given = [peft_config] if isinstance(peft_config, PemnConfig) else peft_config.values()
+        with undone_on_error(model, *given):
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: PemnConfig, model_config: dict) -> PemnConfig:
         return peft_config
@@ -171,11 +175,10 @@ class PemnModel(BaseTuner):
         """
         config = cast("PemnConfig", self.peft_config[adapter_name])
         asked = config.target_parameters
-        try:
+        with undone_on_error(self, config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
             config.target_parameters = asked
-        graph_surgery.rewrite_graphs(model)
+            graph_surgery.rewrite_graphs(model)
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

@@ -6,6 +6,7 @@ What the class swap needs to be safe:
   registered under its own name;
 * the subclass carries the original's ``__name__`` and ``__module__``: wrapping policies, "no split"
   lists and torch.fx's leaf test match by them;
+* classes that watch their subclasses (``__init_subclass__``, a metaclass) do not hear of it;
 * pickle and deepcopy rebuild the subclass from the original class (``__reduce_ex__``);
 * FSDP re-reads parameters with ``getattr`` and must get the raw tensor, and registers plain tensors
   with ``setattr``, hence the setter and the deleter.
@@ -14,6 +15,7 @@ What the class swap needs to be safe:
 import copy
 import functools
 import sys
+from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -123,7 +125,7 @@ def _set_class(module: nn.Module, masks: tuple[str, ...], tensors: tuple[str, ..
 
 def _change_class(module: nn.Module, wanted: type[nn.Module]) -> None:
     before = type(module)
-    module.__class__ = wanted
+    object.__setattr__(module, "__class__", wanted)  # past a layer's own __setattr__
     _rebind(module, before)
     _recompile(module)
 
@@ -164,10 +166,45 @@ def swapped_class(
         namespace["forward"] = _dense_forward(original)
     if issubclass(original, nn.RNNBase):
         namespace["_flat_weights"] = _property("_flat_weights", _read_flat_weights)
-    swapped = cast("type[nn.Module]", type(original.__name__, (original,), namespace))
+    swapped = _unwatched_subclass(original, namespace)
     if tensors or not masks:
         _follow_task(swapped, original)
     return swapped
+
+
+def _unwatched_subclass(original: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
+    """Make a subclass past the class's own ``__init_subclass__`` and metaclass.
+
+    A layer that registers its subclasses, wants arguments for them or forbids them means those that
+    people write. This one stands for the layer itself, under the same name, and would even push the
+    layer out of such a register. The standard library's abstract classes are the exception: each
+    needs caches of its own.
+    """
+    meta: Any = type(original)
+    maker: Any = ABCMeta if issubclass(meta, ABCMeta) else type
+    watchers = [base for base in original.__mro__[:-1] if "__init_subclass__" in vars(base)]
+    watched = any(base.__module__ != "typing" for base in watchers)  # Generic and Protocol may look
+    first = nn.Module if watched else original  # python asks the first bases, not later ones
+    made = maker.__new__(meta, original.__name__, (first,), namespace)
+    if watched:
+        type.__setattr__(made, "__bases__", (original,))
+    return cast("type[nn.Module]", made)
+
+
+@functools.cache
+def can_be_swapped(original: type[nn.Module]) -> bool:
+    """Tell whether python lets a class be swapped for a subclass that it does not hear of.
+
+    It does not where the class watches its subclasses and has slots, or an abstract class first.
+
+    Args:
+        original: A module's class.
+    """
+    try:
+        _unwatched_subclass(original, {})
+    except TypeError:
+        return False
+    return True
 
 
 def _graph_class(
