@@ -1,4 +1,4 @@
-"""Refuses layers that cannot carry what surgery hangs on them: a name is taken, a class is closed."""
+"""Refuses layers that cannot carry masks: a name is taken, a class is closed."""
 
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
@@ -7,9 +7,10 @@ from torch import nn
 
 from pemn_surgery.errors import UnsupportedModelError
 from pemn_surgery.masked import MaskedWeight, masked_child_name
-from pemn_surgery.swapping import can_be_swapped, original_class
+from pemn_surgery.swapping import original_class
 from pemn_surgery.targets import Plan
 from pemn_surgery.task import TASK_CHILD, TaskTensors
+from pemn_surgery.unwatched import can_be_swapped
 
 
 def check_layers(modules: Mapping[str, nn.Module], plan: Plan) -> None:

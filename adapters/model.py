@@ -14,7 +14,7 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
-from pemn_surgery import graph_surgery
+from pemn_surgery import graph_surgery, layer_groups
 from pemn_surgery.adapters.algebra import CombinationName, add_combination
 from pemn_surgery.adapters.checks import (
     check_in_place,
@@ -143,13 +143,16 @@ class PemnModel(BaseTuner):
                 yield
 
     def __getattr__(self, name: str) -> Any:
-        """Pass attributes on as PEFT does, but for a graph module's way of copying itself.
+        """Pass attributes on as PEFT does, but for two kinds.
 
-        Copied in that way, PEFT's own part would be left behind.
+        Copied by a graph module's way of copying itself, PEFT's own part would be left behind; and
+        what timm asks about parameters is asked in the names that they have here.
         """
         if name in {"__deepcopy__", "__copy__"}:
             raise AttributeError(name)
-        return super().__getattr__(name)
+        found = super().__getattr__(name)
+        asked = name in layer_groups.QUESTIONS and callable(found)
+        return layer_groups.answer(self, name, found, _inner_name) if asked else found
 
     def train(self, mode: bool = True) -> "PemnModel":
         """Set the mode, but of an exported graph, whose mode torch has fixed.
@@ -260,6 +263,12 @@ class PemnModel(BaseTuner):
                 return {KEY_PREFIX + key: value for key, value in remapped.items()}
             return remapped
         return {key.removeprefix(KEY_PREFIX): value for key, value in remapped.items()}
+
+
+def _inner_name(name: str) -> str:
+    """Return the base's name of a parameter of the PEFT model, or of the tuner in it."""
+    inner = name.removeprefix(KEY_PREFIX)
+    return layer_groups.base_name(inner if inner != name else name.removeprefix("model."))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ _METHODS = ("__init__", "add_adapter")
 
 
 def wrap_adding() -> None:
-    """Let PEFT's models of every task, and transformers' models, add adapters or stay as they were."""
+    """Let PEFT's and transformers' models add an adapter or stay as they were."""
     kinds = {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}
     for kind in (*kinds, PeftAdapterMixin):
         for name in _METHODS:

@@ -15,7 +15,6 @@ What the class swap needs to be safe:
 import copy
 import functools
 import sys
-from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -24,8 +23,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph_module import reduce_graph_module
 
+from pemn_surgery import layer_groups
 from pemn_surgery.masked import MaskedWeight, masked_child_name
 from pemn_surgery.task import TASK_CHILD, TaskTensors
+from pemn_surgery.unwatched import unwatched_subclass
 
 # Where a module whose tensor is tied keeps the child of the first module, by the name here.
 SHARED_MASKS = "_pemn_shared_masks"  # the MaskedWeight
@@ -166,45 +167,13 @@ def swapped_class(
         namespace["forward"] = _dense_forward(original)
     if issubclass(original, nn.RNNBase):
         namespace["_flat_weights"] = _property("_flat_weights", _read_flat_weights)
-    swapped = _unwatched_subclass(original, namespace)
+    for question in layer_groups.QUESTIONS:
+        if hasattr(original, question):
+            namespace[question] = layer_groups.method(original, question)
+    swapped = unwatched_subclass(original, namespace)
     if tensors or not masks:
         _follow_task(swapped, original)
     return swapped
-
-
-def _unwatched_subclass(original: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
-    """Make a subclass past the class's own ``__init_subclass__`` and metaclass.
-
-    A layer that registers its subclasses, wants arguments for them or forbids them means those that
-    people write. This one stands for the layer itself, under the same name, and would even push the
-    layer out of such a register. The standard library's abstract classes are the exception: each
-    needs caches of its own.
-    """
-    meta: Any = type(original)
-    maker: Any = ABCMeta if issubclass(meta, ABCMeta) else type
-    watchers = [base for base in original.__mro__[:-1] if "__init_subclass__" in vars(base)]
-    watched = any(base.__module__ != "typing" for base in watchers)  # Generic and Protocol may look
-    first = nn.Module if watched else original  # python asks the first bases, not later ones
-    made = maker.__new__(meta, original.__name__, (first,), namespace)
-    if watched:
-        type.__setattr__(made, "__bases__", (original,))
-    return cast("type[nn.Module]", made)
-
-
-@functools.cache
-def can_be_swapped(original: type[nn.Module]) -> bool:
-    """Tell whether python lets a class be swapped for a subclass that it does not hear of.
-
-    It does not where the class watches its subclasses and has slots, or an abstract class first.
-
-    Args:
-        original: A module's class.
-    """
-    try:
-        _unwatched_subclass(original, {})
-    except TypeError:
-        return False
-    return True
 
 
 def _graph_class(
