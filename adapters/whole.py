@@ -7,7 +7,8 @@ wrapper around them, which does nothing for adapters of other methods.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from itertools import chain
+from typing import Any
 
 from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -36,7 +37,7 @@ def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
         model: The model.
         adapter_name: The adapter.
     """
-    for name, tensor in cast("Any", model.state_dict(keep_vars=True)).items():
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if adapter_name in name.split("."):
             yield tensor
 
