@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
 from torch import Tensor, nn
 
 from pemn_surgery import graph_surgery, layer_groups
@@ -220,10 +220,34 @@ class PemnModel(BaseTuner):
         """Nothing that PEFT has to warn of: `PemnConfig.tied` says what happens to tied weights."""
         return []
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge as PEFT does; with ``safe_merge`` all layers are checked before the first one.
+
+        Args:
+            adapter_names: Adapters to merge; default the active ones.
+            safe_merge: Refuse scores or weights that are not finite.
+
+        Raises:
+            NonFiniteScoresError: With ``safe_merge``, if scores or weights are not finite.
+        """
+        if safe_merge:
+            self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, PemnLayer):
+                with onload_layer(module):
+                    module.check_mergeable(adapter_names)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         check_in_place(self.model, "merge or unload")
         if kwargs.get("merge", args[0] if args else True):
             check_can_store(self.model)
+            if kwargs.get("safe_merge"):
+                self._check_mergeable(kwargs.get("adapter_names"))
         reads = graph_surgery.graph_reads(self.model)
         with _not_taken_for_layers(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, symbolic_trace
 
 import pemn_surgery
 from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.errors import NonFiniteScoresError
 from tests.adapters import models
 
 OURS = str(Path(pemn_surgery.__file__).parent) + "/"
@@ -358,3 +359,19 @@ def test_a_fault_at_any_step_of_a_door_changes_nothing(name, tmp_path):
     for name, value in expected.state_dict().items():
         models.assert_equal(used.state_dict()[name], value, name)
     models.assert_equal(run(used.eval()), run(expected.eval()))
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
+def test_a_refused_merge_has_merged_nothing(how):
+    """The broken layer is the last one."""
+    model = pemnify(small(), bank="mp").eval()
+    layers = list(models.mask_layers(model).values())
+    assert len(layers) == 2
+    with torch.no_grad():
+        layers[-1].pemn_masks["default"].scores[0, 0] = float("nan")
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(NonFiniteScoresError):
+        getattr(model, how)(safe_merge=True)
+    assert [type(module) for module in model.modules()] == classes
+    assert not any(layer.merged_adapters for layer in layers)
+    assert all(layer.merged_weight is None for layer in layers)
