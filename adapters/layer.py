@@ -114,7 +114,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the effective weight."""
-        return self.fill().dtype if self.like is None else self.like.dtype
+        return self.drawn_dtype or self.fill().dtype
 
     def fill(self) -> Tensor:
         """Return the unmasked weight; of a quantised one its values, made for this call."""

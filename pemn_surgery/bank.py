@@ -276,7 +276,7 @@ class Bank(nn.Module):
             values = self.values[prototype.offset : prototype.offset + prototype.length]
             yield values.to(dtype_of(prototype.source))
 
-    def makes(self, shape: Shape, dtype: torch.dtype) -> bool:
+    def makes(self, shape: Shape, dtype: torch.dtype | None) -> bool:
         """Tell whether the fill of a weight is a new tensor: the prototype is shorter, or rounded.
 
         Args:

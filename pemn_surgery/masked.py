@@ -35,8 +35,8 @@ class MaskedWeight(nn.Module):
         shape: Its shape.
         fan_in: Inputs that one output sums over.
         bank: The shared bank; None where the layer keeps its own weight.
-        like: With a bank, an empty tensor of the replaced weight's type, which casts change as they
-            would have changed the weight; else None.
+        drawn_dtype: With a bank, the replaced weight's type, which casts change as they would have
+            changed the weight; else None.
         shared_with: Further modules (and parameter names) that hold the same, tied weight.
         untied: The parameter that the layer shared before it got a copy, if it did; in a list, so
             that it is not registered here.
@@ -48,7 +48,6 @@ class MaskedWeight(nn.Module):
     """
 
     merged_weight: Tensor | None
-    like: Tensor | None
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class MaskedWeight(nn.Module):
         self.bank = bank
         self.pemn_masks = nn.ModuleDict()
         self.register_buffer("merged_weight", None, persistent=False)
-        self.register_buffer("like", self._start_drawing(), persistent=False)
+        self.drawn_dtype = self._start_drawing()
 
     @property
     def owner(self) -> nn.Module:
@@ -111,7 +110,7 @@ class MaskedWeight(nn.Module):
             AttributeError: If the layer has no such weight at the moment, as ``hasattr`` expects.
         """
         if self.bank is not None:
-            return self.bank(self.shape, self._drawn_dtype())
+            return self.bank(self.shape, self.drawn_dtype)
         weight = self.own_weight()
         if weight is None:
             message = f"{type(self.owner).__name__!r} object has no attribute {self.parameter!r}"
@@ -158,23 +157,22 @@ class MaskedWeight(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedWeight":
         """Forget first: ``.to()`` and ``.half()`` replace data without a trace in versions."""
         self._kept.clear()
-        before = self.like
         super()._apply(fn, recurse)
-        if self.bank is not None and before is not None and before.dtype != self._drawn_dtype():
-            self.bank.recast_layer(before.dtype, self._drawn_dtype())
+        before = self.drawn_dtype
+        if self.bank is not None and before is not None:
+            self.drawn_dtype = fn(torch.empty(0, dtype=before)).dtype
+            if self.drawn_dtype != before:
+                self.bank.recast_layer(before, self.drawn_dtype)
         return self
 
-    def _start_drawing(self) -> Tensor | None:
-        """Return what remembers the type of the weight that the bank replaces."""
+    def _start_drawing(self) -> torch.dtype | None:
+        """Return the type of the weight that the bank replaces."""
         if self.bank is None:
             return None
         own, values = self.own_weight(), self.bank.values
         dtype = values.dtype if own is None else own.dtype
         self.bank.add_layer(dtype)
-        return torch.empty(0, dtype=dtype, device=values.device)
-
-    def _drawn_dtype(self) -> torch.dtype:
-        return cast("Tensor", self.like).dtype
+        return dtype
 
     def forget(self) -> None:
         """Free the kept effective weight."""
@@ -194,7 +192,7 @@ class MaskedWeight(nn.Module):
 
     def _is_fill_new(self) -> bool:
         """Whether the fill is a new tensor of its own rather than a view of what is stored."""
-        return self.bank is not None and self.bank.makes(self.shape, self._drawn_dtype())
+        return self.bank is not None and self.bank.makes(self.shape, self.drawn_dtype)
 
     def _is_offloaded(self) -> bool:
         """Whether accelerate moves this layer's tensors in and out around each call."""
@@ -217,8 +215,7 @@ class MaskedWeight(nn.Module):
         if not grad and any(store.requires_grad for store in stores):
             return None
         base = self.bank.values if self.bank is not None else self.own_weight()
-        decisive = (base, self.like, self.merged_weight, *stores)
-        tensors = [tensor for tensor in decisive if tensor is not None]
+        tensors = [tensor for tensor in (base, self.merged_weight, *stores) if tensor is not None]
         if any(is_untracked(tensor) for tensor in tensors):
             return None
         return Sources(names, (grad, torch.is_inference_mode_enabled()), tensors)

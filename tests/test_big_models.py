@@ -88,8 +88,9 @@ def run(model, seed=9):
 
 def storage_bytes(model):
     """Bytes of all parameters and buffers, every storage once."""
-    filled = [t for _, t in tensors_of(model) if t.numel()]  # an empty one remembers a dtype
-    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in filled}
+    found = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in tensors_of(model)
+    }
     assert 0 not in found, "a tensor without memory"
     return sum(found.values())
 
