@@ -20,16 +20,18 @@ from pemn_surgery.adapters.manage import rename_adapter, to_trainable
 from pemn_surgery.adapters.model import PemnModel
 from pemn_surgery.adapters.recode import recode
 from pemn_surgery.adapters.registry import register
-from pemn_surgery.adapters.versions import wrap_adding
+from pemn_surgery.adapters.versions import wrap_version_check
+from pemn_surgery.adapters.whole import wrap_adding
 from pemn_surgery.adapters.whole_modules import wrap_choices
 from pemn_surgery.recompute import wrap_checkpoints
 
 register(PemnConfig, PemnModel)
+wrap_adding()
 wrap_saving()
 wrap_loading()
 wrap_cards()
 enter_hotswap()
-wrap_adding()
+wrap_version_check()
 wrap_choices()
 wrap_checkpoints()
 

@@ -13,6 +13,7 @@ from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default
 from pemn_surgery.adapters.options import check_names, check_values
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.targets import Plan
+from pemn_surgery.undo import undone_on_error
 
 
 def pemnify(
@@ -48,9 +49,10 @@ def pemnify(
     chosen = make_config(config, options)
     check_model(model)
     check_fresh(model)
-    if inputs is not None:
-        follow_forward(model, chosen, inputs)
-    return get_peft_model(model, chosen, adapter_name=adapter_name)
+    with undone_on_error(model, chosen):
+        if inputs is not None:
+            follow_forward(model, chosen, inputs)
+        return get_peft_model(model, chosen, adapter_name=adapter_name)
 
 
 def plan(

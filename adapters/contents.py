@@ -1,5 +1,6 @@
 """What an adapter file holds: which keys are masks, of how many weights, and what they take."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from pemn_surgery.masked import masked_child_name
 KEY_PREFIX = "base_model.model."
 MASKS = "pemn_masks"
 TENSORS = "pemn_tensors"
+
+# A part of a model may be called like one of these: a key is known by its last three parts.
+_MASK_KEY = re.compile(rf"(^|\.){masked_child_name('')}[^.]+\.{MASKS}\.[^.]+$")
 
 # Where no model says how many weights a mask has, its file must be worth the memory it asks for.
 _ROOM = 1 << 30
@@ -86,6 +90,11 @@ def mask_key(name: str, kind: str) -> str:
     return f"{KEY_PREFIX}{module}{masked_child_name(parameter)}.{MASKS}.{kind}"
 
 
+def is_mask_key(key: str) -> bool:
+    """Tell whether a file's key is a mask's: its bits, scores or scales."""
+    return _MASK_KEY.search(key) is not None
+
+
 def parameter_name(key: str) -> str:
     """Return the parameter's name of a mask's key (the inverse of `mask_key`)."""
     module = key.removeprefix(KEY_PREFIX).rpartition(f".{MASKS}.")[0]
@@ -131,7 +140,7 @@ def is_mask(key: str) -> bool:
     Args:
         key: A tensor's key.
     """
-    return f".{MASKS}." in key and not key.endswith((".row_scale", ".scores"))
+    return is_mask_key(key) and not key.endswith((".row_scale", ".scores"))
 
 
 def sort_out(
@@ -153,7 +162,7 @@ def sort_out(
     masks, counted, coded, others, scales = {}, {}, {}, {}, {}
     for key, tensor in tensors.items():
         name = parameter_name(key)
-        if f".{MASKS}." not in key:
+        if not is_mask_key(key):
             others[key] = (tuple(tensor.shape), tensor.dtype)
         elif key.endswith(".row_scale"):
             scales[name] = tensor.numel()

@@ -28,6 +28,7 @@ from pemn_surgery.adapters.contents import (
     AdapterFile,
     check_room,
     is_mask,
+    is_mask_key,
     mask_key,
     parameter_name,
     sort_out,
@@ -46,6 +47,7 @@ __all__ = [
     "decode_held",
     "held_tensors",
     "holds_masks",
+    "is_mask_key",
     "mask_key",
     "one_reading",
     "parameter_name",
@@ -175,7 +177,7 @@ def holds_masks(path: Path) -> bool:
     """
     with _opened(path) as file:
         sealed = SEAL in (file.metadata() or {})
-        return sealed or any(f".{MASKS}." in key for key in file.keys())  # noqa: SIM118
+        return sealed or any(map(is_mask_key, file.keys()))
 
 
 def seal(path: Path, configuration: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Set
 from torch import Tensor
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, TENSORS, AdapterFile
+from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, AdapterFile, is_mask_key
 from pemn_surgery.errors import ArchitectureError, MaskFormatError
 from pemn_surgery.targets import Plan
 from pemn_surgery.task import TASK_CHILD
@@ -119,7 +119,7 @@ def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     kinds: dict[str, str] = {}
     for key, value in tensors.items():
         name = key.removeprefix(KEY_PREFIX)
-        if f".{MASKS}." in key:
+        if is_mask_key(key):
             kinds[name.rpartition(".")[0]] = "a mask"
         else:
             kinds[name] = _shown(tuple(value.shape), is_float=value.is_floating_point())

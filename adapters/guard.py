@@ -34,7 +34,9 @@ from pemn_surgery.adapters.file import (
 )
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.adapters.versions import check_versions
+from pemn_surgery.adapters.whole import tensors_of
 from pemn_surgery.errors import AdapterError, AdapterFileError
+from pemn_surgery.undo import undone_on_error
 
 PICKLE = "adapter_model.bin"
 
@@ -108,9 +110,12 @@ def _with_config(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
         folder = adapter_folder(given.arguments["model_id"], given.arguments.get("kwargs"))
         with one_reading():
             checked = check_adapter(folder)
-            if checked is not None and given.arguments.get("config") is None:
+            if checked is None:
+                return load(*given.args, **given.kwargs)
+            if given.arguments.get("config") is None:
                 given.arguments["config"] = checked
-            return load(*given.args, **given.kwargs)
+            with undone_on_error(given.arguments["model"]):
+                return load(*given.args, **given.kwargs)
 
     return from_pretrained
 
@@ -125,11 +130,14 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
         folder = adapter_folder(given["model_id"], given.get("kwargs"))
         with one_reading():
             checked, held = check_adapter(folder), self.peft_config.get(given["adapter_name"])
-            if checked is not None and held is None:
+            if checked is None:
+                return load(self, *args, **kwargs)
+            if held is None:
                 _check_method(folder / CONFIG)
-            if checked is not None and isinstance(held, PemnConfig):
+            elif isinstance(held, PemnConfig):
                 _check_agrees(given["adapter_name"], held, checked)
-            return load(self, *args, **kwargs)
+            with undone_on_error(self, values=tensors_of(self, given["adapter_name"])):
+                return load(self, *args, **kwargs)
 
     return load_adapter
 
@@ -156,7 +164,8 @@ def _with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
             options = {key: options[key] for key in options if key not in {"self", "kwargs"}}
             options |= {"peft_model_id": str(folder), "peft_config": checked}
             tensors = dict(read_decoded(folder / WEIGHTS).tensors)
-            return load(self, **{**options, "adapter_state_dict": tensors})
+            with undone_on_error(self):
+                return load(self, **{**options, "adapter_state_dict": tensors})
 
     return load_adapter
 

@@ -127,7 +127,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the effective weight."""
-        return self.fill().dtype
+        return self.drawn_dtype or self.fill().dtype
 
     def fill(self) -> Tensor:
         """Return the unmasked weight; of a quantised one its values, made for this call."""
@@ -268,14 +268,31 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         names = [name for name in wanted if name in self.pemn_masks]
         if not names:
             return
-        if safe_merge:
+        self.merged_weight = self._merged(names, safe=safe_merge)
+        self.merged_adapters.extend(names)
+
+    def check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
+        """Refuse what a safe `merge` would refuse, and merge nothing.
+
+        Args:
+            adapter_names: As in `merge`.
+
+        Raises:
+            NonFiniteScoresError: If scores or weights are not finite.
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in wanted if n in self.pemn_masks and n not in self.merged_adapters]
+        if names:
+            self._merged(names, safe=True)
+
+    def _merged(self, names: Sequence[str], *, safe: bool) -> Tensor:
+        if safe:
             self._check_scores(names)
         weight = self.merge_names([*self.merged_adapters, *names])
-        if safe_merge and not torch.isfinite(weight).all():
+        if safe and not torch.isfinite(weight).all():
             message = f"NaNs detected in the merged weights of {self.target}: adapters {names}."
             raise NonFiniteScoresError(message)
-        self.merged_weight = weight
-        self.merged_adapters.extend(names)
+        return weight
 
     def unmerge(self) -> None:
         """Drop the fixed effective weight."""

@@ -1,6 +1,7 @@
 """`PemnModel`: the PEFT tuner that plans, operates, saves and loads.
 
-Every check runs in `_prepare_model`, before the first module changes.
+Every check runs in `_prepare_model`, before the first module changes; whatever else goes wrong is
+undone.
 """
 
 # PEFT declares every hook with its base configuration class; each tuner narrows it to its own.
@@ -11,10 +12,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
 from torch import Tensor, nn
 
-from pemn_surgery import graph_surgery, in_force
+from pemn_surgery import graph_surgery, in_force, layer_groups
 from pemn_surgery.adapters.algebra import CombinationName, add_combination
 from pemn_surgery.adapters.checks import (
     check_in_place,
@@ -41,6 +42,7 @@ from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
 from pemn_surgery.adapters.whole_modules import choosing_layers
+from pemn_surgery.undo import undone_on_error
 
 _UNLOAD = "unload_and_optionally_merge_module"
 
@@ -59,7 +61,9 @@ class PemnModel(BaseTuner):
         check_name_is_free(model, adapter_name)
         if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of them
             check_loader_decodes(peft_config)
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        given = [peft_config] if isinstance(peft_config, PemnConfig) else peft_config.values()
+        with undone_on_error(model, *given):
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: PemnConfig, model_config: dict) -> PemnConfig:
         return peft_config
@@ -161,13 +165,6 @@ class PemnModel(BaseTuner):
         with self._switching():
             super().disable_adapter_layers()
 
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
-        """Fix the effective weights, for calls that begin from now on."""
-        with self._switching():
-            super().merge_adapter(adapter_names, safe_merge)
-
     def unmerge_adapter(self) -> None:
         """Go back to unmerged adapters, for calls that begin from now on."""
         with self._switching():
@@ -177,13 +174,16 @@ class PemnModel(BaseTuner):
         return in_force.switching(choosing_layers(self.model))
 
     def __getattr__(self, name: str) -> Any:
-        """Pass attributes on as PEFT does, but for a graph module's way of copying itself.
+        """Pass attributes on as PEFT does, but for two kinds.
 
-        Copied in that way, PEFT's own part would be left behind.
+        Copied by a graph module's way of copying itself, PEFT's own part would be left behind; and
+        what timm asks about parameters is asked in the names that they have here.
         """
         if name in {"__deepcopy__", "__copy__"}:
             raise AttributeError(name)
-        return super().__getattr__(name)
+        found = super().__getattr__(name)
+        asked = name in layer_groups.QUESTIONS and callable(found)
+        return layer_groups.answer(self, name, found, _inner_name) if asked else found
 
     def train(self, mode: bool = True) -> "PemnModel":
         """Set the mode, but of an exported graph, whose mode torch has fixed.
@@ -209,11 +209,10 @@ class PemnModel(BaseTuner):
         """
         config = cast("PemnConfig", self.peft_config[adapter_name])
         asked = config.target_parameters
-        try:
+        with undone_on_error(self, config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        finally:
             config.target_parameters = asked
-        graph_surgery.rewrite_graphs(model)
+            graph_surgery.rewrite_graphs(model)
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -252,10 +251,37 @@ class PemnModel(BaseTuner):
         """Nothing that PEFT has to warn of: `PemnConfig.tied` says what happens to tied weights."""
         return []
 
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Fix the effective weights, for calls that begin from now on.
+
+        With ``safe_merge`` all layers are checked before the first one.
+
+        Args:
+            adapter_names: Adapters to merge; default the active ones.
+            safe_merge: Refuse scores or weights that are not finite.
+
+        Raises:
+            NonFiniteScoresError: With ``safe_merge``, if scores or weights are not finite.
+        """
+        if safe_merge:
+            self._check_mergeable(adapter_names)
+        with self._switching():
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, PemnLayer):
+                with onload_layer(module):
+                    module.check_mergeable(adapter_names)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         check_in_place(self.model, "merge or unload")
         if kwargs.get("merge", args[0] if args else True):
             check_can_store(self.model)
+            if kwargs.get("safe_merge"):
+                self._check_mergeable(kwargs.get("adapter_names"))
         reads = graph_surgery.graph_reads(self.model)
         with _not_taken_for_layers(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
@@ -295,6 +321,12 @@ class PemnModel(BaseTuner):
                 return {KEY_PREFIX + key: value for key, value in remapped.items()}
             return remapped
         return {key.removeprefix(KEY_PREFIX): value for key, value in remapped.items()}
+
+
+def _inner_name(name: str) -> str:
+    """Return the base's name of a parameter of the PEFT model, or of the tuner in it."""
+    inner = name.removeprefix(KEY_PREFIX)
+    return layer_groups.base_name(inner if inner != name else name.removeprefix("model."))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import decode_held
 from pemn_surgery.adapters.file_checks import check_file_fits
 from pemn_surgery.adapters.layer import PemnLayer, weight_stream
+from pemn_surgery.adapters.layer_checks import check_layers
 from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.bank import Bank
@@ -37,6 +38,7 @@ class Operation:
         self.config, self.plan = config, plan
         self.done: set[str] = set()
         self.modules = dict(base_modules(model))
+        check_layers(self.modules, plan)
         self.requantiser = find_requantiser(model)
         self.by_path: dict[str, list[Target]] = defaultdict(list)
         for target in plan.targets:
@@ -131,7 +133,8 @@ class Operation:
         largest = max(self.plan.targets, key=lambda target: target.weights)
         weight = self._weight(largest.name)
         device = self.device if weight.is_meta else weight.device
-        return banks.build(layout, self._weight, weight.dtype, device)
+        dtype = banks.common_dtype(self._dtype(target.name) for target in self.plan.targets)
+        return banks.build(layout, self._weight, dtype, device)
 
     def _supply(self) -> materialise.Supply:
         """A configuration that names its base was read with an adapter: values will follow."""
@@ -146,8 +149,9 @@ class Operation:
         return fingerprints.make_fingerprint(spec, layout, targets, self._frozen_numbers)
 
     def _frozen_numbers(self) -> Iterable[Tensor]:
-        names = sorted(target.name for target in self.plan.targets)
-        return [self.bank.values] if self.bank else map(self._values, names)
+        if self.bank is not None:
+            return self.bank.prototypes(self._dtype)
+        return map(self._values, sorted(target.name for target in self.plan.targets))
 
     def _check_base(self) -> None:
         """Refuse masks of another base: the configuration names one, and so does every mask."""
@@ -169,6 +173,12 @@ class Operation:
     def _weight(self, name: str) -> Tensor:
         path, _, parameter = name.rpartition(".")
         return cast("Tensor", self.modules[path]._parameters[parameter])
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """Return a weight's type, also where the bank has replaced it."""
+        path, _, parameter = name.rpartition(".")
+        held = find_masked(self.modules[path], parameter)
+        return self._weight(name).dtype if held is None else cast("PemnLayer", held).dtype
 
     def _values(self, name: str) -> Tensor:
         """Return a weight's numbers; of a quantised one what it stands for."""

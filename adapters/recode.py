@@ -12,8 +12,8 @@ from pemn_surgery.adapters.atomic import CARD, write_adapter
 from pemn_surgery.adapters.card import complete_card
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import (
-    MASKS,
     AdapterFile,
+    is_mask_key,
     one_reading,
     parameter_name,
     read_adapter_file,
@@ -71,7 +71,7 @@ def _bring_card(folder: Path, place: Path) -> None:
 
 
 def _recoded(key: str, value: Tensor, coding: RecodingName, config: PemnConfig) -> Tensor:
-    if f".{MASKS}." not in key or key.endswith(".row_scale"):
+    if not is_mask_key(key) or key.endswith(".row_scale"):
         return value
     stored = value
     if key.endswith(".scores"):
@@ -82,7 +82,7 @@ def _recoded(key: str, value: Tensor, coding: RecodingName, config: PemnConfig) 
 
 
 def _new_key(key: str) -> str:
-    is_scores = f".{MASKS}." in key and key.endswith(".scores")
+    is_scores = is_mask_key(key) and key.endswith(".scores")
     return f"{key.removesuffix('.scores')}.bits" if is_scores else key
 
 

@@ -10,7 +10,7 @@ from pemn_surgery import bits, codec
 from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, mask_key
+from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, is_mask_key, mask_key
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.bits import StoredMask
 from pemn_surgery.buckets import BaseGuide, Guide
@@ -179,7 +179,7 @@ def _with_prefix(key: str) -> str:
 def _check_fit(
     masks: Mapping[str, tuple[AdapterMask, str]], state_dict: Mapping[str, Tensor]
 ) -> None:
-    stray = [key for key in state_dict if f".{MASKS}." in key and key not in masks]
+    stray = [key for key in state_dict if is_mask_key(key) and key not in masks]
     targets = {mask.target for mask, _ in masks.values()}
     given = {masks[key][0].target for key in state_dict if key in masks}
     unscaled = {

@@ -18,7 +18,7 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.errors import VersionsError
 
 
-def wrap_adding() -> None:
+def wrap_version_check() -> None:
     """Let transformers' ``add_adapter`` say in our words that it refuses the installed PEFT."""
     mixin = cast("Any", integration.PeftAdapterMixin)
     mixin.add_adapter = _checked(mixin.add_adapter)

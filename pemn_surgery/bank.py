@@ -10,10 +10,12 @@ The methods are those of Bai et al., *Parameter-Efficient Masking Networks*, Neu
 Networks, and the row "Mask" of PEMN's tables).
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -195,8 +197,22 @@ def build(
     return Bank(layout, torch.cat(values).to(device=device, dtype=dtype))
 
 
+def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the type that holds the values of all of these exactly.
+
+    Args:
+        dtypes: Floating-point types; at least one.
+    """
+    return functools.reduce(torch.promote_types, dtypes)
+
+
 class Bank(nn.Module):
     """The numbers themselves, in one non-persistent buffer.
+
+    Layers may have different types (a float32 head on a bfloat16 body). The bank has the one that
+    holds the values of all of them, so that each fill is rounded once, to its layer's type, and is
+    what it would be in a model of that type alone. Casts of a part of the model leave the bank as
+    it is; it follows when no layer needs its type any more.
 
     Attributes:
         layout: The prototypes.
@@ -208,16 +224,36 @@ class Bank(nn.Module):
     def __init__(self, layout: Layout, values: Tensor) -> None:
         super().__init__()
         self.layout = layout
+        self._drawn_by: Counter[torch.dtype] = Counter()  # how many layers of each type
         self.register_buffer("values", values, persistent=False)
 
-    def forward(self, shape: Shape) -> Tensor:
+    def add_layer(self, dtype: torch.dtype) -> None:
+        """Note that a layer of this type draws its fill from here."""
+        self._drawn_by[dtype] += 1
+
+    def recast_layer(self, before: torch.dtype, after: torch.dtype) -> None:
+        """Note that a layer has been cast; take on the type that all layers now need."""
+        self._drawn_by[before] -= 1
+        self._drawn_by[after] += 1
+        self.values = self.values.to(common_dtype(+self._drawn_by))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Bank":
+        """Move, but leave the type to `recast_layer`: one layer's cast is not that of all."""
+        before = self.values
+        super()._apply(fn, recurse)
+        if self._drawn_by and self.values.dtype != before.dtype:
+            self.values = before.to(self.values.device)
+        return self
+
+    def forward(self, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
         """Return the fill of a weight: the prototype, tiled where it is shorter, cut to n values.
 
         Args:
             shape: Shape of the weight.
+            dtype: Type that the values are rounded to; None leaves them as they are.
 
         Returns:
-            Tensor of that shape; a view of the bank unless it had to be tiled.
+            Tensor of that shape; a view of the bank unless it had to be tiled or rounded.
         """
         prototype = self.layout.find(tuple(shape))
         if prototype is None:  # the plan refuses such a weight before anything is built
@@ -225,18 +261,31 @@ class Bank(nn.Module):
             raise LookupError(message)
         weights = math.prod(shape)
         values = self.values[prototype.offset : prototype.offset + prototype.length]
+        values = values[:weights].to(dtype or values.dtype)
         if weights > prototype.length:
             values = values.repeat(-(-weights // prototype.length))
         return values[:weights].view(shape)
 
-    def tiles(self, shape: Shape) -> bool:
-        """Tell whether the fill of a weight is a new tensor: the prototype is shorter than it.
+    def prototypes(self, dtype_of: Callable[[str], torch.dtype]) -> Iterator[Tensor]:
+        """Yield the values of each prototype, in the type of the weight that they come from.
+
+        Args:
+            dtype_of: Gives a weight's type by name.
+        """
+        for _, prototype in self.layout.by_shape:
+            values = self.values[prototype.offset : prototype.offset + prototype.length]
+            yield values.to(dtype_of(prototype.source))
+
+    def makes(self, shape: Shape, dtype: torch.dtype | None) -> bool:
+        """Tell whether the fill of a weight is a new tensor: the prototype is shorter, or rounded.
 
         Args:
             shape: Shape of the weight.
+            dtype: Its type.
         """
         prototype = self.layout.find(tuple(shape))
-        return prototype is not None and math.prod(shape) > prototype.length
+        tiled = prototype is not None and math.prod(shape) > prototype.length
+        return tiled or dtype != self.values.dtype
 
     def extra_repr(self) -> str:
         """Show what the bank holds."""

@@ -38,6 +38,8 @@ class MaskedWeight(nn.Module):
         shape: Its shape.
         fan_in: Inputs that one output sums over.
         bank: The shared bank; None where the layer keeps its own weight.
+        drawn_dtype: With a bank, the replaced weight's type, which casts change as they would have
+            changed the weight; else None.
         shared_with: Further modules (and parameter names) that hold the same, tied weight.
         untied: The parameter that the layer shared before it got a copy, if it did; in a list, so
             that it is not registered here.
@@ -74,6 +76,7 @@ class MaskedWeight(nn.Module):
         self.bank = bank
         self.pemn_masks = nn.ModuleDict()
         self.register_buffer("merged_weight", None, persistent=False)
+        self.drawn_dtype = self._start_drawing()
 
     @property
     def owner(self) -> nn.Module:
@@ -124,7 +127,7 @@ class MaskedWeight(nn.Module):
             AttributeError: If the layer has no such weight at the moment, as ``hasattr`` expects.
         """
         if self.bank is not None:
-            return self.bank(self.shape)
+            return self.bank(self.shape, self.drawn_dtype)
         weight = self.own_weight()
         if weight is None:
             message = f"{type(self.owner).__name__!r} object has no attribute {self.parameter!r}"
@@ -181,7 +184,22 @@ class MaskedWeight(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedWeight":
         """Forget first: ``.to()`` and ``.half()`` replace data without a trace in versions."""
         self._kept.clear()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        before = self.drawn_dtype
+        if self.bank is not None and before is not None:
+            self.drawn_dtype = fn(torch.empty(0, dtype=before)).dtype
+            if self.drawn_dtype != before:
+                self.bank.recast_layer(before, self.drawn_dtype)
+        return self
+
+    def _start_drawing(self) -> torch.dtype | None:
+        """Return the type of the weight that the bank replaces."""
+        if self.bank is None:
+            return None
+        own, values = self.own_weight(), self.bank.values
+        dtype = values.dtype if own is None else own.dtype
+        self.bank.add_layer(dtype)
+        return dtype
 
     def forget(self) -> None:
         """Free the kept effective weight."""
@@ -201,7 +219,7 @@ class MaskedWeight(nn.Module):
 
     def _is_fill_new(self) -> bool:
         """Whether the fill is a new tensor of its own rather than a view of what is stored."""
-        return self.bank is not None and self.bank.tiles(self.shape)
+        return self.bank is not None and self.bank.makes(self.shape, self.drawn_dtype)
 
     def _is_offloaded(self) -> bool:
         """Whether accelerate moves this layer's tensors in and out around each call."""

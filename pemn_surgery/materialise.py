@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pemn_surgery.errors import MetaTensorError
 from pemn_surgery.roles import base_modules
 from pemn_surgery.targets import Plan
+from pemn_surgery.undo import undone_on_error
 
 # In this order: what a layer draws for itself, what timm computes, what a model sets over both.
 _INITIALISERS = (
@@ -124,7 +125,7 @@ def fill_in(model: nn.Module, plan: Plan, device: torch.device, supply: Supply) 
         (missing if is_missing else others).append(place)
     if supply.loading:
         _check_nothing_is_invented(missing, supply.carried)
-    with _undone_on_error(model):
+    with undone_on_error(model):
         _allocate(missing, device)
         with _hidden(others):
             _initialise(model, {id(place.module) for place in missing}, device)
@@ -302,29 +303,6 @@ def _check_filled(model: nn.Module, missing: Sequence[_Place], given: Set[str]) 
             f"{_advice()}"
         )
         raise MetaTensorError(message)
-
-
-@contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Put every module's attributes and tensors back if anything is raised inside."""
-    modules = [module for _, module in base_modules(model)]
-    attributes = [dict(module.__dict__) for module in modules]
-    tables: list[Any] = [
-        table
-        for module in modules
-        for table in (module._parameters, module._buffers, module._non_persistent_buffers_set)
-    ]
-    copies = [table.copy() for table in tables]
-    try:
-        yield
-    except BaseException:
-        for module, before in zip(modules, attributes, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(before)
-        for table, before in zip(tables, copies, strict=True):
-            table.clear()
-            table.update(before)
-        raise
 
 
 def _advice() -> str:

@@ -6,6 +6,7 @@ What the class swap needs to be safe:
   registered under its own name;
 * the subclass carries the original's ``__name__`` and ``__module__``: wrapping policies, "no split"
   lists and torch.fx's leaf test match by them;
+* classes that watch their subclasses (``__init_subclass__``, a metaclass) do not hear of it;
 * pickle and deepcopy rebuild the subclass from the original class (``__reduce_ex__``);
 * FSDP re-reads parameters with ``getattr`` and must get the raw tensor, and registers plain tensors
   with ``setattr``, hence the setter and the deleter.
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph_module import reduce_graph_module
 
+from pemn_surgery import layer_groups
 from pemn_surgery.masked import MaskedWeight, masked_child_name
 from pemn_surgery.task import TASK_CHILD, TaskTensors
+from pemn_surgery.unwatched import unwatched_subclass
 
 # Where a module whose tensor is tied keeps the child of the first module, by the name here.
 SHARED_MASKS = "_pemn_shared_masks"  # the MaskedWeight
@@ -123,7 +126,7 @@ def _set_class(module: nn.Module, masks: tuple[str, ...], tensors: tuple[str, ..
 
 def _change_class(module: nn.Module, wanted: type[nn.Module]) -> None:
     before = type(module)
-    module.__class__ = wanted
+    object.__setattr__(module, "__class__", wanted)  # past a layer's own __setattr__
     _rebind(module, before)
     _recompile(module)
 
@@ -164,7 +167,10 @@ def swapped_class(
         namespace["forward"] = _dense_forward(original)
     if issubclass(original, nn.RNNBase):
         namespace["_flat_weights"] = _property("_flat_weights", _read_flat_weights)
-    swapped = cast("type[nn.Module]", type(original.__name__, (original,), namespace))
+    for question in layer_groups.QUESTIONS:
+        if hasattr(original, question):
+            namespace[question] = layer_groups.method(original, question)
+    swapped = unwatched_subclass(original, namespace)
     if tensors or not masks:
         _follow_task(swapped, original)
     return swapped
