@@ -9,7 +9,12 @@ from torch import nn
 
 from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default_head
+from pemn_surgery.adapters.matching import (
+    follow_forward,
+    plan_for,
+    set_default_head,
+    set_task_head,
+)
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.targets import Plan
 
@@ -77,6 +82,7 @@ def plan(
     chosen = copy.copy(make_config(config, options))
     check_model(model)
     set_default_head(chosen, model)
+    set_task_head(chosen)
     return plan_for(model, chosen, follow_forward(model, chosen, inputs))
 
 
