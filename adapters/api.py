@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -9,6 +10,7 @@ from torch import nn
 
 from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.file_size import frame_bytes
 from pemn_surgery.adapters.matching import (
     follow_forward,
     plan_for,
@@ -83,7 +85,8 @@ def plan(
     check_model(model)
     set_default_head(chosen, model)
     set_task_head(chosen)
-    return plan_for(model, chosen, follow_forward(model, chosen, inputs))
+    result = plan_for(model, chosen, follow_forward(model, chosen, inputs))
+    return replace(result, frame_bytes=frame_bytes(result, model, chosen))
 
 
 def make_config(config: PemnConfig | None, options: Mapping[str, Any]) -> PemnConfig:
