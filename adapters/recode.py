@@ -19,8 +19,9 @@ from pemn_surgery.adapters.file import (
     read_adapter_file,
 )
 from pemn_surgery.adapters.file_checks import check_without_base
+from pemn_surgery.adapters.opening import open_adapter
 from pemn_surgery.bits import CodingName
-from pemn_surgery.errors import AdapterFileError, ConfigError
+from pemn_surgery.errors import ConfigError
 from pemn_surgery.selector import check_finite
 
 _CODINGS: tuple[CodingName, ...] = ("bits", "entropy")
@@ -48,8 +49,7 @@ def recode(folder: str | Path, coding: CodingName, out: str | Path | None = None
     _check_coding(coding)
     place = Path(folder if out is None else out)
     with one_reading():
-        config = PemnConfig.from_pretrained(str(folder))
-        file = _file_of(config, folder)
+        config, file = open_adapter(folder)
         check_without_base(file)
         _check_keeps_scores(file, Path(folder), place)
         tensors = {
@@ -91,13 +91,6 @@ def _check_coding(coding: str) -> None:
             "weights, load the adapter, set its PemnConfig.coding, and save it again."
         )
         raise ConfigError(message)
-
-
-def _file_of(config: PemnConfig, folder: str | Path) -> AdapterFile:
-    if config.file is None:
-        message = f"{str(folder)!r} has no adapter_model.safetensors, so there are no masks."
-        raise AdapterFileError(message)
-    return config.file
 
 
 def _check_keeps_scores(file: AdapterFile, folder: Path, place: Path) -> None:
