@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import __version__ as peft_version
 
-from pemn_surgery import __version__
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import AdapterFile
 
@@ -64,7 +62,6 @@ def describe(name: str, config: PemnConfig, code: BaseCode) -> str:
         "masks chosen by": _selection(config),
         **({"task type": f"{config.task_type}"} if config.task_type else {}),
         **(_measured(config.file) if config.file is not None else {}),
-        "written with": f"pemn-surgery {__version__}, PEFT {peft_version}",
     }
     subfolder = f', subfolder="{name}"' if name else ""
     loading = _LOADING.format(imports=code.imports, base=code.base, subfolder=subfolder)

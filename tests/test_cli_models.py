@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from pemn_surgery import PemnConfig, cli, pemnify, plan
 from pemn_surgery.commands import building
-from pemn_surgery.commands.hub import hub_name
+from pemn_surgery.commands.hub import hub_file, hub_name
+from pemn_surgery.errors import HubError
 from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers
@@ -226,6 +227,16 @@ def test_which_words_are_names_on_the_hub():
         assert hub_name(text) == (text, *parts)
     for text in ("resnet18", "../a/b", "./a/b", "/a/b", "a/b/", "a//b", "runs/[1]/x", "a b/c", ""):
         assert hub_name(text) is None, text
+
+
+def test_a_file_of_the_hub_is_the_one_of_its_revision(hub):
+    cache = hub[0] / "models--me--tasks" / "snapshots"
+    for text, place in (("me/tasks", REVISION), ("me/tasks@older", OLDER)):
+        found = hub_file(hub_name(text), "adapter_config.json")
+        assert found == cache / place / "adapter_config.json"
+    with pytest.raises(HubError) as caught:
+        hub_file(hub_name("me/tasks@older"), "config.json")
+    models.says(str(caught.value), "'me/tasks@older'", "no config.json", "local cache")
 
 
 def test_a_folder_of_that_name_comes_first(hub, tmp_path, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from pemn_surgery import PemnCallback, PemnConfig, __version__, pemnify, recode
+from pemn_surgery import PemnCallback, PemnConfig, pemnify, recode
 from pemn_surgery.adapters.card import complete_card
 from pemn_surgery.adapters.card_text import without_form
 from tests.adapters import models
@@ -69,7 +69,6 @@ def test_what_the_card_says(saved):
         "density": f"{ones / weights:.4f} ({ones:,} ones)",
         "other tensors": "14",  # two biases, three norms of four
         "file": f"{nbytes:,} bytes, {8 * nbytes / 1400:.3f} bits a masked weight",
-        "written with": f"pemn-surgery {__version__}, PEFT {peft.__version__}",
     }
     assert "pip install pemn-surgery" not in text
     assert "\n# Masks on Net\n" in text
