@@ -64,7 +64,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "options"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("make", "options"), CASES, ids=[f"{make.__name__} {options}" for make, options in CASES]
+)
 def test_said_is_saved(make, options, tmp_path):
     planned = plan(make(), **options)
     model = pemnify(make(), **options)
