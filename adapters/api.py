@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -9,7 +10,13 @@ from torch import nn
 
 from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default_head
+from pemn_surgery.adapters.file_size import frame_bytes
+from pemn_surgery.adapters.matching import (
+    follow_forward,
+    plan_for,
+    set_default_head,
+    set_task_head,
+)
 from pemn_surgery.adapters.options import check_names, check_values
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.targets import Plan
@@ -80,7 +87,9 @@ def plan(
     chosen = copy.copy(make_config(config, options))
     check_model(model)
     set_default_head(chosen, model)
-    return plan_for(model, chosen, follow_forward(model, chosen, inputs))
+    set_task_head(chosen)
+    result = plan_for(model, chosen, follow_forward(model, chosen, inputs))
+    return replace(result, frame_bytes=frame_bytes(result, model, chosen))
 
 
 def make_config(config: PemnConfig | None, options: Mapping[str, Any]) -> PemnConfig:

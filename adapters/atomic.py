@@ -177,13 +177,34 @@ def _move_both(adapter: Path, folder: Path) -> None:
     _move(adapter / CONFIG, folder / CONFIG)
 
 
+def config_text(configuration: Mapping[str, Any]) -> str:
+    """Return what ``adapter_config.json`` holds."""
+    return json.dumps(configuration, indent=2, sort_keys=True)
+
+
+def sealed_metadata(configuration: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of an adapter's weights: the configuration, its digest filled in."""
+    return {"format": "pt", SEAL: json.dumps(configuration, sort_keys=True)}
+
+
+def header_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """Return how a safetensors file begins: the header's length, and the header.
+
+    Args:
+        tensors: Type, shape and place of every tensor, by key.
+        metadata: Its words beside them.
+    """
+    content = json.dumps({**tensors, "__metadata__": metadata}, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)  # tensors begin at a multiple of eight
+    return len(content).to_bytes(8, "little") + content
+
+
 def _seal(adapter: Path) -> None:
     """Write the configuration and the digest into both files of an adapter."""
     weights, config = adapter / WEIGHTS, adapter / CONFIG
     configuration = seal(weights, json.loads(config.read_text(encoding="utf-8")))
-    config.write_text(json.dumps(configuration, indent=2, sort_keys=True), encoding="utf-8")
-    metadata = {"format": "pt", SEAL: json.dumps(configuration, sort_keys=True)}
-    _write_metadata(weights, metadata)
+    config.write_text(config_text(configuration), encoding="utf-8")
+    _write_metadata(weights, sealed_metadata(configuration))
 
 
 def _write_metadata(weights: Path, metadata: Mapping[str, str]) -> None:
@@ -194,9 +215,7 @@ def _write_metadata(weights: Path, metadata: Mapping[str, str]) -> None:
     sealed = weights.with_suffix(".sealed")
     with weights.open("rb") as old, sealed.open("wb") as new:
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
-        content = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":")).encode()
-        content += b" " * (-len(content) % 8)  # tensors begin at a multiple of eight
-        new.write(len(content).to_bytes(8, "little") + content)
+        new.write(header_bytes(header, metadata))
         shutil.copyfileobj(old, new)
     sealed.replace(weights)
 

@@ -11,8 +11,8 @@ does nothing for models without masks:
 * ``PushToHubMixin._upload_modified_files``, which every push goes through, lets PEFT make its card
   again, and completes it before it is sent.
 
-What is written stands between two marks and is replaced as a whole; all else is left to PEFT and to
-whoever edits the card.
+What is written (`card_text`) stands between two marks and is replaced as a whole; all else is left
+to PEFT and to whoever edits the card, but for the empty form that a card begins with.
 """
 
 import contextlib
@@ -26,11 +26,13 @@ from typing import Any, cast
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from peft.config import PeftConfig
+from torch import nn
 from transformers.utils.hub import PushToHubMixin
 
 from pemn_surgery.adapters.atomic import CARD, replace_file
+from pemn_surgery.adapters.card_base import base_code
+from pemn_surgery.adapters.card_text import base_named_by, describe, without_form
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import AdapterFile
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.errors import AdapterFileError
 
@@ -38,27 +40,21 @@ _BEGIN = "<!-- pemn_surgery: written anew at each save; edit around this part, n
 _END = "<!-- pemn_surgery: end -->"
 _PART = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
 
-_LOADING = """\
-## How to load it
 
-Masks need the package that makes PEFT know them (`pip install pemn-surgery`):
-
-```python
-import pemn_surgery.adapters  # without it PEFT says KeyError: 'PEMN'
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, "the name or folder of this adapter"{subfolder})
-```
-"""
-
-
-def complete_card(folder: str | Path, adapter_names: Iterable[str] = ("default",)) -> None:
+def complete_card(
+    folder: str | Path,
+    adapter_names: Iterable[str] = ("default",),
+    model: nn.Module | None = None,
+) -> None:
     """Write into a folder's card how its adapters are loaded and what they weigh.
+
+    What of the form that PEFT and transformers begin a card with nobody has filled in goes.
 
     Args:
         folder: What an adapter was saved to.
         adapter_names: The adapters that may be there; PEFT saves all but "default" in folders of
             their names.
+        model: The model that was saved, which tells how a timm base is built.
 
     Raises:
         AdapterFileError: If an adapter's file is truncated or altered.
@@ -68,12 +64,29 @@ def complete_card(folder: str | Path, adapter_names: Iterable[str] = ("default",
     saved = {name: place for name, place in places.items() if _holds_masks(place)}
     if not saved:
         return
-    part = "\n".join((_BEGIN, *(_describe(name, place) for name, place in saved.items()), _END))
     path = root / CARD
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData())
-    replaced, count = _PART.subn(lambda _: part, card.text)
-    card.text = replaced if count else f"\n{part}\n{card.text}"
+    configs = {name: PemnConfig.from_pretrained(str(place)) for name, place in saved.items()}
+    parts = (
+        describe(name, config, base_code(config, model, card.text))
+        for name, config in configs.items()
+    )
+    title = f"Masks on {base_named_by(next(iter(configs.values())))}"
+    card.text = _with_part(card.text, "\n".join((_BEGIN, *parts, _END)), title)
     replace_file(path, str(card).encode("utf-8"))
+
+
+def _with_part(text: str, part: str, title: str) -> str:
+    """Return a card's text with the part in its place, or behind the form's title."""
+    before, *after = _PART.split(text)
+    if after:
+        rest = "\n".join(without_form(piece, title) for piece in after)
+        return f"{without_form(before, title)}{part}{rest}"
+    whole = without_form(text, title)
+    head = f"# {title}"
+    if whole.lstrip().startswith(head):
+        return f"\n{head}\n\n{part}\n{whole.lstrip().removeprefix(head)}"
+    return f"\n{part}\n{whole}"
 
 
 def wrap_cards() -> None:
@@ -122,7 +135,7 @@ def _with_pushed_card(upload: Callable[..., Any]) -> Callable[..., Any]:
 def _complete_card_of(model: Any, folder: str) -> None:
     names = _names(model)
     if names:
-        complete_card(folder, names)
+        complete_card(folder, names, model)
 
 
 def _names(model: Any) -> list[str]:
@@ -139,51 +152,3 @@ def _holds_masks(folder: Path) -> bool:
     if not (folder / "adapter_config.json").is_file():
         return False
     return PeftConfig._get_peft_type(str(folder)) == PEMN.value
-
-
-def _describe(name: str, folder: Path) -> str:
-    config = PemnConfig.from_pretrained(str(folder))
-    rows = {
-        "base": _base(config),
-        "base fingerprint": _fingerprint(config.fingerprint or {}),
-        "frozen numbers": _numbers(config),
-        **(_measured(config.file) if config.file is not None else {}),
-    }
-    loading = _LOADING.format(subfolder=f', subfolder="{name}"' if name else "")
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"\n{loading}\n| {name or 'adapter'} | |\n|---|---|\n{table}\n"
-
-
-def _base(config: PemnConfig) -> str:
-    made_of = config.auto_mapping or {}
-    parts = [config.base_model_name_or_path, made_of.get("base_model_class")]
-    return ", ".join(f"`{part}`" for part in parts if part) or "not named"
-
-
-def _fingerprint(fingerprint: dict[str, str]) -> str:
-    if len(set(fingerprint.values())) == 1:
-        return f"`{next(iter(fingerprint.values()))}`"
-    listed = (f"`{digest}` in {name}" for name, digest in fingerprint.items())
-    return ", ".join(listed) or "unknown"
-
-
-def _numbers(config: PemnConfig) -> str:
-    spec = config.bank_spec
-    shown = {"bank": spec.bank, "ratio": spec.ratio, "length": spec.length, "bank_init": spec.init}
-    made = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
-    permuted = ", permuted" if spec.permute else ""
-    if spec.generated:
-        return f"{made}{permuted}, made from seed {spec.seed} in place of the base's"
-    return f"{made}{permuted}: the base's own, which must be those of the fingerprint"
-
-
-def _measured(file: AdapterFile) -> dict[str, str]:
-    weights = sum(file.masks.values())
-    ones = sum(file.ones.values())
-    counted = len(file.ones) == len(file.masks)  # not scores, nor masks coded beside the base
-    density = {"density": f"{ones / weights:.4f} ({ones:,} ones)"} if counted else {}
-    return {
-        "masks": f"{len(file.masks):,} of {weights:,} weights",
-        **density,
-        "file": f"{file.nbytes:,} bytes, {file.nbytes / weights:.4f} a masked weight",
-    }

@@ -6,6 +6,7 @@ from pathlib import Path
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import mask_key, one_reading, read_decoded
 from pemn_surgery.adapters.file_checks import check_without_base
+from pemn_surgery.adapters.opening import open_adapter
 from pemn_surgery.bits import HEADER_BYTES
 from pemn_surgery.errors import AdapterFileError, ArchitectureError
 
@@ -104,17 +105,17 @@ def compare_adapters(first: str | Path, second: str | Path) -> Comparison:
 
 def _read(folder: str | Path) -> tuple[PemnConfig, _Masks]:
     with one_reading():
-        config = PemnConfig.from_pretrained(str(folder))
-        if config.file is None or not config.file.stored:
+        config, file = open_adapter(folder)
+        if not file.stored:
             message = (
                 f"{str(folder)!r} holds no masks as bits. Give the folder of an adapter that "
                 "save_pretrained made; a Trainer's checkpoint holds scores."
             )
             raise AdapterFileError(message)
-        check_without_base(config.file)
-        tensors = read_decoded(config.file.path).tensors
+        check_without_base(file)
+        tensors = read_decoded(file.path).tensors
     masks = {}
-    for name, weights in config.file.masks.items():
+    for name, weights in file.masks.items():
         payload = tensors[mask_key(name, "bits")].numpy()[HEADER_BYTES:].tobytes()
         masks[name] = (weights, int.from_bytes(payload, "little"))
     return config, masks

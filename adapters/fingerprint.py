@@ -70,7 +70,7 @@ def make_fingerprint(
 def _digests(start: bytes, values: Iterable[Tensor]) -> Fingerprint:
     digests = {name: hashlib.sha256(start) for name in _TYPES}
     for value in values:
-        digests = {n: digest for n, digest in digests.items() if _rounds_to(value, _TYPES[n])}
+        digests = {n: digest for n, digest in digests.items() if _rounds_to(value.dtype, _TYPES[n])}
         for name, digest in digests.items():
             digest.update(_bytes(value.to(_TYPES[name])))
     return {name: digest.hexdigest()[:16] for name, digest in digests.items()}
@@ -149,9 +149,14 @@ def shorten(fingerprint: Mapping[str, str]) -> Fingerprint:
     return {name: digest[: 2 * _SHORT_BYTES] for name, digest in fingerprint.items()}
 
 
-def _rounds_to(value: Tensor, dtype: torch.dtype) -> bool:
-    """Tell whether values of this tensor, rounded to ``dtype``, are what a cast model holds."""
-    return value.dtype in (dtype, torch.float32, torch.float64)
+def types_of(held: Sequence[torch.dtype]) -> list[str]:
+    """Return the dtypes that a fingerprint is made in, for weights of the given ones."""
+    return [name for name, dtype in _TYPES.items() if all(_rounds_to(one, dtype) for one in held)]
+
+
+def _rounds_to(held: torch.dtype, dtype: torch.dtype) -> bool:
+    """Tell whether values of one type, rounded to ``dtype``, are what a cast model holds."""
+    return held in (dtype, torch.float32, torch.float64)
 
 
 def _bytes(value: Tensor) -> memoryview:

@@ -43,6 +43,27 @@ def set_default_head(config: PemnConfig, model: nn.Module) -> None:
         config.modules_to_save = names
 
 
+# What PEFT trains and saves whole for a task. For two of the three it says so only after the layers
+# were chosen, and would then save a head that is masked, too.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def set_task_head(config: PemnConfig) -> None:
+    """Train and save whole the heads that ``task_type`` means.
+
+    Args:
+        config: Changed in place, unless it was read with an adapter, which says what it holds.
+    """
+    heads = _TASK_HEADS.get(config.task_type or "", ())
+    if heads and config.trained_on is None:
+        given = config.modules_to_save or []
+        config.modules_to_save = [*given, *(name for name in heads if name not in given)]
+
+
 def follow_forward(
     model: nn.Module, config: PemnConfig, inputs: Mapping[str, Any] | None = None
 ) -> Trace | TraceError:

@@ -34,6 +34,7 @@ from pemn_surgery.adapters.matching import (
     is_excluded,
     plan_for,
     set_default_head,
+    set_task_head,
 )
 from pemn_surgery.adapters.mixed_batch import mixed_batches
 from pemn_surgery.adapters.operation import Operation
@@ -73,6 +74,7 @@ class PemnModel(BaseTuner):
         check_model(model)
         check_no_other_method(model)
         set_default_head(peft_config, model)
+        set_task_head(peft_config)
         followed = None
         if peft_config.functional_weights is None or peft_config.rewritten_weights is None:
             followed = follow_forward(model, peft_config)

@@ -20,8 +20,9 @@ from pemn_surgery.adapters.file import (
     read_decoded,
 )
 from pemn_surgery.adapters.file_checks import check_without_base
+from pemn_surgery.adapters.opening import open_adapter
 from pemn_surgery.bits import CodingName
-from pemn_surgery.errors import AdapterFileError, ConfigError
+from pemn_surgery.errors import ConfigError
 from pemn_surgery.selector import check_finite
 
 RecodingName = Literal["bits", "entropy"]
@@ -50,8 +51,7 @@ def recode(folder: str | Path, coding: RecodingName, out: str | Path | None = No
     _check_coding(coding, folder)
     place = Path(folder if out is None else out)
     with one_reading():
-        config = PemnConfig.from_pretrained(str(folder))
-        file = _file_of(config, folder)
+        config, file = open_adapter(folder)
         check_without_base(file)
         _check_keeps_scores(file, Path(folder), place)
         tensors = {
@@ -98,13 +98,6 @@ def _check_coding(coding: Any, folder: str | Path) -> None:
         )
     message = f'recode got coding={coding!r}; files alone give "bits" or "entropy".{remedy}'
     raise ConfigError(message)
-
-
-def _file_of(config: PemnConfig, folder: str | Path) -> AdapterFile:
-    if config.file is None:
-        message = f"{str(folder)!r} has no adapter_model.safetensors, so there are no masks."
-        raise AdapterFileError(message)
-    return config.file
 
 
 def _check_keeps_scores(file: AdapterFile, folder: Path, place: Path) -> None:

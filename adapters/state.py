@@ -43,6 +43,8 @@ def pack_for_file(
     masks = {place: layer.mask_of(adapter_name) for place, layer in layers.items()}
     config.fingerprint = next((mask.fingerprint for mask in masks.values()), None)
     config.digest = None  # that of an earlier file, if the adapter was loaded
+    if config.modules_to_save is not None:  # PEFT adds a task's heads again at each load
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     base = fingerprints.short_form(config.fingerprint or {})
     saved: StateDict = {}
     for key, value in entries.items():

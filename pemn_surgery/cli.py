@@ -1,6 +1,7 @@
 """The ``pemn`` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from pemn_surgery.errors import PemnError
 
 _FAILED = 2
 _INTERRUPTED = 130
+_PIPE_CLOSED = 141  # as a shell says of a program that the end of a pipe has stopped
 _COMMANDS = (quickstart, plan, inspect, diff, pack, unpack, merge)
 
 
@@ -23,11 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words behind ``pemn``; None takes the process's.
 
     Returns:
-        0, 1 if a verification failed, 2 after an error that is named, 130 after Ctrl-C.
+        0, 1 if a verification failed, 2 after an error that is named, 130 after Ctrl-C, 141 if
+        nobody reads what is printed.
     """
     parsed = _parser().parse_args(arguments)
     try:
-        return parsed.run(parsed)
+        code = parsed.run(parsed)
+        sys.stdout.flush()  # so that a reader who is gone is met here
+        return code
+    except BrokenPipeError:
+        _forget_output()
+        return _PIPE_CLOSED
     except (PemnError, ImportError, OSError) as error:
         Console(stderr=True).print(
             f"[bold red]{type(error).__name__}[/]: {escape(str(error))}",
@@ -45,10 +53,22 @@ def _parser() -> argparse.ArgumentParser:
         prog="pemn", description="Binary masks on shared frozen weights, for timm and transformers."
     )
     parser.add_argument("--version", action="version", version=f"pemn-surgery {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.set_defaults(run=lambda parsed: _print_help(parser))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
     return parser
+
+
+def _print_help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
+    return 0
+
+
+def _forget_output() -> None:
+    """Let what is not printed yet go nowhere: Python would try once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -97,6 +97,14 @@ class FinetunedMismatchError(PemnError, ValueError):
     """A fine-tuned model has other tensors than its base, or values that cannot be compared."""
 
 
+class HubError(PemnError, OSError):
+    """A name on the model hub gives nothing: there is no such thing, or no way to the hub."""
+
+
+class ExportError(PemnError, RuntimeError):
+    """A model cannot be written as a graph for other runtimes."""
+
+
 class PemnWarning(UserWarning):
     """Base of all warnings of this package."""
 

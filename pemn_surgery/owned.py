@@ -36,7 +36,9 @@ def owned_tensors(
             first = seen.setdefault(id(tensor), full)
             tied_to = "" if first == full else first
             saved = not is_idle_counter(module, name)
-            yield _describe_owned(path, name, tensor, trained=trained, saved=saved, tied_to=tied_to)
+            yield _describe_owned(
+                path, name, tensor, trained=trained, saved=saved, tied_to=tied_to, widened=trained
+            )  # PEFT trains 16-bit tensors of its layers in float32, and saves them so
 
 
 def whole_tensors(model: nn.Module, request: Request) -> Iterator[Owned]:
@@ -56,14 +58,22 @@ def frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:
 
 
 def _describe_owned(
-    path: str, name: str, tensor: Tensor, *, trained: bool, saved: bool = True, tied_to: str = ""
+    path: str,
+    name: str,
+    tensor: Tensor,
+    *,
+    trained: bool,
+    saved: bool = True,
+    tied_to: str = "",
+    widened: bool = False,
 ) -> Owned:
+    size = max(tensor.element_size(), 4) if widened else tensor.element_size()
     return Owned(
         path=path,
         tensor=name,
         shape=tuple(tensor.shape),
         is_float=tensor.is_floating_point(),
-        nbytes=tensor.numel() * tensor.element_size(),
+        nbytes=tensor.numel() * size,
         trained=trained,
         saved=saved,
         tied_to=tied_to,

@@ -133,7 +133,7 @@ def load_digits() -> tuple[Split, Split]:
         from sklearn.datasets import load_digits as read
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        message = 'The quickstart needs scikit-learn: pip install "pemn-surgery[train]".'
+        message = "The quickstart needs scikit-learn: pip install scikit-learn."
         raise ImportError(message) from error
     digits = cast("Any", read())
     places = train_test_split(

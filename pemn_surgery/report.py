@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pemn_surgery.errors import ConfigError
+
 _TEXT_WIDTH = 140
 
 
@@ -89,7 +91,7 @@ def check_plotting() -> None:
         ImportError: If matplotlib is missing.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        message = 'Plots need matplotlib: pip install "pemn-surgery[train]".'
+        message = "Plots need matplotlib: pip install matplotlib."
         raise ImportError(message)
 
 
@@ -123,8 +125,7 @@ def scatter(
     axes.set_title(title, loc="left")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def profile(
@@ -144,6 +145,7 @@ def profile(
         title: What it shows.
 
     Raises:
+        ConfigError: If no plot can have this ending.
         ImportError: If matplotlib is missing.
     """
     check_plotting()
@@ -162,6 +164,15 @@ def profile(
     axes.set_title(title, loc="left")
     axes.grid(visible=True, axis="x", alpha=0.25)
     axes.legend(frameon=False, fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    known = figure.canvas.get_supported_filetypes()
+    ending = path.suffix.removeprefix(".").lower()
+    if ending and ending not in known:
+        message = f"{str(path)!r} ends in {path.suffix!r}; a plot is one of {', '.join(known)}."
+        raise ConfigError(message)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

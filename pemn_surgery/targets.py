@@ -139,6 +139,8 @@ class Plan:
         parameters: Number of elements of all parameters of the model.
         blocks: The model's repeated blocks.
         untraced: Why no forward was followed to see the use of every weight, "" if one was.
+        frame_bytes: Bytes of a task's two files beside those of its tensors: their names and
+            places, and the configuration, which is in both.
     """
 
     spec: BankSpec
@@ -151,6 +153,7 @@ class Plan:
     parameters: int
     blocks: tuple[Block, ...] = field(default=(), compare=False)
     untraced: str = field(default="", compare=False)
+    frame_bytes: int = field(default=0, compare=False)
 
     @property
     def masked_weights(self) -> int:
@@ -180,18 +183,23 @@ class Plan:
         )
 
     @property
+    def file_bytes(self) -> int:
+        """Size of one task's two files, with masks as bits; a coding makes them smaller."""
+        return self.mask_bytes + self.other_bytes + self.frame_bytes
+
+    @property
     def bank_floats(self) -> int:
         """Numbers that the bank stores (0 where every weight keeps its own)."""
         return self.layout.floats if self.layout else 0
 
     def ratio(self, bytes_per_float: int = 4) -> float:
-        """Return the size of the dense model over the size of one task's file.
+        """Return the size of the dense model over the size of one task's files.
 
         Args:
             bytes_per_float: 4 for a float32 model, 2 for a 16-bit one.
         """
         dense = self.parameters * bytes_per_float
-        return dense / max(self.mask_bytes + self.other_bytes, 1)
+        return dense / max(self.file_bytes, 1)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan in plain values for JSON, totals included."""
@@ -203,6 +211,7 @@ class Plan:
             "bank_floats": self.bank_floats,
             "mask_bytes": self.mask_bytes,
             "other_bytes": self.other_bytes,
+            "file_bytes": self.file_bytes,
             "ratio_fp32": self.ratio(4),
             "ratio_fp16": self.ratio(2),
         }
@@ -234,7 +243,7 @@ class Plan:
         )
         table.caption = (
             f"bank {self.bank_floats:,} numbers; a task {self.mask_bytes:,} bytes of masks + "
-            f"{self.other_bytes:,} of other tensors; "
+            f"{self.other_bytes:,} of other tensors, {self.file_bytes:,} in its two files; "
             f"{self.ratio(4):.1f} x smaller than float32, {self.ratio(2):.1f} x than 16 bits"
         )
         if self.blocks:

@@ -1,20 +1,20 @@
 """The ``pemn`` command: what it prints, what it writes, and its exit codes."""
 
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from transformers import BertForSequenceClassification
 
-from pemn_surgery import __version__, cli, pemnify, plan, quickstart
-from pemn_surgery.inputs import example_inputs
+from pemn_surgery import PemnConfig, __version__, cli, pemnify, plan, quickstart
 from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers
@@ -71,6 +71,35 @@ def test_help_lists_every_command(capsys):
     text = capsys.readouterr().out
     for command in COMMANDS:
         assert re.search(rf"^    {command}\s+[A-Z]", text, re.MULTILINE)
+
+
+def test_alone_it_prints_its_help(capsys):
+    assert cli.main([]) == 0
+    alone = capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert alone.out == capsys.readouterr().out
+    assert alone.out.startswith("usage: pemn")
+    assert alone.err == ""
+
+
+LINES = [
+    (page.name, line)
+    for page in [models.ROOT / "README.md", *sorted((models.ROOT / "docs").glob("*.md"))]
+    for line in page.read_text(encoding="utf-8").splitlines()
+    if line.startswith("pemn ") or line.endswith("&& pemn quickstart")
+]
+
+
+@pytest.mark.parametrize(("page", "line"), LINES, ids=[" ".join(line) for line in LINES])
+def test_command_lines_of_the_documents_parse(page, line):
+    words = shlex.split(line.rpartition("&& ")[2], comments=True)
+    parsed = cli._parser().parse_args(words[1:])
+    assert callable(parsed.run)
+
+
+def test_the_documents_have_command_lines():
+    assert len([line for page, line in LINES if page == "README.md"]) >= 6
 
 
 def test_version(capsys):
@@ -135,6 +164,59 @@ def test_plan_passes_every_option(capsys):
     assert trained == norms != set()
 
 
+PLANS = {
+    "--preset self_masking --density 0.3": {"preset": "self_masking", "density": 0.3},
+    "--preset piggyback --rest norms": {"preset": "piggyback", "rest": "norms"},
+    "--bank rp --permute --scale-fan --density 0.2": {
+        "bank": "rp", "permute": True, "scale_fan": True, "density": 0.2,
+    },
+    "--selector threshold --threshold 0.1 --scale sqrt_density": {
+        "selector": "threshold", "threshold": 0.1, "scale": "sqrt_density",
+    },
+    "--target-modules query value": {"target_modules": ["query", "value"]},
+    "--target-modules query": {"target_modules": ["query"]},
+    "--target-modules .*query": {"target_modules": ".*query"},
+    "--target-modules all-linear": {"target_modules": "all-linear"},
+    "--exclude-modules pooler.dense": {"exclude_modules": ["pooler.dense"]},
+    "--layers-to-transform 1 --layers-pattern layer": {
+        "layers_to_transform": [1], "layers_pattern": ["layer"],
+    },
+    "--bank own --modules-to-save classifier": {
+        "bank": "own", "modules_to_save": ["classifier"],
+    },
+    "--target-modules word_embeddings --tied both": {
+        "target_modules": ["word_embeddings"], "tied": "both",
+    },
+    "--bank own --task-type SEQ_CLS": {"bank": "own", "task_type": "SEQ_CLS"},
+    "--task-type seq_cls --target-parameters pooler.dense.weight": {
+        "task_type": "SEQ_CLS", "target_parameters": ["pooler.dense.weight"],
+    },
+    "--bank one_layer --bank-init kaiming_uniform --seed 4": {
+        "bank": "one_layer", "bank_init": "kaiming_uniform", "seed": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", PLANS)
+def test_plan_takes_the_fields_of_a_configuration(words, folders, capsys):
+    base = folders[0] / "bert_base"
+    options = dict(PLANS[words])
+    preset = options.pop("preset", None)
+    config = PemnConfig.preset(preset, **options) if preset else PemnConfig(**options)
+    model = BertForSequenceClassification.from_pretrained(str(base))
+    expected = plan(model, config)
+    assert expected.targets
+    found = json.loads(run_raw(capsys, "plan", base, *words.split(), "--json"))
+    assert found == json.loads(json.dumps(expected.as_dict()))
+
+
+def test_plan_of_a_timm_model_with_its_classifier_masked(capsys):
+    words = ["plan", "test_resnet", "--bank", "own", "--modules-to-save", "--json"]
+    found = json.loads(run_raw(capsys, *words))
+    assert "fc" in {target["path"] for target in found["targets"]}
+    assert found["whole"] == []
+
+
 @pytest.mark.parametrize("which", ["resnet", "bert"])
 def test_inspect_gives_the_masks_densities(which, folders, capsys):
     root, resnet, bert = folders
@@ -184,25 +266,6 @@ def test_merge_of_a_timm_adapter(folders, tmp_path, capsys):
     assert {key.rpartition(".")[2] for key in result.missing_keys} <= {"num_batches_tracked"}
     x = models.images(4, size=32)
     models.assert_equal(models.logits(plain, x), models.logits(resnet, x))
-
-
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
-@pytest.mark.parametrize("which", ["resnet", "bert"])
-def test_merge_to_onnx_runs_batches_of_any_size(which, folders, tmp_path, capsys):
-    root, resnet, bert = folders
-    base = {"resnet": ["test_resnet", "--model-arg", "num_classes=4"], "bert": [root / "bert_base"]}
-    words = ["merge", root / which, *base[which], "--out", tmp_path, "--format", "onnx"]
-    run(capsys, *words)
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    model = {"resnet": resnet, "bert": bert}[which].eval()
-    inputs = {key: value.repeat(3, *[1] * (value.dim() - 1)) for key, value in
-              example_inputs(model).items()}  # fmt: skip
-    feed = {item.name: inputs[item.name].numpy() for item in session.get_inputs()}
-    with torch.no_grad():
-        output = model(**inputs)
-    expected = getattr(output, "logits", output).numpy()
-    assert len(expected) == 6
-    np.testing.assert_allclose(session.run(None, feed)[0], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_merge_of_a_transformers_adapter(folders, tmp_path, capsys):
@@ -279,7 +342,7 @@ def test_merge_onto_another_architecture(folders, tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["fly"], ["plan"], ["plan", "m", "--bank", "x"], ["quickstart", "--epochs", "0"],
+    "words", [["fly"], ["plan"], ["plan", "m", "--bank", "x"], ["quickstart", "--epochs", "0"],
               ["quickstart", "--epochs", "many"], ["merge", "a", "m"]], ids=str,
 )  # fmt: skip
 def test_usage_errors(words, capsys):
@@ -336,6 +399,21 @@ def test_quickstart(tmp_path, capsys, monkeypatch):
         assert rows["masks", task]["nbytes"] < rows["dense", task]["nbytes"] / 25
     assert all(0 <= row["accuracy"] <= 1 for row in rows.values())
     assert (tmp_path / "quickstart.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_reader_who_is_gone_is_no_error(folders):
+    """As of ``pemn plan ... | head``: what nobody reads is dropped in silence."""
+    words = ["inspect", str(folders[0] / "resnet"), "--json"]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pemn_surgery.cli", *words],
+            stdout=write, stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_in_a_process_of_its_own(folders):

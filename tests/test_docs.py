@@ -25,14 +25,67 @@ def cells(line):
 ROWS = [cells(line) for line in README.splitlines() if line.startswith("|")]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_links_lead_to_what_the_site_has(page):
-    """Files of the docs folder; the site has nothing else."""
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md"))]
+
+
+def prose(page):
+    """A page without its code, where # begins a comment and brackets are brackets."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.sub(r"`[^`\n]*`|^    .*", "code", text, flags=re.M)
+
+
+def links(page):
+    """The relative links of a page: file ("" is the page itself) and anchor."""
+    found = re.findall(r"\]\(\s*(?!https?:|mailto:)([^)\s]+?)\s*\)", prose(page))
+    return [link.partition("#")[::2] for link in found]
+
+
+def anchors(page):
+    """What the site and GitHub call the headings of a page; a link needs a name of both."""
     text = page.read_text(encoding="utf-8")
-    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+[./][^)#\s]*)", text):
-        target = (page.parent / link).resolve()
-        assert target.is_file(), link
-        assert target.is_relative_to(ROOT / "docs"), link
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    heads = [re.sub(r"[`*]", "", head) for head in re.findall(r"^#+ (.+?)\s*$", text, re.M)]
+    bare = [re.sub(r"[^\w\s-]", "", head).strip().lower() for head in heads]
+    site = {re.sub(r"[-\s]+", "-", head) for head in bare}
+    return site & {re.sub(r"\s", "-", head) for head in bare}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_what_the_site_has(page):
+    """Files of the docs folder, which the site has as they are, and headings of its pages."""
+    for file, anchor in links(page):
+        target = (page.parent / file).resolve() if file else page
+        assert target.is_file(), file
+        assert target.is_relative_to(ROOT / "docs"), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
+    assert "exclude_docs" not in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.parent.name)
+def test_links_of_readmes_lead_to_what_the_project_has(page):
+    for file, anchor in links(page):
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
+
+
+def test_there_are_links_and_anchors_to_check():
+    assert len(PAGES) >= 17
+    assert len(READMES) >= 5
+    found = [link for page in PAGES for link in links(page)]
+    assert len(found) > 40
+    assert sum(bool(anchor) for _, anchor in found) >= 10
+    assert {file for file, _ in links(ROOT / "docs/format.md")} >= {"results/load.json"}
+    assert {"words-of-16-weights", "at-run-time"} < anchors(ROOT / "docs/format.md")
+
+
+def test_every_page_is_in_the_index_and_in_the_menu():
+    names = {page.name for page in PAGES}
+    listed = [file for file, _ in links(ROOT / "docs/index.md")]
+    assert sorted(listed) == sorted(names - {"index.md"})
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    assert sorted(re.findall(r"^  - (\S+\.md)$", menu, re.M)) == sorted(names)
 
 
 def test_quickstart_table():

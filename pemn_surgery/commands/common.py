@@ -1,16 +1,18 @@
-"""What several commands share: their parsers' form, reading adapters, building models."""
+"""What several commands share: their parsers' form, and reading adapters."""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from pemn_surgery.commands.hub import hub_file, hub_name
+from pemn_surgery.errors import ConfigError
 
-from pemn_surgery.errors import AdapterFileError, ConfigError
+if TYPE_CHECKING:
+    from pemn_surgery.adapters.config import PemnConfig
+    from pemn_surgery.adapters.file import AdapterFile
 
 
 def add_command(
@@ -43,21 +45,23 @@ def add_command(
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `build_model` takes."""
-    parser.add_argument("model", help="a timm name, or a folder with a transformers config.json")
-    parser.add_argument(
-        "--model-arg",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="argument of timm.create_model, for example num_classes=10",
-    )
-
-
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def add_adapter(parser: argparse.ArgumentParser, word: str = "adapter") -> None:
+    """Add the argument that `adapter_folder` takes."""
+    parser.add_argument(
+        word,
+        help="folder that save_pretrained made, or a name on the hub: "
+        "owner/name[/folder][@revision]",
+    )
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add ``--overwrite``, which `check_free` asks for."""
+    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
 
 
 def positive(text: str) -> int:
@@ -74,86 +78,61 @@ def print_json(value: Any, default: Any = None) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=default) + "\n")
 
 
-def read_adapter(folder: Path) -> tuple[Any, Any]:
-    """Return the configuration and the `AdapterFile` of an adapter's folder.
+def first_line(error: BaseException) -> str:
+    """Return an error of another library in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[0].rstrip(".:") if lines else ""
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def adapter_folder(text: str) -> Path:
+    """Return the folder of an adapter on this machine; one of the hub's is fetched.
 
     Raises:
-        AdapterFileError: If one of its two files is missing, truncated or altered.
+        HubError: If the hub does not give it.
     """
-    from pemn_surgery.adapters import PemnConfig
-
-    if not (folder / "adapter_config.json").is_file():
-        message = f"{str(folder)!r} has no adapter_config.json; give an adapter's folder."
-        raise AdapterFileError(message)
-    config = PemnConfig.from_pretrained(str(folder))
-    if config.file is None:
-        message = (
-            f"{str(folder)!r} has no adapter_model.safetensors, so there are no masks to read."
-        )
-        raise AdapterFileError(message)
-    return config, config.file
+    name = None if Path(text).exists() else hub_name(text)
+    if name is None:
+        return Path(text)
+    folder = hub_file(name, "adapter_config.json").parent
+    hub_file(name, "adapter_model.safetensors")
+    return folder
 
 
-def build_model(name: str, arguments: Sequence[str], *, weights: bool) -> nn.Module:
-    """Build a model by name.
+def read_adapter(text: str) -> tuple["PemnConfig", "AdapterFile"]:
+    """Return the configuration and the `AdapterFile` of an adapter.
 
     Args:
-        name: A timm name, or a folder with a transformers ``config.json``.
-        arguments: ``KEY=VALUE`` for ``timm.create_model``; values are read as JSON where they are.
-        weights: Whether a transformers folder's weights are read.
-
-    Returns:
-        The model.
+        text: Its folder, or its name on the hub.
 
     Raises:
-        ConfigError: If there is no such model, or an argument is not ``KEY=VALUE``.
+        AdapterFileError: If one of its two files is missing, truncated, altered or no adapter's of
+            masks.
+        HubError: If the hub does not give it.
     """
-    if (Path(name) / "config.json").is_file():
-        return _build_transformers(name, weights=weights)
-    import timm
+    from pemn_surgery.adapters.opening import open_adapter
 
-    if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name[:6]}*")[:5]) or "none is similar"
+    return open_adapter(adapter_folder(text))
+
+
+def check_free(out: Path, names: Collection[str], *, overwrite: bool) -> None:
+    """Refuse to write over what lies in the folder already, unless that is asked for.
+
+    Args:
+        out: The folder.
+        names: Files that would be written.
+        overwrite: Whether they may be replaced.
+
+    Raises:
+        ConfigError: If one is there.
+    """
+    if out.exists() and not out.is_dir():
+        message = f"--out got {str(out)!r}, which is a file; give a folder."
+        raise ConfigError(message)
+    there = sorted(name for name in names if (out / name).exists())
+    if there and not overwrite:
         message = (
-            f"{name!r} is neither a timm model ({close}) nor a folder with config.json. Give a "
-            "name from timm.list_models() or a folder that save_pretrained made."
+            f"--out got {str(out)!r}, which holds {', '.join(there)} already. Give another folder, "
+            "or --overwrite to replace it. Nothing was written."
         )
         raise ConfigError(message)
-    given = dict(_key_value(item) for item in arguments)
-    try:
-        return timm.create_model(name, **given)
-    except TypeError as error:
-        message = f"timm cannot build {name!r} with {given}: {error}. Change --model-arg."
-        raise ConfigError(message) from error
-
-
-def build_without_weights(name: str, arguments: Sequence[str]) -> nn.Module:
-    """Build a model on the meta device; the few that compute while they are built, on the CPU."""
-    try:
-        with torch.device("meta"):
-            return build_model(name, arguments, weights=False)
-    except (NotImplementedError, RuntimeError):
-        return build_model(name, arguments, weights=False)
-
-
-def _build_transformers(folder: str, *, weights: bool) -> nn.Module:
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    named = (getattr(config, "architectures", None) or [""])[0]
-    model_class = getattr(transformers, named, transformers.AutoModel)
-    if weights:
-        return model_class.from_pretrained(folder)
-    build = getattr(model_class, "_from_config", None) or model_class.from_config
-    return build(config)
-
-
-def _key_value(item: str) -> tuple[str, Any]:
-    key, separator, value = item.partition("=")
-    if not separator or not key:
-        message = f"--model-arg got {item!r}; it needs KEY=VALUE, for example num_classes=10."
-        raise ConfigError(message)
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value

@@ -9,7 +9,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from pemn_surgery import report
-from pemn_surgery.commands.common import add_command, add_json, print_json, read_adapter
+from pemn_surgery.commands.common import (
+    adapter_folder,
+    add_adapter,
+    add_command,
+    add_json,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from pemn_surgery.adapters.compare import Comparison, Overlap
@@ -26,8 +32,8 @@ def add(commands: Any) -> None:
         "Compare two tasks: which weights both keep, by layer.",
         "pemn diff quickstart/masks/digit quickstart/masks/parity --plot overlap.png",
     )
-    parser.add_argument("first", type=Path, help="folder that save_pretrained made")
-    parser.add_argument("second", type=Path, help="another, of the same architecture")
+    for word in ("first", "second"):
+        add_adapter(parser, word)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the overlap by layer")
     add_json(parser)
 
@@ -35,9 +41,7 @@ def add(commands: Any) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     from pemn_surgery.adapters.compare import compare_adapters
 
-    for folder in (parsed.first, parsed.second):
-        read_adapter(folder)
-    found = compare_adapters(parsed.first, parsed.second)
+    found = compare_adapters(adapter_folder(parsed.first), adapter_folder(parsed.second))
     if parsed.plot is not None:
         _plot(parsed.plot, found)
     if parsed.json:

@@ -8,7 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from pemn_surgery import report
-from pemn_surgery.commands.common import add_command, add_json, print_json, read_adapter
+from pemn_surgery.commands.common import (
+    add_adapter,
+    add_command,
+    add_json,
+    print_json,
+    read_adapter,
+)
 
 
 def add(commands: Any) -> None:
@@ -20,7 +26,7 @@ def add(commands: Any) -> None:
         "Show an adapter: its configuration, the density of every mask, its bytes.",
         "pemn inspect quickstart/masks/digit --plot densities.png",
     )
-    parser.add_argument("adapter", type=Path, help="folder that save_pretrained made")
+    add_adapter(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the densities by layer")
     add_json(parser)
 

@@ -7,7 +7,17 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from pemn_surgery.commands.common import add_command, add_json, print_json, read_adapter
+from pemn_surgery.commands.common import (
+    adapter_folder,
+    add_adapter,
+    add_command,
+    add_json,
+    add_overwrite,
+    check_free,
+    print_json,
+    read_adapter,
+)
+from pemn_surgery.errors import ConfigError
 
 
 def add(commands: Any) -> None:
@@ -25,8 +35,9 @@ def add(commands: Any) -> None:
 
 def add_recoding(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `recode_adapter`."""
-    parser.add_argument("adapter", type=Path, help="folder that save_pretrained made")
+    add_adapter(parser)
     parser.add_argument("--out", type=Path, help="folder for the new one; default: in its place")
+    add_overwrite(parser)
     add_json(parser)
 
 
@@ -35,8 +46,9 @@ def recode_adapter(parsed: argparse.Namespace) -> int:
     from pemn_surgery.adapters import recode
 
     _, before = read_adapter(parsed.adapter)
-    after = recode(parsed.adapter, parsed.coding, parsed.out)
-    out = parsed.out or parsed.adapter
+    folder = adapter_folder(parsed.adapter)
+    out = _place(parsed, folder)
+    after = recode(folder, parsed.coding, out)
     weights = sum(after.masks.values())
     if parsed.json:
         sizes = {"bytes": after.nbytes, "bytes_before": before.nbytes, "weights": weights}
@@ -47,3 +59,15 @@ def recode_adapter(parsed: argparse.Namespace) -> int:
         f"({weights:,} masked weights)."
     )
     return 0
+
+
+def _place(parsed: argparse.Namespace, folder: Path) -> Path:
+    """Return where the new adapter goes; in place of another one only if that is asked for."""
+    if parsed.out is None and folder != Path(parsed.adapter):
+        message = f"{parsed.adapter!r} is on the hub, not to be written in its place; give --out."
+        raise ConfigError(message)
+    out = parsed.out or folder
+    if out.resolve() != folder.resolve():
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        check_free(out, names, overwrite=parsed.overwrite)
+    return out

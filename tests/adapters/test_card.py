@@ -5,16 +5,19 @@ import re
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
+import timm
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from pemn_surgery import PemnCallback, PemnConfig, pemnify
+from pemn_surgery import PemnCallback, PemnConfig, pemnify, recode
 from pemn_surgery.adapters.card import complete_card
+from pemn_surgery.adapters.card_text import without_form
 from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers
@@ -61,10 +64,14 @@ def test_what_the_card_says(saved):
         "base fingerprint": f"`{digest}`",
         "frozen numbers": "bank rp, ratio 0.1, bank_init kaiming_normal, "
         "made from seed 4 in place of the base's",
+        "masks chosen by": "topk, density 0.3",
         "masks": "4 of 1,400 weights",
         "density": f"{ones / weights:.4f} ({ones:,} ones)",
-        "file": f"{nbytes:,} bytes, {nbytes / 1400:.4f} a masked weight",
+        "other tensors": "14",  # two biases, three norms of four
+        "file": f"{nbytes:,} bytes, {8 * nbytes / 1400:.3f} bits a masked weight",
     }
+    assert "pip install pemn-surgery" not in text
+    assert "\n# Masks on Net\n" in text
     assert abs(ones / weights - 0.3) < 0.01
     assert text.count(IMPORT) == 1
     assert ModelCard.load(folder / "README.md").data.library_name == "peft"
@@ -81,6 +88,127 @@ def test_the_code_in_the_card_loads_the_adapter(saved):
     printed = "import json\nprint(json.dumps(models.logits(model).tolist()))"
     out = models.run_python(around.format(IMPORT, code.replace(place, repr(str(folder))), printed))
     models.assert_equal(torch.tensor(json.loads(out.splitlines()[-1])), expected)
+
+
+def ran(folder, around):
+    """The logits of the model that the card's own code makes, in a process of its own."""
+    code = re.search(r"```python\n(.*?)```", read(folder), re.DOTALL)[1]
+    assert "base = " in code
+    code = code.replace('"the name or folder of this adapter"', repr(str(folder)))
+    printed = "import json\nfrom tests.adapters import models\n" + around
+    return torch.tensor(json.loads(models.run_python(f"{code}\n{printed}").splitlines()[-1]))
+
+
+TIMM = {
+    "classes": ("test_resnet", {"num_classes": 4}, '"test_resnet", num_classes=4)'),
+    "size": ("test_vit", {"img_size": 64, "num_classes": 4},
+             '"test_vit", img_size=64, num_classes=4)'),
+    "channels": ("test_resnet", {"in_chans": 1}, '"test_resnet", in_chans=1)'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TIMM)
+def test_a_timm_base_is_built_by_the_cards_code(case, tmp_path):
+    name, options, shown = TIMM[case]
+    model = pemnify(timm.create_model(name, **options), bank="rp", ratio=0.1, seed=4)
+    model.save_pretrained(str(tmp_path))
+    assert f"\nbase = timm.create_model({shown}\n" in read(tmp_path)
+    sizes = (2, options.get("in_chans", 3), 64, 64)
+    around = f"print(json.dumps(models.logits(model, torch.ones{sizes}).tolist()))"
+    found = ran(tmp_path, f"import torch\n{around}")
+    models.assert_equal(found, models.logits(model, torch.ones(sizes)))
+    recode(tmp_path, "entropy")
+    assert f"\nbase = timm.create_model({shown}\n" in read(tmp_path)  # nobody knows better
+
+
+def test_a_timm_base_with_its_own_weights_names_them(tmp_path):
+    pemnify(timm.create_model("test_resnet"), bank="own").save_pretrained(str(tmp_path))
+    line = (
+        'base = timm.create_model("test_resnet.r160_in1k")  # with the weights of the fingerprint'
+    )
+    assert line in read(tmp_path)
+
+
+def test_a_timm_model_that_was_changed_is_not_said_to_be_timms(tmp_path):
+    base = timm.create_model("test_resnet")
+    base.fc = torch.nn.Linear(base.num_features, 7)
+    pemnify(base, bank="rp").save_pretrained(str(tmp_path))
+    text = read(tmp_path)
+    assert "timm.create_model" not in text
+    assert "# base: ResNet, built as it was for training\n" in text
+
+
+def test_a_transformers_base_is_built_by_the_cards_code(tmp_path):
+    models.bert().save_pretrained(str(tmp_path / "base"))
+    base = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "base"))
+    for place, options in (("named", {"task_type": "SEQ_CLS"}), ("classed", {})):
+        model = pemnify(base, bank="own", **options)
+        model.save_pretrained(str(tmp_path / place))
+        around = "ids = models.tokens()\nprint(json.dumps(model.eval()(ids).logits.tolist()))"
+        with torch.no_grad():
+            expected = model.eval()(input_ids=models.tokens()).logits
+        models.assert_equal(ran(tmp_path / place, around), expected)
+        assert "num_labels=3)\n" in read(tmp_path / place)
+        base = model.unload()
+
+
+# ------------------------------------------------------------------------------------ the form
+
+
+def test_no_card_has_an_empty_form(saved):
+    text = read(saved[1])
+    assert "more information needed" not in text.lower()
+    assert "[optional]" not in text
+    heads = re.findall(r"^#+ [A-Z].*$", text, re.MULTILINE)
+    assert heads == ["# Masks on Net", "## How to load it", "### Framework versions"]
+
+
+def test_saving_again_changes_nothing(saved):
+    model, folder = saved
+    first = read(folder)
+    model.save_pretrained(str(folder))
+    assert read(folder) == first
+
+
+FILLED = {
+    "developers": "A. Person",
+    "license": "mit",
+    "training_data": "CIFAR-10, 50,000 images.",
+    "out_of_scope_use": "```\n# not a heading\n[More or less]\n```",
+    "results": "| test | 90 % |",
+}
+
+
+def test_what_somebody_filled_in_stays(saved):
+    model, folder = saved
+    card = ModelCard.from_template(ModelCardData(), **FILLED)
+    card.text += "\n## Notes\n\n\n\nOf mine.\n\n## Empty one of mine\n"
+    card.save(folder / "README.md")
+    model.save_pretrained(str(folder))
+    text = read(folder)
+    assert "more information needed" not in text.lower()
+    for value in FILLED.values():
+        assert value in text, value
+    assert text.endswith(
+        "\n## Notes\n\n\n\nOf mine.\n\n## Empty one of mine\n### Framework versions\n\n"
+        f"- PEFT {peft.__version__}"
+    )
+    heads = re.findall(r"^#+ [A-Z].*$", text, re.MULTILINE)
+    assert heads == [
+        "# Masks on Net", "## How to load it", "## Model Details", "### Model Description",
+        "## Uses", "### Out-of-Scope Use", "## Training Details",
+        "### Training Data", "## Evaluation", "### Results", "## Notes", "## Empty one of mine",
+        "### Framework versions",
+    ]  # fmt: skip
+    assert "**Developed by:** A. Person" in text
+    assert "**Shared by" not in text
+    model.save_pretrained(str(folder))
+    assert read(folder) == text
+
+
+def test_a_text_without_a_form_stays_as_it_is():
+    for text in ("", "\n", "words\n\n\nmore words", "# A title\n\n\n## Head\n\nwords\n", "# A\n"):
+        assert without_form(text, "title") == text
 
 
 def test_the_models_own_weights_are_asked_for(tmp_path):
@@ -145,7 +273,9 @@ def test_a_pickled_file_is_not_opened(saved, tmp_path):
     saved[0].peft_config["default"].save_pretrained(str(tmp_path / "bin"))
     torch.save({}, tmp_path / "bin" / "adapter_model.bin")
     complete_card(tmp_path / "bin")
-    assert set(table(read(tmp_path / "bin"))) == {"base", "base fingerprint", "frozen numbers"}
+    rows = table(read(tmp_path / "bin"))
+    assert not {"masks", "density", "file"} & set(rows)
+    assert {"base", "base fingerprint", "frozen numbers"} < set(rows)
 
 
 def test_other_processes_write_no_card(saved, tmp_path):
@@ -240,6 +370,7 @@ def test_push_of_a_transformers_model_with_an_adapter(hub, tmp_path):
     model.add_adapter(PemnConfig(bank="own"), adapter_name="task")
     model.push_to_hub("me/digits")
     rows = table(read(hub))
+    assert "more information needed" not in read(hub).lower()
     assert rows["base"] == f"`{tmp_path / 'base'}`"
     assert rows["masks"] == f"14 of {BERT_WEIGHTS:,} weights"
     again = AutoModelForSequenceClassification.from_pretrained(str(hub)).eval()
@@ -251,6 +382,7 @@ def test_push_of_a_transformers_model_with_an_adapter(hub, tmp_path):
 def test_push_of_other_models_is_left_alone(hub):
     models.bert().push_to_hub("me/digits")
     assert "pemn" not in read(hub)
+    assert "[More Information Needed]" in read(hub)  # transformers' form is theirs
 
 
 def test_push_of_a_trainer(hub, tmp_path):
@@ -267,5 +399,7 @@ def test_push_of_a_trainer(hub, tmp_path):
     assert "Training procedure" in text
     assert text.count(IMPORT) == 1
     nbytes = (hub / models.WEIGHTS_FILE).stat().st_size
-    assert table(text)["file"] == f"{nbytes:,} bytes, {nbytes / BERT_WEIGHTS:.4f} a masked weight"
+    bits = 8 * nbytes / BERT_WEIGHTS
+    assert table(text)["file"] == f"{nbytes:,} bytes, {bits:.3f} bits a masked weight"
+    assert "more information needed" not in text.lower()
     assert IMPORT not in read(tmp_path / "run" / "checkpoint-1")  # float scores to go on with
