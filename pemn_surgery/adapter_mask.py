@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from pemn_surgery import bits
@@ -11,6 +10,7 @@ from pemn_surgery.errors import MaskNotLoadedError
 from pemn_surgery.masking import goes_by_pieces, masked, masked_by_pieces, masked_straight_through
 from pemn_surgery.selector import Selector
 from pemn_surgery.sign_delta import Rows, sign_delta_from_bits
+from pemn_surgery.transforms import is_transformed
 
 
 class AdapterMask(nn.Module):
@@ -72,7 +72,7 @@ class AdapterMask(nn.Module):
         if self.scores is not None:
             return self.selector.mask(self.scores)
         stored = cast("Tensor", self.bits)
-        if not torch.compiler.is_compiling():
+        if not is_transformed():
             self._verify(stored)
         return bits.unpack(stored, self.shape)
 
@@ -166,7 +166,7 @@ class SignDelta(AdapterMask):
             Tensor of the same shape and dtype. Gradients reach the scales.
         """
         stored = self.store
-        if not torch.compiler.is_compiling():
+        if not is_transformed():
             self._verify(stored)
         return sign_delta_from_bits(weight, stored, self.row_scale, self.rows, in_place=is_scratch)
 

@@ -19,6 +19,7 @@ from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.bank import Bank
 from pemn_surgery.kept import Kept, Sources, is_untracked
 from pemn_surgery.mixture import Mixture
+from pemn_surgery.transforms import is_transformed
 
 
 def masked_child_name(parameter: str) -> str:
@@ -116,7 +117,7 @@ class MaskedWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the effective weight, the kept one if nothing that it depends on has changed."""
-        if torch.compiler.is_compiling() or self._is_offloaded():
+        if is_transformed() or self._is_offloaded():
             return self._make()
         sources = self._sources() if self.keeps else None
         if sources is None:
