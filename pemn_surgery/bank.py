@@ -208,6 +208,7 @@ class Bank(nn.Module):
     def __init__(self, layout: Layout, values: Tensor) -> None:
         super().__init__()
         self.layout = layout
+        self._is_listed = False
         self.register_buffer("values", values, persistent=False)
 
     def forward(self, shape: Shape) -> Tensor:
@@ -228,6 +229,11 @@ class Bank(nn.Module):
         if weights > prototype.length:
             values = values.repeat(-(-weights // prototype.length))
         return values[:weights].view(shape)
+
+    def take_place_in_list(self) -> bool:
+        """Tell the first layer that holds the bank, and no other, that it is the first."""
+        first, self._is_listed = not self._is_listed, True
+        return first
 
     def tiles(self, shape: Shape) -> bool:
         """Tell whether the fill of a weight is a new tensor: the prototype is shorter than it.

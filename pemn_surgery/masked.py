@@ -9,7 +9,7 @@ The effective weight is made once and kept until anything that it depends on cha
 ``layer.weight.dtype`` costs nothing and a layer that runs twelve times per step is masked once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.bank import Bank
+from pemn_surgery.errors import MaskedWeightError
 from pemn_surgery.kept import Kept, Sources, is_untracked
 from pemn_surgery.mixture import Mixture
 from pemn_surgery.transforms import is_transformed
@@ -25,6 +26,13 @@ from pemn_surgery.transforms import is_transformed
 def masked_child_name(parameter: str) -> str:
     """Return the attribute that holds a parameter's `MaskedWeight` on its layer."""
     return f"masked_{parameter}"
+
+
+_GIVEN = (
+    "The numbers under the masks of {!r} are the bank's, but the layer was given a weight of its own "
+    "(torch.func.functional_call does so for every name in its dictionary), which nothing would "
+    "read. Leave that name out, or merge first: model.merge_and_unload()."
+)
 
 
 class MaskedWeight(nn.Module):
@@ -70,6 +78,7 @@ class MaskedWeight(nn.Module):
         self.shape = shape
         self.fan_in = fan_in
         self.bank = bank
+        self._lists_bank = bank is not None and bank.take_place_in_list()
         self.pemn_masks = nn.ModuleDict()
         self.register_buffer("merged_weight", None, persistent=False)
 
@@ -106,10 +115,13 @@ class MaskedWeight(nn.Module):
 
         Raises:
             AttributeError: If the layer has no such weight at the moment, as ``hasattr`` expects.
+            MaskedWeightError: If somebody gave the layer a weight while a bank fills it.
         """
-        if self.bank is not None:
-            return self.bank(self.shape)
         weight = self.own_weight()
+        if self.bank is not None:
+            if weight is not None:
+                raise MaskedWeightError(_GIVEN.format(self.target))
+            return self.bank(self.shape)
         if weight is None:
             message = f"{type(self.owner).__name__!r} object has no attribute {self.parameter!r}"
             raise AttributeError(message)
@@ -156,6 +168,19 @@ class MaskedWeight(nn.Module):
         """Forget first: ``.to()`` and ``.half()`` replace data without a trace in versions."""
         self._kept.clear()
         return super()._apply(fn, recurse)
+
+    def named_modules(
+        self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Walk as ever, but meet the shared bank once even where duplicates are asked for.
+
+        torch.func.functional_call does so, puts a tensor in by each name, and takes it out again in
+        the same order: a module with two names keeps what was put in.
+        """
+        found = super().named_modules(memo, prefix, remove_duplicate)
+        if remove_duplicate or self._lists_bank:
+            return found
+        return ((name, module) for name, module in found if module is not self.bank)
 
     def forget(self) -> None:
         """Free the kept effective weight."""
