@@ -29,9 +29,9 @@ def masked_child_name(parameter: str) -> str:
 
 
 _GIVEN = (
-    "The numbers under the masks of {!r} are the bank's, but the layer was given a weight of its own "
-    "(torch.func.functional_call does so for every name in its dictionary), which nothing would "
-    "read. Leave that name out, or merge first: model.merge_and_unload()."
+    "The numbers under the masks of {!r} are the bank's, but the layer was given a weight of its "
+    "own, which nothing would read (torch.func.functional_call gives it every name that it gets). "
+    "Leave that name out, or merge first: model.merge_and_unload()."
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery import bits
-from pemn_surgery.transforms import is_transformed
+from pemn_surgery.transforms import is_transformed, takes_functions
 
 # Weights masked at a time where no gradient is needed: a multiple of 8, small beside large layers.
 _PIECE = 1 << 20
@@ -72,7 +72,7 @@ def masked_straight_through(
     Returns:
         Tensor like ``weight``.
     """
-    apply = _masked_in_the_open if is_transformed() else _StraightThrough.apply
+    apply = _StraightThrough.apply if takes_functions() else _masked_in_the_open
     return cast("Tensor", apply(weight, scores, mask, by_magnitude, scaled))
 
 

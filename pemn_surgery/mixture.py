@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pemn_surgery.transforms import is_transformed
+from pemn_surgery.transforms import takes_functions
 
 # Applies one adapter's mask and scale to a weight; None where the adapter leaves it unmasked.
 Masking = Callable[[Tensor], Tensor] | None
@@ -44,7 +44,7 @@ class Mixture:
             Tensor like ``fill``. The sum itself is made in float32 at least.
         """
         alphas = self.alphas.to(fill.device, _sum_dtype(fill))
-        mix = _mixed if is_transformed() else _MixedMasks.apply
+        mix = _MixedMasks.apply if takes_functions() else _mixed
         return cast("Tensor", mix(fill.detach(), alphas, maskings))
 
     def of_tensors(self, tensors: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pemn_surgery import bits
 from pemn_surgery.masking import goes_by_pieces
-from pemn_surgery.transforms import is_transformed
+from pemn_surgery.transforms import takes_functions
 
 # Weights changed at a time where no gradient is needed, small beside large layers.
 _PIECE = 1 << 20
@@ -77,7 +77,7 @@ def sign_delta(weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tenso
     Returns:
         Tensor like ``weight``. Gradients reach W and s.
     """
-    apply = _changed if is_transformed() else _SignDelta.apply
+    apply = _SignDelta.apply if takes_functions() else _changed
     return cast("Tensor", apply(weight, mask, scale, rows))
 
 

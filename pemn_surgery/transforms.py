@@ -38,6 +38,17 @@ def is_transformed() -> bool:
     )
 
 
+def takes_functions() -> bool:
+    """Tell whether a ``torch.autograd.Function`` without rules for transforms may be used now.
+
+    ``torch.compile`` reads into it, and then keeps less for the backward pass than it would of the
+    operations that torch differentiates itself.
+    """
+    if _C._are_functorch_transforms_active():
+        return False
+    return torch.compiler.is_compiling() or not is_transformed()
+
+
 def can_be_read(tensor: Tensor) -> bool:
     """Tell whether Python may read a tensor's values, though operations be transformed.
 

@@ -15,8 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import (
-    functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap,
-)  # fmt: skip
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    linearize,
+    stack_module_state,
+    vjp,
+    vmap,
+)
 
 from pemn_surgery import PemnConfig, bits, from_finetuned, pemnify
 from pemn_surgery.errors import MaskedWeightError, MaskNotLoadedError
@@ -247,6 +256,18 @@ def test_derivatives_for_the_frozen_weight(case, derivative):
     assert_trees_near(*both)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["own", "mp_scaled", "two"])
+def test_compiled_per_sample_gradients(case):
+    """Dynamo reads into an autograd function, and within transforms takes it for another."""
+    ours, oracle, params, batch = setting(case)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *given: per_sample(ours, *given), fullgraph=True, backend="aot_eager"
+    )
+    assert_trees_near(compiled(params, *batch), per_sample(oracle, params, *batch))
+
+
 @pytest.mark.parametrize("case", list(CASES))
 def test_transforms_leave_nothing_behind(case):
     model = masked(case)
@@ -386,7 +407,7 @@ def test_mixtures():
     (first,) = torch.autograd.grad(score(leaf), leaf, create_graph=True)
     (second,) = torch.autograd.grad((first * direction).sum(), leaf)
     oracles.assert_near(second, hessian(oracle)(alphas) @ direction, 1e-6)
-    first, = torch.autograd.grad(score(leaf), leaf, create_graph=True)
+    (first,) = torch.autograd.grad(score(leaf), leaf, create_graph=True)
     held = [layer.mask_of(name).scores.requires_grad_() for name in ("a", "b")]
     assert torch.autograd.grad(first.sum(), held, allow_unused=True) == (None, None)
 
