@@ -9,7 +9,7 @@ The effective weight is made once and kept until anything that it depends on cha
 ``layer.weight.dtype`` costs nothing and a layer that runs twelve times per step is masked once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, cast
 
 import torch
@@ -171,16 +171,16 @@ class MaskedWeight(nn.Module):
 
     def named_modules(
         self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module], None, None]:
         """Walk as ever, but meet the shared bank once even where duplicates are asked for.
 
         torch.func.functional_call does so, puts a tensor in by each name, and takes it out again in
         the same order: a module with two names keeps what was put in.
         """
         found = super().named_modules(memo, prefix, remove_duplicate)
-        if remove_duplicate or self._lists_bank:
-            return found
-        return ((name, module) for name, module in found if module is not self.bank)
+        for name, module in found:
+            if remove_duplicate or self._lists_bank or module is not self.bank:
+                yield name, module
 
     def forget(self) -> None:
         """Free the kept effective weight."""

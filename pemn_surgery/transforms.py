@@ -7,12 +7,13 @@ and gradients must be those of operations that torch knows.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_C = torch._C
+_C: Any = torch._C
 
 # Torch's own recording modes. Others, which only count or cache (FLOPs, selective checkpointing),
 # shall see what runs without them.
