@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from pemn_surgery import bits
@@ -11,6 +10,7 @@ from pemn_surgery.errors import MaskNotLoadedError
 from pemn_surgery.masking import goes_by_pieces, masked, masked_by_pieces, masked_straight_through
 from pemn_surgery.selector import Selector
 from pemn_surgery.sign_delta import Rows, sign_delta_from_bits
+from pemn_surgery.transforms import can_be_read, untransformed
 
 
 class AdapterMask(nn.Module):
@@ -72,8 +72,7 @@ class AdapterMask(nn.Module):
         if self.scores is not None:
             return self.selector.mask(self.scores)
         stored = cast("Tensor", self.bits)
-        if not torch.compiler.is_compiling():
-            self._verify(stored)
+        self._verify(stored)
         return bits.unpack(stored, self.shape)
 
     def forward(self, weight: Tensor, *, is_scratch: bool = False) -> Tensor:
@@ -105,9 +104,16 @@ class AdapterMask(nn.Module):
 
     def _verify(self, stored: Tensor) -> None:
         """Check bits once, whoever has loaded them: transformers passes PEFT's hooks by."""
+        if not can_be_read(stored):
+            return
         version = 0 if stored.is_inference() else stored._version
         if self._verified is not None and self._verified == (id(stored), version):
             return
+        with untransformed():
+            self._verify_now(stored)
+        self._verified = (id(stored), version)
+
+    def _verify_now(self, stored: Tensor) -> None:
         if not bits.is_loaded(stored):
             message = (
                 f"The mask of {self.target!r} was never loaded: the adapter file that was read "
@@ -115,7 +121,6 @@ class AdapterMask(nn.Module):
             )
             raise MaskNotLoadedError(message)
         bits.verify(stored, self.target)
-        self._verified = (id(stored), version)
 
     def extra_repr(self) -> str:
         """Show the selector and what is held."""
@@ -166,8 +171,7 @@ class SignDelta(AdapterMask):
             Tensor of the same shape and dtype. Gradients reach the scales.
         """
         stored = self.store
-        if not torch.compiler.is_compiling():
-            self._verify(stored)
+        self._verify(stored)
         return sign_delta_from_bits(weight, stored, self.row_scale, self.rows, in_place=is_scratch)
 
     def extra_repr(self) -> str:

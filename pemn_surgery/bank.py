@@ -225,6 +225,7 @@ class Bank(nn.Module):
         super().__init__()
         self.layout = layout
         self._drawn_by: Counter[torch.dtype] = Counter()  # how many layers of each type
+        self._is_listed = False
         self.register_buffer("values", values, persistent=False)
 
     def add_layer(self, dtype: torch.dtype) -> None:
@@ -275,6 +276,11 @@ class Bank(nn.Module):
         for _, prototype in self.layout.by_shape:
             values = self.values[prototype.offset : prototype.offset + prototype.length]
             yield values.to(dtype_of(prototype.source))
+
+    def take_place_in_list(self) -> bool:
+        """Tell the first layer that holds the bank, and no other, that it is the first."""
+        first, self._is_listed = not self._is_listed, True
+        return first
 
     def makes(self, shape: Shape, dtype: torch.dtype | None) -> bool:
         """Tell whether the fill of a weight is a new tensor: the prototype is shorter, or rounded.

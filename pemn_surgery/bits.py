@@ -34,6 +34,7 @@ from pemn_surgery import codes
 from pemn_surgery.codes import Coding
 from pemn_surgery.deflate import CodeError
 from pemn_surgery.errors import MaskFormatError
+from pemn_surgery.transforms import is_transformed
 
 Array = Any  # of numpy; its element type is in the docstrings
 CodingName = Literal["bits", "entropy", "context", "base"]
@@ -109,7 +110,7 @@ def unpack_piece(stored: Tensor, start: int, stop: int) -> Tensor:
         Bool tensor of shape (stop - start,).
     """
     payload = stored[HEADER_BYTES + start // 8 : HEADER_BYTES + (stop + 7) // 8]
-    if stored.device.type == "cpu" and not torch.compiler.is_compiling():
+    if stored.device.type == "cpu" and not is_transformed():
         flat = np.unpackbits(payload.numpy(), count=stop - start, bitorder="little")
         return torch.from_numpy(flat.view(np.bool_))
     places = torch.arange(8, dtype=torch.uint8, device=stored.device)

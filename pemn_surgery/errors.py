@@ -73,6 +73,10 @@ class MaskNotLoadedError(PemnError, RuntimeError):
     """A mask is used whose bits have never been loaded."""
 
 
+class MaskedWeightError(PemnError, RuntimeError):
+    """A tool would replace, delete, script or pass by a tensor that adapters make."""
+
+
 class NonFiniteScoresError(PemnError, ValueError):
     """Scores contain NaN or infinity, so that no mask can be chosen from them."""
 

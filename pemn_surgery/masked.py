@@ -9,7 +9,7 @@ The effective weight is made once and kept until anything that it depends on cha
 ``layer.weight.dtype`` costs nothing and a layer that runs twelve times per step is masked once.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,15 +18,23 @@ from torch import Tensor, nn
 from pemn_surgery import in_force
 from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.bank import Bank
-from pemn_surgery.errors import AdapterError
+from pemn_surgery.errors import AdapterError, MaskedWeightError
 from pemn_surgery.in_force import InForce
 from pemn_surgery.kept import Kept, Sources, is_untracked
 from pemn_surgery.mixture import Mixture
+from pemn_surgery.transforms import is_transformed
 
 
 def masked_child_name(parameter: str) -> str:
     """Return the attribute that holds a parameter's `MaskedWeight` on its layer."""
     return f"masked_{parameter}"
+
+
+_GIVEN = (
+    "The numbers under the masks of {!r} are the bank's, but the layer was given a weight of its "
+    "own, which nothing would read (torch.func.functional_call gives it every name that it gets). "
+    "Leave that name out, or merge first: model.merge_and_unload()."
+)
 
 
 class MaskedWeight(nn.Module):
@@ -74,6 +82,7 @@ class MaskedWeight(nn.Module):
         self.shape = shape
         self.fan_in = fan_in
         self.bank = bank
+        self._lists_bank = bank is not None and bank.take_place_in_list()
         self.pemn_masks = nn.ModuleDict()
         self.register_buffer("merged_weight", None, persistent=False)
         self.drawn_dtype = self._start_drawing()
@@ -125,10 +134,13 @@ class MaskedWeight(nn.Module):
 
         Raises:
             AttributeError: If the layer has no such weight at the moment, as ``hasattr`` expects.
+            MaskedWeightError: If somebody gave the layer a weight while a bank fills it.
         """
-        if self.bank is not None:
-            return self.bank(self.shape, self.drawn_dtype)
         weight = self.own_weight()
+        if self.bank is not None:
+            if weight is not None:
+                raise MaskedWeightError(_GIVEN.format(self.target))
+            return self.bank(self.shape, self.drawn_dtype)
         if weight is None:
             message = f"{type(self.owner).__name__!r} object has no attribute {self.parameter!r}"
             raise AttributeError(message)
@@ -137,7 +149,7 @@ class MaskedWeight(nn.Module):
     def forward(self) -> Tensor:
         """Return the effective weight, the kept one if nothing that it depends on has changed."""
         state = in_force.read(self)
-        if torch.compiler.is_compiling() or self._is_offloaded():
+        if is_transformed() or self._is_offloaded():
             return self._make(state)
         sources = self._sources(state) if self.keeps else None
         if sources is None:
@@ -200,6 +212,19 @@ class MaskedWeight(nn.Module):
         dtype = values.dtype if own is None else own.dtype
         self.bank.add_layer(dtype)
         return dtype
+
+    def named_modules(
+        self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Generator[tuple[str, nn.Module], None, None]:
+        """Walk as ever, but meet the shared bank once even where duplicates are asked for.
+
+        torch.func.functional_call does so, puts a tensor in by each name, and takes it out again in
+        the same order: a module with two names keeps what was put in.
+        """
+        found = super().named_modules(memo, prefix, remove_duplicate)
+        for name, module in found:
+            if remove_duplicate or self._lists_bank or module is not self.bank:
+                yield name, module
 
     def forget(self) -> None:
         """Free the kept effective weight."""

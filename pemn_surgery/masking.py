@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery import bits
+from pemn_surgery.transforms import is_transformed, takes_functions
 
 # Weights masked at a time where no gradient is needed: a multiple of 8, small beside large layers.
 _PIECE = 1 << 20
@@ -71,39 +72,69 @@ def masked_straight_through(
     Returns:
         Tensor like ``weight``.
     """
-    applied = _StraightThrough.apply(weight, scores, mask, by_magnitude, scaled)
-    return cast("Tensor", applied)
+    apply = _StraightThrough.apply if takes_functions() else _masked_in_the_open
+    return cast("Tensor", apply(weight, scores, mask, by_magnitude, scaled))
 
 
 def goes_by_pieces(weight: Tensor, stored: Tensor) -> bool:
     """Tell whether a large plain tensor is masked without gradients and outside of tracing."""
-    if torch.compiler.is_compiling() or weight.numel() <= _PIECE or not weight.is_contiguous():
+    if is_transformed() or weight.numel() <= _PIECE or not weight.is_contiguous():
         return False
     tracked = weight.requires_grad and torch.is_grad_enabled()
     return not tracked and type(weight) in (Tensor, nn.Parameter) and type(stored) is Tensor
+
+
+def _masked_in_the_open(
+    weight: Tensor, scores: Tensor, mask: Tensor, by_magnitude: bool, scaled: bool
+) -> Tensor:
+    """Return what `_StraightThrough` returns, of operations that torch itself can transform.
+
+    The mask gets a zero whose gradient is that of what it was chosen from. Scores that are not
+    finite choose as ever, but get no gradient.
+    """
+    finite = scores.nan_to_num()
+    chosen_from = finite.abs() if by_magnitude else finite
+    zero = chosen_from - chosen_from.detach()
+    kept = weight * (mask.to(weight.dtype) + zero.to(weight.dtype))
+    if not scaled:
+        return kept
+    ones = mask.sum().to(torch.float32) + zero.sum(dtype=torch.float32)
+    return kept * _scale(ones, mask.numel())
 
 
 class _StraightThrough(torch.autograd.Function):
     """W * M * c with dL/dS = dL/dM (times sign(S) where the mask is chosen from |S|).
 
     The tensors hang on the context as attributes rather than as saved tensors: they are leaves that
-    outlive the graph, so one effective weight may serve several backward passes.
+    outlive the graph, so one effective weight may serve several backward passes. Where gradients
+    are to be differentiated again they are those of the same weight made in the open.
     """
 
     @staticmethod
     def forward(
         ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, by_magnitude: bool, scaled: bool
     ) -> Tensor:
-        ctx.weight, ctx.scores, ctx.mask = weight.detach(), scores, mask
+        ctx.weight, ctx.scores, ctx.mask = weight, scores, mask
         ctx.by_magnitude, ctx.scaled = by_magnitude, scaled
         return masked(weight, mask, scaled=scaled)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
+        if torch.is_grad_enabled():
+            return *_grads_in_the_open(ctx, grad), None, None, None
         need_weight, need_scores = ctx.needs_input_grad[:2]
         grad_weight = masked(grad, ctx.mask, scaled=ctx.scaled) if need_weight else None
         return grad_weight, (_score_grad(ctx, grad) if need_scores else None), None, None, None
+
+
+def _grads_in_the_open(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Return dL/dW and dL/dS as a graph that leads on to W, S and dL/d(W M c)."""
+    needed = ctx.needs_input_grad[:2]
+    inputs = [x for x, need in zip((ctx.weight, ctx.scores), needed, strict=True) if need]
+    again = _masked_in_the_open(ctx.weight, ctx.scores, ctx.mask, ctx.by_magnitude, ctx.scaled)
+    found = iter(torch.autograd.grad(again, inputs, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in needed)
 
 
 def _score_grad(ctx: Any, grad: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from pemn_surgery.transforms import takes_functions
+
 # Applies one adapter's mask and scale to a weight; None where the adapter leaves it unmasked.
 Masking = Callable[[Tensor], Tensor] | None
 
@@ -42,7 +44,8 @@ class Mixture:
             Tensor like ``fill``. The sum itself is made in float32 at least.
         """
         alphas = self.alphas.to(fill.device, _sum_dtype(fill))
-        return cast("Tensor", _MixedMasks.apply(fill.detach(), alphas, maskings))
+        mix = _MixedMasks.apply if takes_functions() else _mixed
+        return cast("Tensor", mix(fill.detach(), alphas, maskings))
 
     def of_tensors(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the mixture of unmasked tensors, with gradients for ``alphas`` alone.
@@ -78,12 +81,24 @@ class _MixedMasks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        pull = grads[0].to(_sum_dtype(ctx.fill)) * ctx.fill
-        return None, torch.stack([_apply(one, pull).sum() for one in ctx.maskings]), None
+        pull = grads[0].to(_sum_dtype(ctx.fill))
+        wide = ctx.fill.to(pull.dtype)
+        shares = [(pull * _apply(masking, wide)).sum() for masking in ctx.maskings]
+        return None, torch.stack(shares), None
+
+
+def _mixed(fill: Tensor, alphas: Tensor, maskings: Sequence[Masking]) -> Tensor:
+    """Return what `_MixedMasks` returns, of operations that torch itself can transform."""
+    wide = fill.to(alphas.dtype)
+    total = torch.zeros_like(wide)
+    for alpha, masking in zip(alphas, maskings, strict=True):
+        total = torch.addcmul(total, _apply(masking, wide), alpha)
+    return total.to(fill.dtype)
 
 
 def _apply(masking: Masking, weight: Tensor) -> Tensor:
-    return weight if masking is None else masking(weight)
+    """Return one adapter's weight; its scores get no gradient."""
+    return weight if masking is None else masking(weight).detach()
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

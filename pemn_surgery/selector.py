@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pemn_surgery.errors import NonFiniteScoresError
+from pemn_surgery.transforms import is_transformed
 
 SelectorName = Literal["topk", "threshold"]
 
@@ -77,7 +78,7 @@ def topk_mask(scores: Tensor, density: float) -> Tensor:
     cut = _kth_smallest(magnitude, dropped)
     keep = magnitude > cut
     missing = magnitude.numel() - dropped - keep.sum()
-    if torch.compiler.is_compiling() or missing > 0:
+    if is_transformed() or missing > 0:
         tied = magnitude == cut
         place_from_end = tied.flip(0).cumsum(0).flip(0)
         keep = keep | (tied & (place_from_end <= missing))

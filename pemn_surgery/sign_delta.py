@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pemn_surgery import bits
 from pemn_surgery.masking import goes_by_pieces
+from pemn_surgery.transforms import takes_functions
 
 # Weights changed at a time where no gradient is needed, small beside large layers.
 _PIECE = 1 << 20
@@ -76,7 +77,8 @@ def sign_delta(weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tenso
     Returns:
         Tensor like ``weight``. Gradients reach W and s.
     """
-    return cast("Tensor", _SignDelta.apply(weight, mask, scale, rows))
+    apply = _SignDelta.apply if takes_functions() else _changed
+    return cast("Tensor", apply(weight, mask, scale, rows))
 
 
 def sign_delta_from_bits(

@@ -25,6 +25,7 @@ from torch.fx.graph_module import reduce_graph_module
 
 from pemn_surgery import layer_groups
 from pemn_surgery.masked import MaskedWeight, masked_child_name
+from pemn_surgery.refusals import refuse_replacing, refusing_methods
 from pemn_surgery.task import TASK_CHILD, TaskTensors
 from pemn_surgery.unwatched import unwatched_subclass
 
@@ -155,6 +156,7 @@ def swapped_class(
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
+        **refusing_methods(original, {*masks, *tensors}, _FSDP),
     }
     for name in masks:
         namespace[name] = _property(name, _masked_getter(name))
@@ -258,8 +260,11 @@ def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         child = cast("MaskedWeight | None", self._modules.get(child_name))
         if child is None:
             child = cast("MaskedWeight", self.__dict__[SHARED_MASKS][name])
-        if not torch.compiler.is_compiling() and _called_by(_FSDP, _BITSANDBYTES):
-            return child.own_weight()
+        if not torch.compiler.is_compiling():
+            reader = _reader()
+            if reader.startswith((_FSDP, _BITSANDBYTES)):
+                return child.own_weight()
+            refuse_replacing(self, name, reader)
         return child.read()
 
     return getter
@@ -274,8 +279,11 @@ def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         shared = self.__dict__.get(SHARED_TENSORS, {})
         own = cast("TaskTensors", self._modules.get(TASK_CHILD))
         child, source = shared.get(name, (own, name))
-        if not torch.compiler.is_compiling() and _called_by(_FSDP):
-            return child.base(source)
+        if not torch.compiler.is_compiling():
+            reader = _reader()
+            if reader.startswith(_FSDP):
+                return child.base(source)
+            refuse_replacing(self, name, reader)
         return child.read(source)
 
     return getter
@@ -316,13 +324,12 @@ def _rebind(module: nn.Module, before: type[nn.Module]) -> None:
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
 
 
-def _called_by(*libraries: str) -> bool:
-    """Tell whether a library reads the attribute: two frames up, behind the getter.
+def _reader() -> str:
+    """Return the Python module that reads the attribute: two frames up, behind the getter.
 
     FSDP shards what is stored; bitsandbytes saves and loads it.
     """
-    caller = sys._getframe(2).f_globals.get("__name__", "")
-    return caller.startswith(libraries)
+    return sys._getframe(2).f_globals.get("__name__", "")
 
 
 def _follow_task(swapped: type[nn.Module], original: type[nn.Module]) -> None:

@@ -7,12 +7,18 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.func import functional_call
 
-from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery import PemnConfig, bits, pemnify
+from tests import oracles
 from tests.adapters import models
 from tests.adapters.models import BANKS, SHARED
 
 every_bank = pytest.mark.parametrize("bank", list(BANKS))
+ignore_jit = pytest.mark.filterwarnings(  # it takes numbers of weights for constants, as they are
+    "ignore:`torch.jit:FutureWarning", "ignore:Converting a tensor to a Python integer"
+)
 shared_banks = pytest.mark.parametrize("bank", SHARED)
 
 
@@ -187,6 +193,121 @@ def test_compile_with_inductor():
     with torch.no_grad():
         actual = torch.compile(model.base_model.model, fullgraph=True)(x)
         torch.testing.assert_close(actual, model(x), rtol=1e-5, atol=1e-6)
+
+
+def bits_in_place_of_scores(model):
+    for layer in models.mask_layers(model).values():
+        mask = layer.mask_of("default")
+        mask.bits, mask.scores = bits.pack(mask.mask()), None
+    return model
+
+
+@ignore_jit
+@pytest.mark.parametrize("grad_mode", [True, False])
+@every_bank
+def test_jit_trace_follows_the_scores(bank, grad_mode):
+    """A kept weight would be a constant of the trace; what is traced is how a weight is made."""
+    model = trained(bank).base_model.model.eval()
+    x = models.images(3)
+    models.logits(model, x)
+    model(x)  # weights are kept now
+    with torch.set_grad_enabled(grad_mode):
+        traced = torch.jit.trace(model, x)
+    before = traced(x)
+    oracles.assert_near(before, model(x), 1e-6)
+    with torch.no_grad():
+        for layer in models.mask_layers(model).values():
+            scores = layer.mask_of("default").scores
+            scores.copy_(scores.flip(0) * 0.5)
+    oracles.assert_near(traced(x), model(x), 1e-6)
+    models.assert_differs(traced(x), before)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    grads = []
+    for run in (traced, model):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        grads.append({n: model.get_parameter(n).grad.clone() for n in names})
+    for name in names:
+        oracles.assert_near(grads[0][name], grads[1][name], 1e-4)
+
+
+@ignore_jit
+@pytest.mark.parametrize("grad_mode", [True, False])
+@every_bank
+def test_jit_trace_follows_the_bits(bank, grad_mode):
+    model = bits_in_place_of_scores(trained(bank)).base_model.model.eval()
+    x = models.images(3)
+    model(x)
+    with torch.set_grad_enabled(grad_mode):
+        traced = torch.jit.trace(model, x)
+    before = traced(x)
+    oracles.assert_near(before, model(x), 1e-6)
+    stored = io.BytesIO()
+    torch.jit.save(traced, stored)
+    with torch.no_grad():
+        for layer in models.mask_layers(model).values():
+            mask = layer.mask_of("default")
+            mask.bits.copy_(bits.pack(~mask.mask()))
+    oracles.assert_near(traced(x), model(x), 1e-6)
+    models.assert_differs(traced(x), before)
+    stored.seek(0)
+    oracles.assert_near(torch.jit.load(stored)(x), before, 1e-6)
+
+
+@ignore_jit
+def test_jit_trace_breaks_ties_of_later_scores():
+    """No tie when it was traced, ties afterwards: still the exact number of ones."""
+    model = trained("own").base_model.model.eval()
+    traced = torch.jit.trace(model, models.images(3))
+    with torch.no_grad():
+        for layer in models.mask_layers(model).values():
+            layer.mask_of("default").scores.fill_(1.0)
+    oracles.assert_near(traced(models.images(3)), models.logits(model, models.images(3)), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["scores", "bits"])
+@every_bank
+def test_export_of_the_unmerged_model_follows_its_masks(bank, kind):
+    model = trained(bank)
+    model = bits_in_place_of_scores(model) if kind == "bits" else model
+    model, x = model.base_model.model.eval(), models.images(3)
+    expected = models.logits(model, x)
+    program = torch.export.export(model, (x,), strict=False).module()
+    oracles.assert_near(program(x), expected, 1e-6)
+    state = dict(program.state_dict())
+    held = [name for name in state if name.endswith(f".{kind}")]
+    assert len(held) == 4
+    with torch.no_grad():
+        for name in held:
+            if kind == "scores":
+                state[name].copy_(state[name].flip(0) * 0.5)
+            else:
+                state[name][bits.HEADER_BYTES :].bitwise_not_()
+        models.assert_differs(program(x), expected)
+
+
+def test_recording_takes_nothing_kept():
+    """make_fx sees operations alone: a kept weight would be a constant of its graph."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = trained("own_generated").base_model.model.eval()
+    x = models.images(3)
+    params = dict(model.named_parameters())
+    model(x)
+    graph = make_fx(lambda params, x: functional_call(model, params, (x,)))(params, x)
+    other = {n: p.flip(0) if n.endswith("scores") else p for n, p in params.items()}
+    expected = functional_call(model, other, (x,))
+    models.assert_differs(expected, model(x))
+    oracles.assert_near(graph(other, x), expected, 1e-6)
+
+
+def test_fake_tensors_leave_no_weight_behind():
+    model = trained("rp").base_model.model.eval()
+    x = models.images(3)
+    expected = models.logits(model, x)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        assert isinstance(model(torch.empty(x.shape)), FakeTensor)
+    models.assert_equal(models.logits(model, x), expected)
 
 
 @every_bank

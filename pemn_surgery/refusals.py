@@ -1,0 +1,82 @@
+"""What tools may not do to a module some of whose tensors adapters make.
+
+Pruning, weight and spectral norm, parametrizations and fusions take a parameter's present value and
+put something made of it in the parameter's place: masks would reach that no more, or twice.
+``torch.jit.script`` compiles what is stored, and ``torch.ao.quantization`` passes by what is not of
+the very class that it looks for. All of them are refused before they have changed anything.
+"""
+
+import sys
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+from torch import nn
+
+from pemn_surgery.errors import MaskedWeightError
+
+# Where torch reads a parameter in order to replace it; the third one has two modules.
+_REPLACERS = tuple(
+    f"torch.nn.utils.{name}" for name in ("prune", "weight_norm", "parametriz", "fusion")
+)
+
+
+def refuse_replacing(module: nn.Module, name: str, reader: str) -> None:
+    """Refuse a read by a tool that would replace the parameter.
+
+    Args:
+        module: The module whose tensor is read.
+        name: The tensor's name on it.
+        reader: Name of the Python module that reads.
+
+    Raises:
+        MaskedWeightError: If such a tool reads.
+    """
+    if reader.startswith(_REPLACERS):
+        _refuse(module, f"{reader} would replace {name!r}")
+
+
+def refusing_methods(
+    original: type[nn.Module], made: Collection[str], allowed: str
+) -> dict[str, Any]:
+    """Return methods of a swapped class that refuse what would go past its adapters.
+
+    Args:
+        original: The class that is swapped.
+        made: Names of the tensors that adapters make or choose.
+        allowed: Python modules, by the beginning of their names, that may delete such a tensor.
+    """
+
+    def delete(self: nn.Module, name: str) -> None:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith(_REPLACERS) or (name in made and not caller.startswith(allowed)):
+            _refuse(self, f"{caller} would delete {name!r}")
+        original.__delattr__(self, name)
+
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        is_banked = name in made and self._parameters.get(name, param) is None
+        if is_banked and param is not None:
+            _refuse(self, f"nothing would read a {name!r} of its own: the bank fills it")
+        original.register_parameter(self, name, param)
+
+    def prepare_scriptable(self: nn.Module) -> NoReturn:
+        _refuse(self, "torch.jit.script would compile what is stored in place of what is masked")
+
+    def set_qconfig(self: nn.Module, _: Any) -> NoReturn:
+        _refuse(self, "torch.ao.quantization would pass it by for its class")
+
+    return {
+        "__delattr__": delete,
+        "register_parameter": register,
+        "__prepare_scriptable__": prepare_scriptable,
+        "qconfig": property(None, set_qconfig),
+    }
+
+
+def _refuse(module: nn.Module, problem: str) -> NoReturn:
+    targets = [child.target for child in module.children() if hasattr(child, "target")]
+    place = f" at {targets[-1]!r}" if targets else ""
+    message = (
+        f"Adapters make tensors of this {type(module).__name__}{place}, and {problem}. It was left "
+        "as it was. Merge first, model.merge_and_unload(), and do this to the plain model."
+    )
+    raise MaskedWeightError(message)
