@@ -1,11 +1,13 @@
 """A batch for several adapters equals the batches that each adapter gets alone."""
 
 import copy
+import inspect
 
 import pytest
 import timm
 import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from pemn_surgery import PemnConfig, errors, pemnify
 from pemn_surgery.adapters import mixed_batch
@@ -133,20 +135,17 @@ def test_language_models(kind):
 def test_caches_go_back_to_their_groups():
     model = llm("llama")
     ids, names = models.tokens(count=4), ["t1", "t0", "t1", "t2"]
+    takes = inspect.signature(LlamaForCausalLM.forward).parameters
+    cache = "cache" if "cache" in takes else "past_key_values"  # its name since transformers 5.24
     with torch.no_grad():
         whole = model(input_ids=ids, adapter_names=names).logits
         first = model(input_ids=ids[:, :5], adapter_names=names)
-        assert isinstance(first.past_key_values, mixed_batch.GroupValues)
-        then = model(
-            input_ids=ids[:, 5:], past_key_values=first.past_key_values, adapter_names=names
-        )
+        held = {cache: first[cache]}
+        assert isinstance(held[cache], mixed_batch.GroupValues)
+        then = model(input_ids=ids[:, 5:], **held, adapter_names=names)
         torch.testing.assert_close(then.logits, whole[:, 5:])
         with pytest.raises(errors.MixedBatchError) as error:
-            model(
-                input_ids=ids[:, 5:],
-                past_key_values=first.past_key_values,
-                adapter_names=names[::-1],
-            )
+            model(input_ids=ids[:, 5:], **held, adapter_names=names[::-1])
     says(error, "other adapter_names", "Keep the order")
 
 

@@ -5,6 +5,7 @@ until the machine "fails" after step ``stop``, or goes on from what is in the fo
 """
 
 import functools
+import inspect
 from pathlib import Path
 
 import torch
@@ -15,6 +16,13 @@ from pemn_surgery import PemnCallback, PemnConfig, pemnify
 from tests.adapters import models
 
 STEPS, SAVED = 6, 4  # a checkpoint is written every second step
+
+# What transformers calls activation checkpointing, until 5.20 and since.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in inspect.signature(TrainingArguments).parameters
+)
 ROWS = 24
 
 
@@ -59,7 +67,7 @@ def arguments(folder, kind=TrainingArguments, **changes):
         "learning_rate": 0.02, "logging_steps": 1, "save_steps": 2, "use_cpu": True, "seed": 3,
         "report_to": "none", "remove_unused_columns": False, "dataloader_pin_memory": False,
         "disable_tqdm": True, "lr_scheduler_type": "linear", "bf16": False,
-        "activation_checkpointing": False,
+        CHECKPOINTING: False,
     }  # fmt: skip
     return kind(**{**settings, **changes})
 
@@ -123,7 +131,7 @@ TRAINERS = {
     "trainer": with_trainer,
     "accumulation": functools.partial(with_trainer, gradient_accumulation_steps=3),
     "bf16": functools.partial(with_trainer, bf16=True),
-    "checkpointing": functools.partial(with_trainer, activation_checkpointing=True),
+    "checkpointing": functools.partial(with_trainer, **{CHECKPOINTING: True}),
     "best_model": functools.partial(
         with_trainer, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2
     ),
