@@ -1,5 +1,6 @@
 """Opening an adapter's folder without a model: its configuration and what its file holds."""
 
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +26,7 @@ def open_adapter(folder: str | Path) -> tuple[PemnConfig, AdapterFile]:
             a file is truncated or altered.
     """
     place = Path(folder)
-    if not (place / CONFIG).is_file():
+    if not os.path.lexists(place / CONFIG):  # what is there and cannot be read is named below
         _refuse(folder, _what_is_there(place))
     config = _read(place)
     if not isinstance(config, PemnConfig):

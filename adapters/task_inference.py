@@ -5,6 +5,7 @@ and follow the gradient of the output's entropy H with respect to those weights.
 share, if it grew, would lower H most is the one that knows the batch.
 """
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -220,9 +221,17 @@ def _mixing_hook(mixture: Mixture) -> Callable[..., Any]:
         if threading.get_ident() != thread:
             return None
         heads = _heads(wrapper, mixture.names)
-        return functional_call(heads[0], _mixed_tensors(heads, mixture), given, keywords)
+        return functional_call(_shell(heads[0]), _mixed_tensors(heads, mixture), given, keywords)
 
     return run_mixed
+
+
+def _shell(head: nn.Module) -> nn.Module:
+    """Return a copy of a module with the very same tensors.
+
+    ``functional_call`` puts others in their place while it runs, where another thread would see it.
+    """
+    return copy.deepcopy(head, {id(tensor): tensor for tensor in _tensors(head).values()})
 
 
 def _mixed_tensors(heads: Sequence[nn.Module], mixture: Mixture) -> dict[str, Tensor]:

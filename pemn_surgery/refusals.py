@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any, NoReturn
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pemn_surgery.errors import MaskedWeightError
 
@@ -23,6 +24,8 @@ _REPLACERS = tuple(
 def refuse_replacing(module: nn.Module, name: str, reader: str) -> None:
     """Refuse a read by a tool that would replace the parameter.
 
+    A parametrization that the model came with reads its own originals to make the weight of them.
+
     Args:
         module: The module whose tensor is read.
         name: The tensor's name on it.
@@ -31,7 +34,7 @@ def refuse_replacing(module: nn.Module, name: str, reader: str) -> None:
     Raises:
         MaskedWeightError: If such a tool reads.
     """
-    if reader.startswith(_REPLACERS):
+    if reader.startswith(_REPLACERS) and not isinstance(module, ParametrizationList):
         _refuse(module, f"{reader} would replace {name!r}")
 
 

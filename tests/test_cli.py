@@ -165,7 +165,7 @@ def test_plan_passes_every_option(capsys):
 
 
 PLANS = {
-    "--preset self_masking --density 0.3": {"preset": "self_masking", "density": 0.3},
+    "--preset self_masking --threshold 0.3": {"preset": "self_masking", "threshold": 0.3},
     "--preset piggyback --rest norms": {"preset": "piggyback", "rest": "norms"},
     "--bank rp --permute --scale-fan --density 0.2": {
         "bank": "rp", "permute": True, "scale_fan": True, "density": 0.2,

@@ -69,7 +69,7 @@ ADAPTERS = {
     "nowhere": "does not exist",
     "file": "is a file",
     "empty": "has no adapter_config.json",
-    "a_folder": "has no adapter_config.json",
+    "a_folder": "adapter_config.json' cannot be read: it is a folder",
     "base": "has no adapter_config.json",
     "lora": "is an adapter of PEFT's method LORA, which has no masks",
     "broken": "is not JSON",

@@ -559,7 +559,10 @@ def test_twice():
 
 @pytest.mark.parametrize("verb", [pemnify, plan])
 def test_options(verb):
-    with pytest.raises(ConfigError, match=r"Unknown option desity\. PemnConfig has: .*density"):
+    with pytest.raises(
+        ConfigError,
+        match=r"Unknown option desity\. Did you mean density\? PemnConfig has: .*density",
+    ):
         verb(mlp(), desity=0.5)
     with pytest.raises(ConfigError, match=r"options beside it \(seed\)"):
         verb(mlp(), PemnConfig(), seed=3)

@@ -1,5 +1,7 @@
 """Tools that would go past the masks: refused before anything changes, right once merged."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.nn import utils
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from pemn_surgery import pemnify
-from pemn_surgery.errors import MaskedWeightError
+from pemn_surgery.errors import LowCoverageWarning, MaskedWeightError
 from tests import oracles
 from tests.adapters import models
 
@@ -222,3 +224,13 @@ def test_dynamic_quantisation(case):
     quantised = quantize_dynamic(outer.merge_and_unload().eval(), {nn.Linear})
     assert type(quantised.head).__module__.startswith("torch.ao.nn.quantized")
     oracles.assert_near(models.logits(quantised), expected, 0.05)
+
+
+def test_a_parametrization_that_the_model_came_with_reads_its_own_originals():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Linear(3, 2))
+    expected = copy.deepcopy(model)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(LowCoverageWarning):
+        # Every weight is kept at first; the parametrization's own are the task's.
+        masked = pemnify(model, bank="own", selector="threshold", rest="train")
+    models.assert_equal(masked(x), expected(x))
