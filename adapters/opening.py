@@ -1,10 +1,10 @@
 """Opening an adapter's folder without a model: its configuration and what its file holds."""
 
-import os
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.disk import is_there
 from pemn_surgery.adapters.file import CONFIG, WEIGHTS, AdapterFile
 from pemn_surgery.errors import AdapterFileError
 
@@ -26,7 +26,7 @@ def open_adapter(folder: str | Path) -> tuple[PemnConfig, AdapterFile]:
             a file is truncated or altered.
     """
     place = Path(folder)
-    if not os.path.lexists(place / CONFIG):  # what is there and cannot be read is named below
+    if not is_there(place / CONFIG):
         _refuse(folder, _what_is_there(place))
     config = _read(place)
     if not isinstance(config, PemnConfig):

@@ -184,6 +184,9 @@ def follows_compiled() -> bool:
 def use(call: Call) -> Iterator[None]:
     """Let layers be read through a call.
 
+    Within a generator its end may come late, when what it ran in has ended with an error, or from
+    another thread, which collects the generator.
+
     Args:
         call: The call.
     """
@@ -191,7 +194,9 @@ def use(call: Call) -> Iterator[None]:
     try:
         yield
     finally:
-        _CALL.reset(token)
+        if _CALL.get() is call:
+            with contextlib.suppress(ValueError):
+                _CALL.reset(token)
 
 
 @contextmanager
@@ -224,19 +229,3 @@ def switching(layers: Iterable[Layer]) -> Iterator[None]:
                 for call in others:
                     call.before.setdefault(layer, layer.now())
         yield
-
-
-@contextmanager
-def leaving(call: Call) -> Iterator[None]:
-    """Let layers be read through a call in a generator, whose end may come late or elsewhere.
-
-    Args:
-        call: The call.
-    """
-    token = _CALL.set(call)
-    try:
-        yield
-    finally:
-        if _CALL.get() is call:  # else whatever it ran in has ended, with an error
-            with contextlib.suppress(ValueError):  # collected by another thread
-                _CALL.reset(token)

@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from pemn_surgery.errors import PemnWarning
+
 _AWAITED = "peft"
 _ADAPTERS = "pemn_surgery.adapters"
 
@@ -64,5 +66,6 @@ def _import_adapters() -> None:
         warnings.warn(
             f"pemn_surgery could not make PEFT know masks ({type(error).__name__}: {error}); "
             "import pemn_surgery.adapters shows where.",
+            PemnWarning,
             stacklevel=2,
         )

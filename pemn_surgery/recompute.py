@@ -61,7 +61,7 @@ def _around(
 ) -> Generator[None, None, None]:
     """Let the first run, which happens while the generator waits, be recorded."""
     next(prepared)
-    with in_force.leaving(call):
+    with in_force.use(call):
         yield
     yield from prepared
 
