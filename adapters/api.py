@@ -13,6 +13,7 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file_size import frame_bytes
 from pemn_surgery.adapters.matching import (
     follow_forward,
+    followed,
     plan_for,
     set_default_head,
     set_task_head,
@@ -57,9 +58,10 @@ def pemnify(
     check_model(model)
     check_fresh(model)
     with undone_on_error(model, chosen):
-        if inputs is not None:
-            follow_forward(model, chosen, inputs)
-        return get_peft_model(model, chosen, adapter_name=adapter_name)
+        if inputs is None:
+            return get_peft_model(model, chosen, adapter_name=adapter_name)
+        with followed(follow_forward(model, chosen, inputs)):
+            return get_peft_model(model, chosen, adapter_name=adapter_name)
 
 
 def plan(

@@ -1,7 +1,9 @@
 """Which weights a configuration means, in PEFT's own matching."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import (
@@ -64,6 +66,10 @@ def set_task_head(config: PemnConfig) -> None:
         config.modules_to_save = [*given, *(name for name in heads if name not in given)]
 
 
+class _NotNeededError(TraceError):
+    """No forward was followed, because it is known already which weights are masked."""
+
+
 def follow_forward(
     model: nn.Module, config: PemnConfig, inputs: Mapping[str, Any] | None = None
 ) -> Trace | TraceError:
@@ -87,13 +93,38 @@ def follow_forward(
     return result
 
 
+# What `pemnify` has followed with the inputs that it was given, while PEFT injects the adapter.
+_followed: ContextVar[Trace | TraceError | None] = ContextVar("followed", default=None)
+
+
+@contextmanager
+def followed(result: Trace | TraceError) -> Iterator[None]:
+    """Have `forward_of` return a result, within the block."""
+    token = _followed.set(result)
+    try:
+        yield
+    finally:
+        _followed.reset(token)
+
+
+def forward_of(model: nn.Module, config: PemnConfig) -> Trace | TraceError | None:
+    """Return what a forward shows, if it was followed already or the configuration is open.
+
+    Args:
+        model: Any module.
+        config: As in `follow_forward`.
+    """
+    is_open = config.functional_weights is None or config.rewritten_weights is None
+    return follow_forward(model, config) if is_open else _followed.get()
+
+
 def _follow(
     model: nn.Module, config: PemnConfig, inputs: Mapping[str, Any] | None
 ) -> Trace | TraceError:
     if config.file is not None:
-        return TraceError("the adapter's configuration says which weights are masked")
+        return _NotNeededError("the adapter's configuration says which weights are masked")
     if any(isinstance(module, MaskedWeight) for module in model.modules()):
-        return TraceError("the model carries masks already")
+        return _NotNeededError("the model carries masks already")
     try:
         return trace(model, inputs)
     except TraceError as error:
@@ -143,6 +174,7 @@ def plan_for(
             quantised=quantised_weights(model, config.bank_spec),
             trace=followed if isinstance(followed, Trace) else None,
             untraced=str(followed) if isinstance(followed, TraceError) else "",
+            unseen=isinstance(followed, TraceError) and not isinstance(followed, _NotNeededError),
         ),
     )
 

@@ -30,7 +30,7 @@ from pemn_surgery.adapters.file import KEY_PREFIX
 from pemn_surgery.adapters.file_checks import check_loader_decodes
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
 from pemn_surgery.adapters.matching import (
-    follow_forward,
+    forward_of,
     is_excluded,
     plan_for,
     set_default_head,
@@ -75,10 +75,7 @@ class PemnModel(BaseTuner):
         check_no_other_method(model)
         set_default_head(peft_config, model)
         set_task_head(peft_config)
-        followed = None
-        if peft_config.functional_weights is None or peft_config.rewritten_weights is None:
-            followed = follow_forward(model, peft_config)
-        plan = plan_for(model, peft_config, followed)
+        plan = plan_for(model, peft_config, forward_of(model, peft_config))
         check_targets(plan, peft_config)
         if not any(isinstance(module, PemnLayer) for module in model.modules()):
             warn_of_low_coverage(plan, peft_config)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         to_trainable,
     )
     from pemn_surgery.adapters.task_inference import TaskGuess, infer_task
+    from pemn_surgery.gradients import masks_without_gradient
     from pemn_surgery.masked import keep_weights
     from pemn_surgery.trainer import PemnCallback, for_trainer
 
@@ -46,6 +47,7 @@ _HOMES = {
     "TaskGuess": "pemn_surgery.adapters.task_inference",
     "infer_task": "pemn_surgery.adapters.task_inference",
     "keep_weights": "pemn_surgery.masked",
+    "masks_without_gradient": "pemn_surgery.gradients",
     "PemnCallback": "pemn_surgery.trainer",
     "for_trainer": "pemn_surgery.trainer",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "from_finetuned",
     "infer_task",
     "keep_weights",
+    "masks_without_gradient",
     "measure_errors",
     "pemnify",
     "plan",

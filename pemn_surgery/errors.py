@@ -115,3 +115,7 @@ class PemnWarning(UserWarning):
 
 class LowCoverageWarning(PemnWarning):
     """Less than nine tenths of the weights that a model multiplies with were masked."""
+
+
+class NoGradientWarning(PemnWarning):
+    """Masks that are to be trained get no gradient that could move them."""

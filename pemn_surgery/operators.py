@@ -19,6 +19,14 @@ LAYERS: dict[str, Places] = {
     **dict.fromkeys(
         ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), (2, 3, "w_ih", "w_hh")
     ),
+    "bilinear": (2, "weight"),
+    "deform_conv2d": (1, "weight"),
+    "multi_head_attention_forward": (
+        *(5, 11, "in_proj_weight", "out_proj_weight"),
+        *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    ),
+    "_native_multi_head_attention": (5, 7, "qkv_weight", "proj_weight"),
+    "_transformer_encoder_layer_fwd": (3, 5, 14, 16),
 }
 
 # Matrix products: either factor may be a weight; the places of the left and of the right one.
@@ -29,13 +37,30 @@ PRODUCTS: dict[str, tuple[Places, Places]] = {
 
 # Further products, of which some argument may be a weight.
 _OTHER_PRODUCTS = {
-    *("einsum", "tensordot", "bilinear", "inner", "mv", "addmv", "__rmatmul__"),
+    *("einsum", "tensordot", "inner", "dot", "mv", "addmv", "__rmatmul__"),
     *("_grouped_mm", "grouped_mm", "chain_matmul", "multi_dot"),
-    *("multi_head_attention_forward", "_transformer_encoder_layer_fwd"),
 }
 
 # What joins tensors to one.
 JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
+
+# What looks rows up by the ids in an input.
+LOOKUPS = {"embedding", "embedding_bag"}
+
+# What chooses by the values of an input.
+CHOICES = {"topk", "argmax", "argmin", "sort", "argsort", "msort", "multinomial", "gumbel_softmax"}
+
+# What takes parts of its first tensor, by places that may come from the input.
+TAKES_PARTS = {"__getitem__", "index", "index_select", "gather", "take_along_dim", "select"}
+
+# What takes from its second tensor only the form.
+TAKES_FORM = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
+
+# Factories: they take from a tensor only the form.
+FACTORIES = {
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+}
 
 
 def is_product(operator: str) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 
 from pemn_surgery import bank as banks
 from pemn_surgery.blocks import repeated_blocks
-from pemn_surgery.graph import Trace, Use
+from pemn_surgery.graph import Trace
 from pemn_surgery.graph_modules import uses_in_graphs
 from pemn_surgery.owned import frozen_norms, owned_tensors, whole_tensors
 from pemn_surgery.request import Request
@@ -17,13 +17,13 @@ from pemn_surgery.roles import (
     base_modules,
     fan_in_of,
     is_norm,
-    is_router,
-    is_table,
     is_weight,
     rows_of,
+    scripted_modules,
 )
 from pemn_surgery.slots import Slot, is_named, weight_slots
 from pemn_surgery.targets import Left, Plan, Target
+from pemn_surgery.watcher import Use
 
 
 def make_plan(model: nn.Module, request: Request) -> Plan:
@@ -61,8 +61,8 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
 def functional_weights(model: nn.Module, trace: Trace) -> list[str]:
     """Return the raw parameters that a forward multiplies its input with: experts, projections.
 
-    Not among them: weights of layers, which are masked anyway, embeddings, tables of positions or
-    tokens, and routers.
+    Not among them: weights of layers, which are masked anyway, tables whose rows it looks up, and
+    what it chooses by (routers, codebooks).
 
     Args:
         model: The model.
@@ -70,13 +70,13 @@ def functional_weights(model: nn.Module, trace: Trace) -> list[str]:
     """
     modules = dict(base_modules(model))
     found = []
-    for name, uses in trace.by_name.items():
+    for name in trace.by_name:
         path, _, parameter = name.rpartition(".")
         module = modules.get(path)
-        if module is None or not any(use.multiplies for use in uses):
+        if module is None or is_weight(module, parameter) or isinstance(module, TABLES):
             continue
-        known = is_weight(module, parameter) or is_table(module) or is_router(path, module)
-        if not known and not (parameter != "weight" and TABLES.search(parameter)):
+        is_table = trace.looks_up(name) or name in trace.chosen_by
+        if trace.multiplies(name) and not is_table:
             found.append(name)
     return found
 
@@ -113,7 +113,7 @@ def _sort_out(slots: Sequence[Slot], request: Request) -> tuple[list[Target], li
         masked, staying = _split(group, request)
         if masked:
             targets.append(_target(group, masked, staying, request))
-        left.extend(_left(group, masked, staying, request.trace))
+        left.extend(_left(group, masked, staying, request))
     return targets, left
 
 
@@ -139,7 +139,7 @@ def _left(
     group: Sequence[Slot],
     masked: Sequence[Slot],
     staying: Sequence[tuple[Slot, str]],
-    trace: Trace | None,
+    request: Request,
 ) -> Iterator[Left]:
     """Yield what stays; a tied tensor counts once as maskable, and not if a copy is masked."""
     counted = bool(masked)
@@ -147,8 +147,16 @@ def _left(
     for slot, reason in sorted(staying, key=lambda item: order[item[0].name]):
         maskable = slot.maskable and not counted
         counted = counted or maskable
+        trace = request.trace
         use = _summary(trace.of(slot.name)) if trace and not slot.is_embedding else ""
-        yield Left(slot.name, type(slot.module).__name__, slot.shape, maskable, reason, use)
+        kind = type(slot.module).__name__
+        reached = _is_reached(group, request)
+        yield Left(slot.name, kind, slot.shape, maskable, reason, use, reached, slot.is_open)
+
+
+def _is_reached(group: Sequence[Slot], request: Request) -> bool:
+    """Tell whether a forward uses a tensor; where none was followed, it may."""
+    return request.trace is None or any(request.trace.of(slot.name) for slot in group)
 
 
 def _reason(slot: Slot, request: Request) -> str:
@@ -178,14 +186,16 @@ def _target(
         tied=tuple(slot.name for slot in masked[1:]),
         untied_from=staying[0][0].name if staying else "",
         use=_summary(uses) if request.trace else "",
+        reached=_is_reached(group, request),
         row_scales=rows.count if request.row_scaled else 0,
     )
 
 
 def _count_parameters(model: nn.Module, slots: Sequence[Slot]) -> int:
     counted = {slot.identity: math.prod(slot.shape) for slot in slots}
-    for _, module in base_modules(model):
-        for tensor in module._parameters.values():
-            if tensor is not None and not isinstance(tensor, nn.parameter.UninitializedParameter):
-                counted.setdefault(id(tensor), tensor.numel())  # not what it is packed into
+    tensors = [tensor for _, m in base_modules(model) for tensor in m._parameters.values()]
+    tensors.extend(tensor for _, m in scripted_modules(model) for tensor in m.parameters())
+    for tensor in tensors:
+        if tensor is not None and not isinstance(tensor, nn.parameter.UninitializedParameter):
+            counted.setdefault(id(tensor), tensor.numel())  # not what it is packed into
     return sum(counted.values())

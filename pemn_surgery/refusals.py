@@ -24,7 +24,8 @@ _REPLACERS = tuple(
 def refuse_replacing(module: nn.Module, name: str, reader: str) -> None:
     """Refuse a read by a tool that would replace the parameter.
 
-    A parametrization that the model came with reads its own originals to make the weight of them.
+    A parametrization or pruning that the model came with reads its own originals to make the weight
+    of them.
 
     Args:
         module: The module whose tensor is read.
@@ -34,7 +35,8 @@ def refuse_replacing(module: nn.Module, name: str, reader: str) -> None:
     Raises:
         MaskedWeightError: If such a tool reads.
     """
-    if reader.startswith(_REPLACERS) and not isinstance(module, ParametrizationList):
+    came_so = isinstance(module, ParametrizationList) or _is_pruned(module, name)
+    if reader.startswith(_REPLACERS) and not came_so:
         _refuse(module, f"{reader} would replace {name!r}")
 
 
@@ -73,6 +75,12 @@ def refusing_methods(
         "__prepare_scriptable__": prepare_scriptable,
         "qconfig": property(None, set_qconfig),
     }
+
+
+def _is_pruned(module: nn.Module, name: str) -> bool:
+    """Tell whether a parameter is what `torch.nn.utils.prune` makes a weight of."""
+    pruned = name.removesuffix("_orig")
+    return pruned != name and f"{pruned}_mask" in module._buffers
 
 
 def _refuse(module: nn.Module, problem: str) -> NoReturn:

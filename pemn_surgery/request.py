@@ -28,6 +28,7 @@ class Request:
         tied: What happens to a weight that is tied to an embedding.
         trace: What a forward does with every parameter, or None where none was followed.
         untraced: Why there is no trace.
+        unseen: Whether no forward has ever shown which raw parameters are weights.
         carried: Names of further unmasked tensors that the task has its own copy of.
         row_scaled: Whether a mask has a scale for each output.
         quantised: Names of weights that a library stores quantised, with the reason why each cannot
@@ -45,6 +46,7 @@ class Request:
     tied: TiedName = "leave"
     trace: Trace | None = None
     untraced: str = ""
+    unseen: bool = False
     carried: Collection[str] = ()
     row_scaled: bool = False
     quantised: Mapping[str, str] = field(default_factory=dict)

@@ -1,11 +1,11 @@
 """What a tensor is to the module that holds it: a layer's weight, an embedding, a norm's gain."""
 
 import math
-import re
 from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import nn
+from torch.jit import ScriptModule
 
 from pemn_surgery.bank import Shape
 from pemn_surgery.graph_modules import GraphUse
@@ -13,17 +13,28 @@ from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.sign_delta import Rows
 from pemn_surgery.task import TaskTensors
 
-# Raw parameters of these names are tables of positions, tokens or queries that a forward multiplies
-# with as it would with activations; masks have no meaning there.
-TABLES = re.compile(
-    r"pos|tok|embed|quer|probe|latent|bias|table|cls|prompt|prototype|codebook|_rel$"
-)
-
-_ROUTER = re.compile(r"router|gate$|gating", re.IGNORECASE)
+# Layers that look rows up.
+TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the model's own modules with their paths, each once, without what surgery added."""
+    """Yield the model's own modules with their paths, each once, without what surgery added.
+
+    Scripted ones (`scripted_modules`) are not among them: nothing of them can be changed.
+    """
+    for path, module in _modules(model):
+        if not isinstance(module, ScriptModule):
+            yield path, module
+
+
+def scripted_modules(model: nn.Module) -> Iterator[tuple[str, ScriptModule]]:
+    """Yield the outermost modules that ``torch.jit`` has made, with their paths."""
+    for path, module in _modules(model):
+        if isinstance(module, ScriptModule):
+            yield path, module
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
 
     def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -31,7 +42,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             return
         seen.add(id(module))
         yield path, module
-        for name, child in module.named_children():
+        for name, child in () if isinstance(module, ScriptModule) else module.named_children():
             yield from walk(f"{path}.{name}" if path else name, child)
 
     return walk("", model)
@@ -62,14 +73,7 @@ def is_embedding(module: nn.Module, parameter: str, use: GraphUse) -> bool:
 
 def is_table(module: nn.Module) -> bool:
     """Tell whether a module looks rows up, by its class."""
-    tables = (nn.Embedding, nn.EmbeddingBag)
-    return isinstance(module, tables) or "Embedding" in type(module).__name__
-
-
-def is_router(path: str, module: nn.Module) -> bool:
-    """Tell whether a module chooses experts: a mask there would change who works, not how."""
-    names = (path.rpartition(".")[2], type(module).__name__)
-    return any(_ROUTER.search(name) for name in names)
+    return isinstance(module, TABLES) or "Embedding" in type(module).__name__
 
 
 def is_container(module: nn.Module) -> bool:

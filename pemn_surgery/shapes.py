@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pemn_surgery.operators import is_in_place
-
-# What takes from its second tensor only the form, so that the first keeps its values.
-_AS = ("expand_as", "view_as", "reshape_as", "type_as", "to")
+from pemn_surgery.operators import TAKES_FORM, is_in_place
 
 # Factories whose values are known although they were asked for on the meta device.
 _LIKE = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor")
@@ -46,7 +43,7 @@ class Call:
             return self._call(self._move(_device_cpu))
         if self._has_values() and is_in_place(self.name):
             return self.leaves[0]  # what it would write has a shape only
-        if self._has_values() and self.name in _AS:
+        if self._has_values() and self.name in TAKES_FORM:  # the first tensor keeps its values
             return self._call(self._as_zeros())
         form = _FORMS.get(self.name)
         known = form(*self.args, **self.kwargs) if form is not None and self.all_on_meta else None

@@ -8,17 +8,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pemn_surgery.bank import Shape
+from pemn_surgery.graph import Trace
 from pemn_surgery.graph_modules import GraphUse
 from pemn_surgery.request import Request
 from pemn_surgery.roles import (
-    TABLES,
     base_modules,
     is_container,
     is_embedding,
-    is_router,
+    is_norm,
     is_weight,
+    scripted_modules,
 )
 from pemn_surgery.swapping import held_masks
+
+_NO_WEIGHT = "a raw parameter, not the weight of a layer"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Slot:
     operator: str = ""  # what a graph does with it, where the module's class does not say
     fan_in: int = 0  # 0: as the module's class says
     is_embedding: bool = False  # one that was not asked for
+    is_open: bool = False  # whether nobody has seen what a forward does with it
 
     @property
     def name(self) -> str:
@@ -68,6 +72,21 @@ def weight_slots(
                 slot = _describe(path, parameter, module, tensor, request, use)
                 if slot is not None:
                     yield slot
+    yield from _scripted(model, request)
+
+
+def _scripted(model: nn.Module, request: Request) -> Iterator[Slot]:
+    """Yield the weights of modules whose code ``torch.jit`` has compiled."""
+    problem = "is in a module that torch.jit has compiled, where no mask can act; pemnify first"
+    for outer, scripted in scripted_modules(model):
+        for inner, tensor in scripted.named_parameters():
+            name = f"{outer}.{inner}" if outer else inner
+            path, _, parameter = name.rpartition(".")
+            seen = request.trace
+            maskable = tensor.dim() >= 2 and (seen is None or seen.multiplies(name))
+            if tensor.dim() >= 2:
+                shape = tuple(tensor.shape)
+                yield Slot(path, parameter, scripted, shape, id(tensor), problem, maskable)
 
 
 def _packed_elsewhere(path: str, module: Any, request: Request) -> Iterator[Slot]:
@@ -94,8 +113,8 @@ def _describe(
     shape = _shape(name, module, tensor, request)
     problem = use.problem if maskable else _why_not(module, parameter, name, request, use)
     unnamed = table and not maskable
-    if not maskable and not table and _multiplies(name, request):
-        maskable = not TABLES.search(parameter)
+    if not maskable and not table:
+        maskable = _is_weight_to(request.trace, name)
     if path.endswith(".parametrizations.weight") and not asked:
         maskable, problem = True, "is parametrised (weight norm or the like)"
     packed = _quantised_type(tensor)
@@ -119,7 +138,12 @@ def _describe(
         operator=operator,
         fan_in=fan_in,
         is_embedding=unnamed,
+        is_open=not maskable and not table and _is_open(module, request),
     )
+
+
+def _is_open(module: nn.Module, request: Request) -> bool:
+    return request.unseen and not is_norm(module) and not is_container(module)
 
 
 def _shape(name: str, module: Any, tensor: Tensor, request: Request) -> Shape:
@@ -148,14 +172,29 @@ def is_named(name: str, request: Request) -> bool:
 def _why_not(module: nn.Module, parameter: str, name: str, request: Request, use: GraphUse) -> str:
     if is_embedding(module, parameter, use):
         return "an embedding, masked only if target_modules names it"
-    if _multiplies(name, request):
-        what = "a router" if is_router(name.rpartition(".")[0], module) else "a table"
-        return f"{what}, masked only if target_parameters names it"
     named_so = parameter == "weight" or parameter.startswith("weight_")
     if request.trace is None and named_so and not is_container(module):
         return f"masks for {type(module).__name__} are not available"
-    return "a raw parameter, not the weight of a layer"
+    what = _what_it_is(name, request.trace)
+    return f"{what}, masked only if target_parameters names it" if what else _NO_WEIGHT
 
 
-def _multiplies(name: str, request: Request) -> bool:
-    return request.trace is not None and any(use.multiplies for use in request.trace.of(name))
+def _what_it_is(name: str, seen: Trace | None) -> str:
+    """Return in words what a raw parameter is to a forward, "" if that is nothing to be masked."""
+    if seen is None:
+        return ""
+    if seen.looks_up(name):
+        return "a table"
+    if name in seen.chosen_by:
+        return "a router or codebook, by which the forward chooses"
+    unknown = seen.unknown_operator(name)
+    if unknown:
+        return f"goes into {unknown}, which can do anything with it"
+    return "a raw parameter" if seen.multiplies(name) else ""
+
+
+def _is_weight_to(seen: Trace | None, name: str) -> bool:
+    """Tell whether a forward multiplies an input with a raw parameter, for all that was seen."""
+    if seen is None or seen.looks_up(name) or name in seen.chosen_by:
+        return False
+    return seen.multiplies(name) or bool(seen.unknown_operator(name))

@@ -33,6 +33,7 @@ class Target:
         use: What a forward does with it ("linear", "linear at beit.py:225"), "" if not traced.
         row_scales: Number of float32 scales beside the mask: one an output with
             ``form="sign_delta"``, else 0.
+        reached: Whether the followed forward uses it; True if none was followed.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Target:
     untied_from: str = ""
     use: str = field(default="", compare=False)
     row_scales: int = 0
+    reached: bool = field(default=True, compare=False)
 
     @property
     def name(self) -> str:
@@ -74,6 +76,8 @@ class Left:
         maskable: Whether it is a weight that could be masked.
         why: Why it stays.
         use: What a forward does with it, "" if not traced.
+        reached: Whether the followed forward uses it; True if none was followed.
+        is_open: Whether it may be a weight, since no forward was followed that shows its use.
     """
 
     name: str
@@ -82,11 +86,19 @@ class Left:
     maskable: bool
     why: str
     use: str = field(default="", compare=False)
+    reached: bool = field(default=True, compare=False)
+    is_open: bool = field(default=False, compare=False)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is among the weights that could be masked, for all that was seen."""
+        return self.maskable or self.is_open
 
     @property
     def reason(self) -> str:
         """Why it stays, and what a forward does with it."""
-        return f"{self.why}: {self.use}" if self.use else self.why
+        use = "its use was not seen" if self.is_open else self.use
+        return f"{self.why}: {use}" if use else self.why
 
     @property
     def weights(self) -> int:
@@ -163,12 +175,20 @@ class Plan:
     @property
     def maskable_weights(self) -> int:
         """Number of weights of all layers that could be masked."""
-        return self.masked_weights + sum(item.weights for item in self.left if item.maskable)
+        return self.masked_weights + sum(item.weights for item in self.left if item.counts)
+
+    @property
+    def unreached_weights(self) -> int:
+        """Number of maskable weights, masked or not, that the followed forward does not use."""
+        maskable = [*self.targets, *(item for item in self.left if item.counts)]
+        return sum(item.weights for item in maskable if not item.reached)
 
     @property
     def coverage(self) -> float:
-        """Masked share of the maskable weights."""
-        return self.masked_weights / self.maskable_weights if self.maskable_weights else 0.0
+        """Masked share of the maskable weights that the followed forward uses."""
+        masked = sum(target.weights for target in self.targets if target.reached)
+        maskable = self.maskable_weights - self.unreached_weights
+        return masked / maskable if maskable else 0.0
 
     @property
     def mask_bytes(self) -> int:
@@ -207,6 +227,7 @@ class Plan:
             "parameters": self.parameters,
             "masked_weights": self.masked_weights,
             "maskable_weights": self.maskable_weights,
+            "unreached_weights": self.unreached_weights,
             "coverage": self.coverage,
             "bank_floats": self.bank_floats,
             "mask_bytes": self.mask_bytes,
@@ -246,6 +267,11 @@ class Plan:
             f"{self.other_bytes:,} of other tensors, {self.file_bytes:,} in its two files; "
             f"{self.ratio(4):.1f} x smaller than float32, {self.ratio(2):.1f} x than 16 bits"
         )
+        if self.unreached_weights:
+            table.caption += (
+                f"\n{self.unreached_weights:,} of the maskable weights are not reached by the "
+                "forward that was followed, and count in no share"
+            )
         if self.blocks:
             listed = (f"{block.pattern} = {block.count} x {block.kind}" for block in self.blocks)
             table.caption += f"\nrepeated blocks: {', '.join(listed)}"
@@ -256,12 +282,13 @@ class Plan:
     @property
     def warning(self) -> str:
         """What stays unmasked and why, if that is a tenth of the maskable weights or more."""
-        if self.coverage >= _LOW_COVERAGE:
+        unmasked = [item for item in self.left if item.counts and item.reached]
+        if self.coverage >= _LOW_COVERAGE or not unmasked:
             return ""
-        unmasked = self.maskable_weights - self.masked_weights
-        largest = max((item for item in self.left if item.maskable), key=lambda item: item.weights)
+        largest = max(unmasked, key=lambda item: item.weights)
         return (
-            f"{unmasked:,} of {self.maskable_weights:,} maskable weights stay unmasked "
+            f"{sum(item.weights for item in unmasked):,} of "
+            f"{self.maskable_weights - self.unreached_weights:,} maskable weights stay unmasked "
             f"({1 - self.coverage:.0%}); the largest is {largest.name}: {largest.reason}"
         )
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pemn_surgery import bits
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.gradients import warn_of_no_gradient
 
 
 class PemnCallback(TrainerCallback):
@@ -22,7 +23,8 @@ class PemnCallback(TrainerCallback):
     While a ``Trainer`` with this callback trains, its checkpoints hold float scores, so a resumed
     run equals an uninterrupted one bit for bit; when training ends, saving writes masks as bits
     again. Each log carries ``pemn_density``, the share of ones, and ``pemn_flips``, the number of
-    mask bits that changed since the log before.
+    mask bits that changed since the log before. Masks that get no gradient in the first step are
+    named (`NoGradientWarning`).
 
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[PemnCallback()]).train()
@@ -30,6 +32,7 @@ class PemnCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._before: dict[str, Tensor] = {}
+        self._has_stepped = False
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -43,6 +46,15 @@ class PemnCallback(TrainerCallback):
         """Remember the first masks."""
         _keep_scores(kwargs["model"], keep=True)
         self._before = _packed_masks(kwargs["model"])
+        self._has_stepped = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say at the first step which masks no gradient reaches."""
+        if not self._has_stepped:
+            self._has_stepped = True
+            warn_of_no_gradient(kwargs["model"])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

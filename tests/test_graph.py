@@ -10,8 +10,9 @@ from transformers import BertModel, MixtralConfig, MixtralForCausalLM
 from pemn_surgery import graph, pemnify, plan
 from pemn_surgery.blocks import Block, repeated_blocks
 from pemn_surgery.errors import LowCoverageWarning, TraceError
-from pemn_surgery.graph import Use, trace
+from pemn_surgery.graph import trace
 from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.watcher import Use
 from tests.adapters import models
 
 
@@ -97,14 +98,14 @@ def test_every_kind_of_use():
     assert read == Use(
         name="reader.qkv.weight",
         operator="linear",
-        multiplies=True,
+        role="product",
         module="reader",
         is_own=False,
         where=read.where,
         count=2,
     )
     assert read.where.startswith("test_graph.py:")
-    assert not found.of("position")[0].multiplies
+    assert found.of("position")[0].role == "other"
     assert list(found.written) == ["clamped.weight"]
     assert found.written["clamped.weight"].startswith("test_graph.py:")
 
@@ -187,27 +188,29 @@ def test_raw_parameters_that_multiply_are_masked_and_kept_in_the_configuration(t
     model, inputs = Everything(), {"x": torch.randn(5, 4)}
     expected = model(**inputs)
     made = plan(model, bank="own", inputs=inputs)
-    names = ["projection", "called.weight", "reader.qkv.weight", "never.weight"]
+    names = ["projection", "query", "called.weight", "reader.qkv.weight", "never.weight"]
     assert [target.name for target in made.targets] == names
     uses = {target.name: target.use for target in made.targets}
     assert uses["called.weight"] == "linear x2"
     assert uses["never.weight"] == "not reached by the forward"
     reasons = {item.name: item.reason for item in made.left}
-    assert reasons["query"].startswith("a table, masked only if target_parameters names it: matmul")
+    assert reasons["position"] == "a raw parameter, not the weight of a layer: add"
     assert reasons["clamped.weight"].startswith("the forward changes it in place")
-    assert made.coverage == pytest.approx((18 + 16 + 24 + 16) / (18 + 16 + 24 + 16 + 9))
+    assert made.unreached_weights == 16
+    assert made.coverage == pytest.approx((18 + 6 + 16 + 24) / (18 + 6 + 16 + 24 + 9))
+    assert "16 of the maskable weights are not reached by the forward" in str(made)
 
     with pytest.warns(LowCoverageWarning, match="clamped.weight: the forward changes it in place"):
         masked = pemnify(model, bank="own", selector="threshold", inputs=inputs)
     config = masked.peft_config["default"]
-    assert config.functional_weights == ["projection"]
+    assert config.functional_weights == ["projection", "query"]
     assert config.rewritten_weights == ["clamped.weight"]
     assert torch.equal(masked(**inputs), expected)
     held = [module.target for module in masked.modules() if isinstance(module, MaskedWeight)]
     assert sorted(held) == sorted(names)
     masked.save_pretrained(tmp_path)
     read = type(config).from_pretrained(str(tmp_path))
-    assert read.functional_weights == ["projection"]
+    assert read.functional_weights == ["projection", "query"]
     assert read.rewritten_weights == ["clamped.weight"]
 
 
@@ -250,7 +253,7 @@ def test_it_finds_what_export_finds(name):
 
 
 def multiplied(uses):
-    return any(use.multiplies for use in uses)
+    return any(use.role == "product" for use in uses)
 
 
 def multiplied_in(program):

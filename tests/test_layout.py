@@ -77,8 +77,8 @@ print(sorted(heavy), sorted(set(pemn_surgery.__all__) - set(dir(pemn_surgery))))
     "name",
     [
         "PemnCallback", "PemnConfig", "TaskGuess", "errors", "for_trainer", "from_finetuned",
-        "infer_task", "keep_weights", "measure_errors", "pemnify", "plan", "rename_adapter",
-        "to_trainable",
+        "infer_task", "keep_weights", "masks_without_gradient", "measure_errors", "pemnify", "plan",
+        "rename_adapter", "to_trainable",
     ],
 )  # fmt: skip
 def test_public_names(name):

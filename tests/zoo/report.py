@@ -22,6 +22,9 @@ of every target that the model's own forward reaches; save; unload, which must g
 outputs; load, which must give the trained outputs bit for bit; merge, which must give them too, as
 a model of the original's classes, attributes and state-dict keys.
 
+The original's outputs are those of its weights without gradients: where weights require them, torch
+folds batched products otherwise, and the same model differs from itself in the last bits.
+
 Coverage is the share of masked weights among all weights that the forward multiplies or convolves
 its input with. transformers' models are tiny; timm's are as published, but those above 12 million
 parameters have fewer of their repeated blocks where their constructor allows it (column *made
