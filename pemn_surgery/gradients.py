@@ -19,6 +19,8 @@ _UNUSABLE = 1e-12
 
 _LISTED = 5
 
+_STEPS = 10
+
 
 def masks_without_gradient(model: nn.Module) -> list[str]:
     """Return the trained masks that the last backward pass gave no usable gradient.
@@ -37,25 +39,45 @@ def masks_without_gradient(model: nn.Module) -> list[str]:
     return [target for target, size in sizes.items() if size <= _UNUSABLE * largest]
 
 
-def warn_of_no_gradient(model: nn.Module) -> None:
-    """Warn of masks that cannot learn; see `masks_without_gradient`.
+class GradientWatch:
+    """Looks at the first steps of a training, and then warns of masks that cannot learn.
 
-    Args:
-        model: A model, after a backward pass.
+    One step is not enough: an expert may get no sample of a batch, and a norm that starts at zero
+    and is trained lets gradients pass after the first step.
     """
-    idle = masks_without_gradient(model)
-    if not idle:
-        return
-    trained = len(list(_trained_scores(model)))
-    more = f" and {len(idle) - _LISTED} more" if len(idle) > _LISTED else ""
-    warnings.warn(
-        f"{len(idle)} of {trained} masks got no usable gradient in the first step: "
-        f"{', '.join(idle[:_LISTED])}{more}. Either the forward of this batch did not use their "
-        "weights, or frozen zeros stand in the way, there or behind. exclude_modules leaves them "
-        "unmasked, modules_to_save trains them whole.",
-        NoGradientWarning,
-        stacklevel=2,
-    )
+
+    def __init__(self) -> None:
+        self._idle: set[str] | None = None
+        self._steps = 0
+
+    def look(self, model: nn.Module) -> None:
+        """Look at the gradients of a step; warn if it is the last to be looked at.
+
+        Args:
+            model: A model, after a backward pass.
+        """
+        if self._steps < _STEPS and self._idle != set():
+            found = masks_without_gradient(model)
+            self._idle = set(found) & (set(found) if self._idle is None else self._idle)
+            self._steps += 1
+            if self._steps == _STEPS:
+                self.warn(model)
+
+    def warn(self, model: nn.Module) -> None:
+        """Warn of masks that got no usable gradient in any step so far; once."""
+        idle = [target for target, _ in _trained_scores(model) if target in (self._idle or ())]
+        self._idle = set()
+        if idle:
+            trained = len(list(_trained_scores(model)))
+            more = f" and {len(idle) - _LISTED} more" if len(idle) > _LISTED else ""
+            warnings.warn(
+                f"{len(idle)} of {trained} masks got no usable gradient in the first {self._steps} "
+                f"steps: {', '.join(idle[:_LISTED])}{more}. Either no forward used their weights, "
+                "or frozen zeros stand in the way, there or behind. exclude_modules leaves them "
+                "unmasked, modules_to_save trains them whole.",
+                NoGradientWarning,
+                stacklevel=2,
+            )
 
 
 def _trained_scores(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

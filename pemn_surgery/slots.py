@@ -186,7 +186,7 @@ def _what_it_is(name: str, seen: Trace | None) -> str:
     if seen.looks_up(name):
         return "a table"
     if name in seen.chosen_by:
-        return "a router or codebook, by which the forward chooses"
+        return "a router"
     unknown = seen.unknown_operator(name)
     if unknown:
         return f"goes into {unknown}, which can do anything with it"
@@ -195,6 +195,6 @@ def _what_it_is(name: str, seen: Trace | None) -> str:
 
 def _is_weight_to(seen: Trace | None, name: str) -> bool:
     """Tell whether a forward multiplies an input with a raw parameter, for all that was seen."""
-    if seen is None or seen.looks_up(name) or name in seen.chosen_by:
+    if seen is None or seen.looks_up(name):
         return False
     return seen.multiplies(name) or bool(seen.unknown_operator(name))

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pemn_surgery import bits
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer
-from pemn_surgery.gradients import warn_of_no_gradient
+from pemn_surgery.gradients import GradientWatch
 
 
 class PemnCallback(TrainerCallback):
@@ -23,8 +23,8 @@ class PemnCallback(TrainerCallback):
     While a ``Trainer`` with this callback trains, its checkpoints hold float scores, so a resumed
     run equals an uninterrupted one bit for bit; when training ends, saving writes masks as bits
     again. Each log carries ``pemn_density``, the share of ones, and ``pemn_flips``, the number of
-    mask bits that changed since the log before. Masks that get no gradient in the first step are
-    named (`NoGradientWarning`).
+    mask bits that changed since the log before. Masks that get no gradient in the first ten steps
+    are named (`NoGradientWarning`).
 
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[PemnCallback()]).train()
@@ -32,7 +32,7 @@ class PemnCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._before: dict[str, Tensor] = {}
-        self._has_stepped = False
+        self._watch = GradientWatch()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -46,15 +46,13 @@ class PemnCallback(TrainerCallback):
         """Remember the first masks."""
         _keep_scores(kwargs["model"], keep=True)
         self._before = _packed_masks(kwargs["model"])
-        self._has_stepped = False
+        self._watch = GradientWatch()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say at the first step which masks no gradient reaches."""
-        if not self._has_stepped:
-            self._has_stepped = True
-            warn_of_no_gradient(kwargs["model"])
+        """Watch in the first steps which masks no gradient reaches."""
+        self._watch.look(kwargs["model"])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,6 +75,7 @@ class PemnCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """From now on saving writes masks only."""
+        self._watch.warn(kwargs["model"])
         _keep_scores(kwargs["model"], keep=False)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from pemn_surgery.shapes import Call
 # Where a tensor keeps its origin: it lives as long as the tensor, whoever holds that.
 _ORIGIN = "_pemn_origin"
 
-_functorch: Any = torch._C._functorch
+_functorch: Any = cast("Any", torch._C)._functorch
 
 _TORCH = str(Path(torch.__file__).parent)
 

@@ -1,5 +1,7 @@
 """What counts as a weight: whatever a forward multiplies its input with, under any name."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,12 +158,15 @@ def test_what_meets_an_input_in_a_product_is_masked(case):
     assert made.untraced == ""
     raw = [target.name for target in made.targets if target.name != "first.weight"]
     assert sorted(raw) == sorted(weights)
-    by_hand = sum(dict(model.named_parameters())[name].numel() for name in weights)
-    reached = SIDE * SIDE
-    assert made.masked_weights == made.maskable_weights == by_hand + reached
-    assert made.coverage == 1.0
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert made.masked_weights == SIDE * SIDE + sum(sizes[name] for name in weights)
+    unmasked = sizes.get("route", 0)
+    assert made.maskable_weights == made.masked_weights + unmasked
+    assert made.coverage == made.masked_weights / made.maskable_weights
     expected = model(x)
-    masked = pemnify(model, bank="own", selector="threshold", inputs={"x": x})
+    warned = pytest.warns(LowCoverageWarning) if made.warning else nullcontext()
+    with warned:
+        masked = pemnify(model, bank="own", selector="threshold", inputs={"x": x})
     assert torch.equal(masked(x), expected)  # all scores start above the threshold
     masked(x).sum().backward()
     grads = {name: p.grad for name, p in masked.named_parameters() if p.requires_grad}
@@ -173,9 +178,11 @@ def test_what_is_added_looked_up_or_chosen_by_stays(case):
     made = plan(build(TABLES, case), bank="own", inputs={"x": x})
     assert made.untraced == ""
     assert [target.name for target in made.targets] == ["first.weight"]
-    assert made.coverage == 1.0
-    assert len(made.left) == 1
-    assert made.left[0].use
+    (left,) = made.left
+    assert left.use
+    assert left.maskable == (case == "router")
+    assert ("a router, masked only if" in left.reason) == (case == "router")
+    assert made.coverage == pytest.approx(64 / 96 if case == "router" else 1.0)
 
 
 def test_learned_queries_that_meet_raw_parameters_count_with_them():
