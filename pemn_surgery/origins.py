@@ -38,7 +38,7 @@ class Origin:
 
     Attributes:
         weights: Parameters that it carries: reshaped, cast, scaled, pruned, added up, multiplied
-            with each other.
+            with each other or with constants.
         inputs: Parameters that went through a layer as an input would, and no input of the model
             did: what came out is an activation.
         products: Parameters whose product with an activation it is, but for arithmetic since.
@@ -58,7 +58,7 @@ class Origin:
     @property
     def is_activation(self) -> bool:
         """Whether a product with it is one with an input."""
-        return self.is_fed or not self.weights
+        return self.is_fed or bool(self.inputs and not self.weights)
 
 
 CONSTANT = Origin()
@@ -134,7 +134,7 @@ def _layer(is_weight: Sequence[bool], origins: Sequence[Origin]) -> Step:
 def _product(is_factor: Sequence[bool], origins: Sequence[Origin]) -> Step:
     factors = [o for factor, o in zip(is_factor, origins, strict=True) if factor]
     is_fed = any(origin.is_fed for origin in origins)
-    if not any(origin.is_activation for origin in factors):  # parameters times parameters
+    if not any(origin.is_activation for origin in factors):  # parameters, constants
         if not is_fed:
             weights = _all(origin.weights for origin in origins)
             return Step((), Origin(weights=weights, inputs=_all(o.inputs for o in origins)))

@@ -89,6 +89,11 @@ WEIGHTS = {
         {"b": (SIDE, 2), "a": (2, SIDE)},
         ["b", "a"],
     ),
+    "times constants, then an input": (
+        lambda s, x: x @ (torch.eye(SIDE) @ s.w).t(),
+        {"w": square},
+        ["w"],
+    ),
     "vmap": (
         lambda s, x: torch.vmap(lambda row, w: w @ row, in_dims=(0, None))(x, s.w),
         {"w": square},
@@ -131,6 +136,10 @@ TABLES = {
     "added": (lambda s, x: x + s.w_proj, {"w_proj": (1, SIDE)}),
     "looked up": (
         lambda s, x: x + F.embedding(torch.arange(len(x)), s.weights),
+        {"weights": (9, SIDE)},
+    ),
+    "rows taken by a product": (
+        lambda s, x: x + F.one_hot(torch.arange(len(x)), 9).float() @ s.weights,
         {"weights": (9, SIDE)},
     ),
     "rows taken": (lambda s, x: x + s.weights[torch.arange(len(x))], {"weights": (9, SIDE)}),
