@@ -114,7 +114,29 @@ FORMS = {
     "written": (written, Raw, lambda: torch.randn(4, 6)),
     "exported raw": (exported, Raw, lambda: torch.randn(4, 6)),
 }
-ALIKE = [name for name in FORMS if not name.endswith(("written", "raw"))]
+
+
+def fx_saves_every_buffer():
+    """Tell whether torch.fx turns non-persistent buffers into saved ones, as it did up to 2.10."""
+    model = nn.Module()
+    model.register_buffer("b", torch.zeros(1), persistent=False)
+    graph = Graph()
+    graph.output(graph.get_attr("b"))
+    return "b" in GraphModule(model, graph).state_dict()
+
+
+ALIKE = [
+    pytest.param(
+        name,
+        marks=pytest.mark.xfail(
+            name == "traced beit" and fx_saves_every_buffer(),
+            reason="this torch.fx saves BEiT's k_bias, which the model does not",
+            raises=(AssertionError, ArchitectureError),
+        ),
+    )
+    for name in FORMS
+    if not name.endswith(("written", "raw"))
+]
 PICKLED = [name for name in FORMS if not name.startswith("exported")]  # torch's own hooks cannot be
 every_form = pytest.mark.parametrize("name", FORMS)
 every_bank = pytest.mark.parametrize("bank", ["own", "rp"])
