@@ -94,6 +94,7 @@ def prepare_for_model(
             loaded[key] = value
             continue
         mask, kind = masks[key]
+        _make_wide_enough(mask, value)
         if kind == "bits" and headers[key].coding != "bits":
             value = codec.decode(value, key, layers[mask.target].base_sizes)
         if kind == "row_scale":
@@ -241,6 +242,16 @@ def _check_base(header: StoredMask, mask: AdapterMask) -> None:
     actual = fingerprints.shorten(mask.fingerprint)
     if expected and actual:
         fingerprints.check_fingerprint(expected, actual, "the given model")
+
+
+def _make_wide_enough(mask: AdapterMask, value: Tensor) -> None:
+    """Let a place hold scores or scales as they are: rounded ones would be another mask."""
+    held = next(mask.parameters(), None)
+    if held is None or not value.is_floating_point():
+        return
+    wide = torch.promote_types(held.dtype, value.dtype)
+    if wide != held.dtype:
+        mask.set_type(wide)
 
 
 def _converted(
