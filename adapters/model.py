@@ -312,7 +312,7 @@ class PemnModel(BaseTuner):
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return pack_for_file(entries, model, config, adapter_name)
+        return pack_for_file(entries, model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
