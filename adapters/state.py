@@ -15,6 +15,7 @@ from pemn_surgery.adapters.base import (
     masked_layers,
     warn_of_trained_draws,
 )
+from pemn_surgery.adapters.checkpoints import are_scores_kept
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import (
     FINGERPRINT,
@@ -74,7 +75,7 @@ def pack_for_file(
             saved[key] = whole
         elif kind == "bits":
             saved[key] = _on_base(whole, base)
-        elif config.keep_scores:
+        elif are_scores_kept(config):
             saved |= {key: whole, f"{place}.{FINGERPRINT}": torch.tensor(list(base), dtype=_BYTE)}
         else:
             check_finite(whole, mask.target)

@@ -12,17 +12,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pemn_surgery import bits
-from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer
 
 
 class PemnCallback(TrainerCallback):
-    """Logs masks while they train, keeps checkpoints resumable and the final save small.
+    """Logs masks while they train.
 
-    While a ``Trainer`` with this callback trains, its checkpoints hold float scores, so a resumed
-    run equals an uninterrupted one bit for bit; when training ends, saving writes masks as bits
-    again. Each log carries ``pemn_density``, the share of ones, and ``pemn_flips``, the number of
-    mask bits that changed since the log before.
+    Each log carries ``pemn_density``, the share of ones, and ``pemn_flips``, the number of mask
+    bits that changed since the log before, of all adapters in use, wherever in the trained module
+    they are. Checkpoints hold scores, and the final save bits, with this callback or without.
 
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[PemnCallback()]).train()
@@ -31,17 +29,10 @@ class PemnCallback(TrainerCallback):
     def __init__(self) -> None:
         self._before: dict[str, Tensor] = {}
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Keep scores from the start: a resume reads the checkpoint before training begins."""
-        _keep_scores(kwargs["model"], keep=True)
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember the first masks."""
-        _keep_scores(kwargs["model"], keep=True)
         self._before = _packed_masks(kwargs["model"])
 
     def on_log(
@@ -60,12 +51,6 @@ class PemnCallback(TrainerCallback):
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """From now on saving writes masks only."""
-        _keep_scores(kwargs["model"], keep=False)
 
 
 def for_trainer(model: nn.Module) -> nn.Module:
@@ -118,19 +103,6 @@ def _reduce_class(made: _TrainableClass) -> Any:
 
 
 copyreg.pickle(_TrainableClass, _reduce_class)
-
-
-def _configs(model: nn.Module) -> Iterator[PemnConfig]:
-    inner: Any = model
-    while not hasattr(inner, "peft_config") and isinstance(inner, nn.Module):
-        inner = getattr(inner, "module", None)  # DDP and the like
-    configs: dict[str, Any] = getattr(inner, "peft_config", {})
-    yield from (config for config in configs.values() if isinstance(config, PemnConfig))
-
-
-def _keep_scores(model: nn.Module, *, keep: bool) -> None:
-    for config in _configs(model):
-        config.keep_scores = keep
 
 
 def _active_masks(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
