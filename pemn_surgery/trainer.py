@@ -12,15 +12,18 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pemn_surgery import bits
+from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer
 
 
 class PemnCallback(TrainerCallback):
-    """Logs masks while they train.
+    """Logs masks while they train, and keeps scores in what is saved by hand meanwhile.
 
     Each log carries ``pemn_density``, the share of ones, and ``pemn_flips``, the number of mask
     bits that changed since the log before, of all adapters in use, wherever in the trained module
-    they are. Checkpoints hold scores, and the final save bits, with this callback or without.
+    they are. Checkpoints hold scores, and the final save bits, with this callback or without; with
+    it every other save holds scores, too, until training has ended, so that of a run that is
+    interrupted nothing is lost.
 
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[PemnCallback()]).train()
@@ -32,7 +35,8 @@ class PemnCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the first masks."""
+        """Remember the first masks; keep scores."""
+        _keep_scores(kwargs["model"], keep=True)
         self._before = _packed_masks(kwargs["model"])
 
     def on_log(
@@ -51,6 +55,12 @@ class PemnCallback(TrainerCallback):
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From now on saving writes masks only."""
+        _keep_scores(kwargs["model"], keep=False)
 
 
 def for_trainer(model: nn.Module) -> nn.Module:
@@ -103,6 +113,15 @@ def _reduce_class(made: _TrainableClass) -> Any:
 
 
 copyreg.pickle(_TrainableClass, _reduce_class)
+
+
+def _keep_scores(model: nn.Module, *, keep: bool) -> None:
+    """Say for every adapter of masks, in whichever part of the model, whether scores are saved."""
+    for module in model.modules():
+        configs: dict[str, Any] = module.__dict__.get("peft_config", {})
+        for config in configs.values():
+            if isinstance(config, PemnConfig):
+                config.keep_scores = keep
 
 
 def _active_masks(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -80,14 +80,14 @@ def test_a_resumed_run_equals_one_that_never_stopped(kind, changes, callback, tm
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@with_and_without
-def test_a_run_that_was_stopped_by_hand_saves_bits(callback, tmp_path):
+@pytest.mark.parametrize(("callback", "kept"), [(False, "bits"), (True, "scores")])
+def test_what_is_saved_by_hand_of_a_run_that_was_interrupted(callback, kept, tmp_path):
+    """With the callback nothing that was trained is lost."""
     trainer = train(makers(callback)("timm"), tmp_path, fail=True)
-    trainer.save_model(str(tmp_path / "final"))
-    count = len(models.mask_layers(trainer.model))
-    assert kinds(tmp_path / "final") == {"scores": 0, "bits": count, "fingerprint": 0}
     trainer.model.save_pretrained(str(tmp_path / "by_hand"))
-    assert kinds(tmp_path / "by_hand")["bits"] == count
+    assert kinds(tmp_path / "by_hand")[kept] == len(models.mask_layers(trainer.model))
+    again = PeftModel.from_pretrained(trainers.timm_model().unload(), str(tmp_path / "by_hand"))
+    models.assert_same_tensors(models.masks(again), models.masks(trainer.model))
 
 
 def test_evaluation_in_bfloat16_before_the_final_save(tmp_path):
@@ -210,7 +210,7 @@ def test_adapters_within_another_module_resume_exactly(adapter, callback, base, 
 
 
 def test_a_peft_model_within_another_module_writes_scores(base, tmp_path):
-    """Its checkpoint goes on in a PEFT model that is made anew."""
+    """Its checkpoint goes on in a PEFT model that is made anew, and its final save is bits."""
     _, data = trainers.KINDS["bert"]
     inner = get_peft_model(AutoModel.from_pretrained(base), PemnConfig(bank="own"))
     trainer = SentencesTrainer(
@@ -222,3 +222,6 @@ def test_a_peft_model_within_another_module_writes_scores(base, tmp_path):
     again = PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder, is_trainable=True)
     models.assert_same_tensors(again.state_dict(), inner.state_dict())
     assert sum(name.endswith(".scores") for name in again.state_dict()) > 5
+    trainer.save_model(str(tmp_path / "final"))
+    assert kinds(tmp_path / "final")["scores"] == 0
+    assert kinds(tmp_path / "final")["bits"] > 5
