@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from pemn_surgery import bits
 from pemn_surgery.adapter_mask import AdapterMask
-from pemn_surgery.adapters import fingerprint as fingerprints
+from pemn_surgery.adapters.base import fingerprint_of
 from pemn_surgery.adapters.checks import check_adapters_exist, check_name_is_free
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.fingerprint import Fingerprint
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.errors import AdapterError
@@ -58,7 +59,7 @@ def add_combination(
     shares = torch.tensor(weights, dtype=torch.float64)
     shares = shares / shares.sum()
     layers = _masked_layers(model, adapters)
-    fingerprint = _fingerprint(configs[adapters[0]], layers, adapters)
+    fingerprint = fingerprint_of(layers)  # adapters of other weights know other parts of the base
     for layer in layers:
         masks = _masks(layer, adapters)
         stored = bits.pack(combined_mask(masks, shares, combination))
@@ -164,7 +165,7 @@ def _put(
     layer: PemnLayer,
     adapters: Sequence[str],
     adapter_name: str,
-    fingerprint: fingerprints.Fingerprint,
+    fingerprint: Fingerprint,
     stored: Tensor,
 ) -> None:
     """Give a layer the new adapter's mask, which has no density or threshold of its own."""
@@ -173,22 +174,6 @@ def _put(
     layer.pemn_masks[adapter_name] = AdapterMask(
         like.target, like.shape, selector, fingerprint, scaled=like.scaled, stored=stored
     )
-
-
-def _fingerprint(
-    config: PemnConfig, layers: Sequence[PemnLayer], adapters: Sequence[str]
-) -> fingerprints.Fingerprint:
-    """Return what identifies the base under all of these weights.
-
-    Adapters that mask different weights, which only the models' own weights allow, know different
-    parts of it.
-    """
-    if all(name in layer.pemn_masks for layer in layers for name in adapters):
-        return layers[0].mask_of(adapters[0]).fingerprint
-    ordered = sorted(layers, key=lambda layer: layer.target)
-    targets = [(layer.target, tuple(layer.shape)) for layer in ordered]
-    values = [layer.fill() for layer in ordered]
-    return fingerprints.make_fingerprint(config.bank_spec, None, targets, lambda: values)
 
 
 def _add_tensors(

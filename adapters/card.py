@@ -32,6 +32,7 @@ from transformers.utils.hub import PushToHubMixin
 from pemn_surgery.adapters.atomic import CARD, replace_file
 from pemn_surgery.adapters.card_base import base_code
 from pemn_surgery.adapters.card_text import base_named_by, describe, without_form
+from pemn_surgery.adapters.checkpoints import are_scores_kept
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.errors import AdapterFileError
@@ -144,7 +145,7 @@ def _names(model: Any) -> list[str]:
     return [
         name
         for name, config in configs.items()
-        if isinstance(config, PemnConfig) and not config.keep_scores
+        if isinstance(config, PemnConfig) and not are_scores_kept(config)
     ]
 
 

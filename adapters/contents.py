@@ -17,6 +17,7 @@ from pemn_surgery.masked import masked_child_name
 KEY_PREFIX = "base_model.model."
 MASKS = "pemn_masks"
 TENSORS = "pemn_tensors"
+FINGERPRINT = "fingerprint"  # beside scores; bits have it in their header
 
 # A part of a model may be called like one of these: a key is known by its last three parts.
 _MASK_KEY = re.compile(rf"(^|\.){masked_child_name('')}[^.]+\.{MASKS}\.[^.]+$")
@@ -91,8 +92,13 @@ def mask_key(name: str, kind: str) -> str:
 
 
 def is_mask_key(key: str) -> bool:
-    """Tell whether a file's key is a mask's: its bits, scores or scales."""
+    """Tell whether a file's key is a mask's: its bits, scores, scales or fingerprint."""
     return _MASK_KEY.search(key) is not None
+
+
+def is_fingerprint_key(key: str) -> bool:
+    """Tell whether a file's key is that of the base beside a mask's scores."""
+    return is_mask_key(key) and key.endswith(f".{FINGERPRINT}")
 
 
 def parameter_name(key: str) -> str:
@@ -135,12 +141,12 @@ def check_room(file: AdapterFile) -> None:
 
 
 def is_mask(key: str) -> bool:
-    """Tell whether a key is a stored mask's: neither scores nor scales.
+    """Tell whether a key is a stored mask's: no scores, nor what lies beside a mask.
 
     Args:
         key: A tensor's key.
     """
-    return is_mask_key(key) and not key.endswith((".row_scale", ".scores"))
+    return is_mask_key(key) and not key.endswith((".row_scale", ".scores", f".{FINGERPRINT}"))
 
 
 def sort_out(
@@ -166,6 +172,8 @@ def sort_out(
             others[key] = (tuple(tensor.shape), tensor.dtype)
         elif key.endswith(".row_scale"):
             scales[name] = tensor.numel()
+        elif is_fingerprint_key(key):
+            continue
         elif name in masks:
             _refuse_second(path, name)
         else:

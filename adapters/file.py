@@ -22,11 +22,13 @@ from torch import Tensor
 
 from pemn_surgery import bits, codec
 from pemn_surgery.adapters.contents import (
+    FINGERPRINT,
     KEY_PREFIX,
     MASKS,
     TENSORS,
     AdapterFile,
     check_room,
+    is_fingerprint_key,
     is_mask,
     is_mask_key,
     mask_key,
@@ -38,6 +40,7 @@ from pemn_surgery.adapters.seal import SEAL, check_seal, digest_of, sealed_confi
 
 __all__ = [
     "CONFIG",
+    "FINGERPRINT",
     "KEY_PREFIX",
     "MASKS",
     "TENSORS",
@@ -47,7 +50,9 @@ __all__ = [
     "decode_held",
     "held_tensors",
     "holds_masks",
+    "is_fingerprint_key",
     "is_mask_key",
+    "is_reading",
     "mask_key",
     "one_reading",
     "parameter_name",
@@ -93,6 +98,11 @@ def one_reading() -> Iterator[None]:
         yield
     finally:
         _held.reset(token)
+
+
+def is_reading() -> bool:
+    """Tell whether a loading method is at work that has checked a file's configuration."""
+    return _held.get() is not None
 
 
 def read_adapter(path: Path) -> Contents:

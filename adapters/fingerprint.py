@@ -37,6 +37,8 @@ def make_fingerprint(
     layout: Layout | None,
     targets: Sequence[tuple[str, Shape]],
     values: Callable[[], Iterable[Tensor]],
+    *,
+    as_drawn: bool = True,
 ) -> Fingerprint:
     """Return the fingerprint of a base.
 
@@ -46,6 +48,7 @@ def make_fingerprint(
         targets: Name and shape of every masked weight.
         values: Gives the frozen numbers themselves, one weight at a time; called only where no
             seed makes them.
+        as_drawn: Whether numbers that a seed made are as it made them.
 
     Returns:
         16 hexadecimal digits by dtype; empty if values are on the meta device.
@@ -55,7 +58,7 @@ def make_fingerprint(
         "targets": [[name, list(shape)] for name, shape in sorted(targets)],
     }
     start = json.dumps(recipe, sort_keys=True).encode()
-    if spec.generated:
+    if spec.generated and as_drawn:
         return _digests(start, ())
     key = _sums(start, values())
     if key is None:
@@ -122,6 +125,17 @@ def check_fingerprint(expected: Mapping[str, str], actual: Mapping[str, str], ba
             PemnWarning,
             stacklevel=2,
         )
+
+
+def agree(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
+    """Tell whether two fingerprints are known in one type at least, and equal in all such types.
+
+    Args:
+        first: A fingerprint, whole or shortened.
+        second: Another one.
+    """
+    common = first.keys() & second.keys()
+    return bool(common) and all(first[name] == second[name] for name in common)
 
 
 def _shown(fingerprint: Mapping[str, str], name: str) -> str:

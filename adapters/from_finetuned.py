@@ -32,7 +32,7 @@ from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.api import make_config, pemnify
 from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, mask_key
+from pemn_surgery.adapters.file import FINGERPRINT, KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.finetuned_errors import tensors_differ
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default_head
@@ -288,11 +288,12 @@ def _mask_entries(
         yield mask_key(layer.target, "row_scale"), scale
     else:
         chosen = nearest_mask(base, wanted)
+    base = fingerprints.short_form(mask.fingerprint)
     if mask.scores is not None:
         yield mask_key(layer.target, "scores"), scores_from_mask(chosen, mask, config)
+        yield mask_key(layer.target, FINGERPRINT), torch.tensor(list(base), dtype=torch.uint8)
     else:
-        stored = bits.pack(chosen, fingerprints.short_form(mask.fingerprint))
-        yield mask_key(layer.target, "bits"), stored
+        yield mask_key(layer.target, "bits"), bits.pack(chosen, base)
 
 
 def _refuse(problem: str) -> NoReturn:

@@ -17,22 +17,29 @@ from typing import Any, NoReturn, cast
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import save_and_load
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
+from pemn_surgery.adapters.base import fingerprint_now, masked_layers
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.config_file import read_json
 from pemn_surgery.adapters.disk import is_there
 from pemn_surgery.adapters.file import (
     CONFIG,
     WEIGHTS,
+    AdapterFile,
     held_tensors,
     holds_masks,
+    is_fingerprint_key,
     one_reading,
     read_decoded,
 )
+from pemn_surgery.adapters.fingerprint import check_fingerprint
+from pemn_surgery.adapters.manage import to_trainable
 from pemn_surgery.adapters.registry import PEMN
+from pemn_surgery.adapters.state import warn_of_bits
 from pemn_surgery.adapters.versions import check_versions
 from pemn_surgery.adapters.whole import tensors_of
 from pemn_surgery.errors import AdapterError, AdapterFileError
@@ -136,6 +143,7 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
                 _check_method(folder / CONFIG)
             elif isinstance(held, PemnConfig):
                 _check_agrees(given["adapter_name"], held, checked)
+                _check_base(self, given["adapter_name"], checked)
             with undone_on_error(self, values=tensors_of(self, given["adapter_name"])):
                 return load(self, *args, **kwargs)
 
@@ -163,11 +171,38 @@ def _with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
             options = {**given, **given.get("kwargs", {})}
             options = {key: options[key] for key in options if key not in {"self", "kwargs"}}
             options |= {"peft_model_id": str(folder), "peft_config": checked}
-            tensors = dict(read_decoded(folder / WEIGHTS).tensors)
+            tensors = read_decoded(folder / WEIGHTS).tensors
+            options["adapter_state_dict"] = {
+                key: value for key, value in tensors.items() if not is_fingerprint_key(key)
+            }
             with undone_on_error(self):
-                return load(self, **{**options, "adapter_state_dict": tensors})
+                return _load_as_stored(load, self, options, checked)
 
     return load_adapter
+
+
+def _load_as_stored(
+    load: Callable[..., Any], model: nn.Module, options: Mapping[str, Any], config: PemnConfig
+) -> Any:
+    """Load into places of the kind that a file holds, scores or bits; transformers converts none.
+
+    Bits that are to be trained become scores afterwards; what else trains is left alone.
+    """
+    file = cast("AdapterFile", config.file)
+    config.keep_scores = len(file.stored) < len(file.masks)
+    if not options.get("is_trainable") or config.keep_scores or config.form != "product":
+        return load(model, **options)
+    name = options.get("adapter_name") or "default"
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    training = model.training
+    found = load(model, **{**options, "is_trainable": False})
+    warn_of_bits(len(file.stored))
+    to_trainable(model, name)
+    model.train(training)
+    for parameter, is_trained in trained:
+        parameter.requires_grad_(is_trained)
+    return found
 
 
 def _is_ours(folder: Path) -> bool:
@@ -210,6 +245,14 @@ def _check_agrees(name: str, held: PemnConfig, given: PemnConfig) -> None:
             "changed."
         )
         raise AdapterError(message)
+
+
+def _check_base(model: nn.Module, name: str, given: PemnConfig) -> None:
+    """Refuse an adapter of another base; of other sizes it is refused when it is put in place."""
+    layers = masked_layers(model, name).values()
+    sizes = {layer.target: torch.Size(layer.shape).numel() for layer in layers}
+    if given.trained_on and given.file is not None and given.file.masks == sizes:
+        check_fingerprint(given.trained_on, fingerprint_now(model, name), "the given model")
 
 
 def _refuse_without_weights(folder: Path) -> NoReturn:

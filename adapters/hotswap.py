@@ -17,6 +17,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from pemn_surgery.adapters import fingerprint as fingerprints
+from pemn_surgery.adapters.base import fingerprint_now
 from pemn_surgery.adapters.checks import check_not_merged
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import MASKS, TENSORS, one_reading
@@ -61,7 +62,7 @@ def swap_masks(
     given = {_without_name(key, adapter_name): value for key, value in state_dict.items()}
     held = get_peft_model_state_dict(inner, adapter_name=adapter_name, save_embedding_layers=False)
     check_swap_fits(given, held)
-    base = _fingerprint(inner, adapter_name)
+    base = fingerprint_now(inner, adapter_name)
     fingerprints.check_fingerprint(config.trained_on or {}, base, "the given model")
     set_peft_model_state_dict(inner, given, adapter_name=adapter_name)
 
@@ -146,9 +147,3 @@ def _without_name(key: str, adapter_name: str) -> str:
     for part in (MASKS, TENSORS):
         key = key.replace(f".{part}.{adapter_name}.", f".{part}.")
     return key
-
-
-def _fingerprint(model: nn.Module, adapter_name: str) -> fingerprints.Fingerprint:
-    layers = (module for module in model.modules() if isinstance(module, PemnLayer))
-    masked = (layer.mask_of(adapter_name) for layer in layers if adapter_name in layer.pemn_masks)
-    return next((mask.fingerprint for mask in masked), {})

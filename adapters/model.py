@@ -63,6 +63,7 @@ class PemnModel(BaseTuner):
         if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of them
             check_loader_decodes(peft_config)
         given = [peft_config] if isinstance(peft_config, PemnConfig) else peft_config.values()
+        self._added: set[str] = set()  # adapters that were injected and never given their type
         with undone_on_error(model, *given):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -212,6 +213,7 @@ class PemnModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.target_parameters = asked
             graph_surgery.rewrite_graphs(model)
+            self._added.add(adapter_name)
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -225,12 +227,19 @@ class PemnModel(BaseTuner):
         return [name for name in names if any(name.endswith(item) for item in wanted)]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Keep what trains in float32, or in its layer's dtype if autocast was turned off."""
+        """Keep what trains in float32, or in its layer's dtype if autocast was turned off.
+
+        PEFT asks when an adapter is added, and again when it is loaded. What was loaded keeps the
+        type that it was trained in.
+        """
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if adapter_name not in self._added:
+            return
+        self._added.discard(adapter_name)
         if not autocast_adapter_dtype:
             for module in self.model.modules():
                 if isinstance(module, PemnLayer) and adapter_name in module.pemn_masks:
-                    module.mask_of(adapter_name).to(module.dtype)
+                    module.mask_of(adapter_name).set_type(module.dtype)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module | None, child: nn.Module
@@ -300,7 +309,7 @@ class PemnModel(BaseTuner):
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return pack_for_file(entries, model, config, adapter_name)
+        return pack_for_file(entries, model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pemn_surgery import bank as banks
 from pemn_surgery import materialise, surgery
 from pemn_surgery.adapters import fingerprint as fingerprints
+from pemn_surgery.adapters.base import offloaded
 from pemn_surgery.adapters.checks import (
     check_in_place,
     check_same_bank,
@@ -185,11 +186,12 @@ class Operation:
         path, _, parameter = name.rpartition(".")
         module = self.modules[path]
         held = find_masked(module, parameter)
-        if held is not None:
-            return held.fill()
-        backend = self._backend(module, parameter)
-        weight = self._weight(name)
-        return weight if backend is None else dequantised(backend, module, weight)
+        backend = None if held is not None else self._backend(module, parameter)
+        if backend is not None:
+            return dequantised(backend, module, self._weight(name))
+        weight = self._weight(name) if held is None else held.fill()
+        moved = offloaded(module, parameter) if weight.is_meta else None
+        return weight if moved is None else moved
 
     def _backend(self, module: nn.Module, parameter: str) -> QuantizationBackend | None:
         return resolve_backend(module, self.requantiser) if parameter == "weight" else None

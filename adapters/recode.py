@@ -13,6 +13,7 @@ from pemn_surgery.adapters.card import complete_card
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import (
     AdapterFile,
+    is_fingerprint_key,
     is_mask_key,
     one_reading,
     parameter_name,
@@ -57,6 +58,7 @@ def recode(folder: str | Path, coding: RecodingName, out: str | Path | None = No
         tensors = {
             _new_key(key): _recoded(key, value, coding, config)
             for key, value in read_decoded(file.path).tensors.items()
+            if not is_fingerprint_key(key)  # bits have it in their header
         }
     config.coding = coding
     write_adapter(place, tensors, config)

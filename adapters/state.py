@@ -1,7 +1,7 @@
 """Masks between a model and a file: scores packed to bits, bits checked and put in place."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,23 @@ from torch import Tensor, nn
 from pemn_surgery import bits, codec
 from pemn_surgery.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.adapters import fingerprint as fingerprints
+from pemn_surgery.adapters.base import (
+    fingerprint_now,
+    gathered,
+    masked_layers,
+    warn_of_trained_draws,
+)
+from pemn_surgery.adapters.checkpoints import are_scores_kept
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import KEY_PREFIX, MASKS, is_mask_key, mask_key
+from pemn_surgery.adapters.file import (
+    FINGERPRINT,
+    KEY_PREFIX,
+    MASKS,
+    is_fingerprint_key,
+    is_mask_key,
+    is_reading,
+    mask_key,
+)
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.bits import StoredMask
 from pemn_surgery.buckets import BaseGuide, Guide
@@ -19,43 +34,52 @@ from pemn_surgery.selector import check_finite
 
 StateDict = dict[str, Tensor]
 
+_BYTE = torch.uint8
 _LOOK_AT_BASE = 5  # bits of a frozen number's size that guess a mask (docs/coding.md)
 
 
 def pack_for_file(
-    entries: Mapping[str, Tensor], model: nn.Module, config: PemnConfig, adapter_name: str
+    entries: Mapping[str, Tensor],
+    model: nn.Module,
+    config: PemnConfig,
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
 ) -> StateDict:
     """Return an adapter's entries as they are saved: scores as bits, unless they are kept.
 
     The values come from the given entries, not from the modules: FSDP and ZeRO pass gathered
-    tensors, while the modules hold shards.
+    tensors, while the modules hold shards. The base is named as it is now.
 
     Args:
         entries: The adapter's part of the model's state dict.
         model: The model.
         config: The adapter's configuration.
         adapter_name: The adapter.
+        state_dict: The model's state dict.
 
     Raises:
         NonFiniteScoresError: If scores contain NaN or infinity.
     """
     layers = _layers_by_key(model, adapter_name)
     masks = {place: layer.mask_of(adapter_name) for place, layer in layers.items()}
-    config.fingerprint = next((mask.fingerprint for mask in masks.values()), None)
+    base = _name_base(config, model, adapter_name, state_dict)
     config.digest = None  # that of an earlier file, if the adapter was loaded
     if config.modules_to_save is not None:  # PEFT adds a task's heads again at each load
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
-    base = fingerprints.short_form(config.fingerprint or {})
     saved: StateDict = {}
     for key, value in entries.items():
         place, _, kind = key.rpartition(".")
         mask = masks.get(place)
-        whole = _gathered(value)
-        if mask is not None and kind == "scores" and not config.keep_scores:
+        whole = gathered(value)
+        if mask is None or kind == "row_scale":
+            saved[key] = whole
+        elif kind == "bits":
+            saved[key] = _on_base(whole, base)
+        elif are_scores_kept(config):
+            saved |= {key: whole, f"{place}.{FINGERPRINT}": torch.tensor(list(base), dtype=_BYTE)}
+        else:
             check_finite(whole, mask.target)
             saved[f"{place}.bits"] = bits.pack(mask.selector.mask(whole), base)
-        else:
-            saved[key] = whole
     return _coded(saved, layers, config) if config.coding != "bits" else saved
 
 
@@ -85,8 +109,11 @@ def prepare_for_model(
         for kind in _kinds(mask)
     }
     given = {_with_prefix(key): value for key, value in state_dict.items()}
+    named = {key: given.pop(key) for key in [*given] if is_fingerprint_key(key)}
     _check_fit(masks, given)
-    headers = _check_masks(masks, given)
+    actual = fingerprint_now(model, adapter_name)
+    headers = _check_masks(masks, given, actual)
+    _check_scores(masks, given, named, actual)
     loaded: StateDict = {}
     lossy = 0
     for key, value in given.items():
@@ -94,6 +121,7 @@ def prepare_for_model(
             loaded[key] = value
             continue
         mask, kind = masks[key]
+        _make_wide_enough(mask, value)
         if kind == "bits" and headers[key].coding != "bits":
             value = codec.decode(value, key, layers[mask.target].base_sizes)
         if kind == "row_scale":
@@ -101,15 +129,24 @@ def prepare_for_model(
             continue
         held = "scores" if mask.scores is not None else "bits"
         lossy += held == "scores" and kind == "bits"
-        loaded[mask_key(mask.target, held)] = _converted(value, kind, held, mask, config)
+        loaded[mask_key(mask.target, held)] = _converted(value, kind, held, mask, config, actual)
     if lossy:
-        warnings.warn(
-            f"The file holds bits, not scores, for {lossy} masks: training starts from scores made "
-            "from the bits, so earlier magnitudes are lost.",
-            PemnWarning,
-            stacklevel=3,
-        )
+        warn_of_bits(lossy)
     return loaded
+
+
+def warn_of_bits(count: int) -> None:
+    """Say that training cannot go on exactly from masks that are bits.
+
+    Args:
+        count: How many masks.
+    """
+    warnings.warn(
+        f"The file holds bits, not scores, for {count} masks: training starts from scores made "
+        "from the bits, so earlier magnitudes are lost.",
+        PemnWarning,
+        stacklevel=3,
+    )
 
 
 def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> Tensor:
@@ -160,18 +197,27 @@ def _kinds(mask: AdapterMask) -> tuple[str, str]:
 
 def _layers_by_key(model: nn.Module, adapter_name: str) -> dict[str, PemnLayer]:
     """Return the layers with an adapter's mask, by its place in the model's state dict."""
-    found: dict[str, PemnLayer] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, PemnLayer) and adapter_name in module.pemn_masks:
-            clean = name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
-            found[f"{clean}.{MASKS}.{adapter_name}"] = module
-    return found
+    layers = masked_layers(model, adapter_name)
+    return {f"{path}.{MASKS}.{adapter_name}": layer for path, layer in layers.items()}
 
 
-def _gathered(value: Tensor) -> Tensor:
-    """Return the whole of a sharded tensor (DTensor), any other tensor as it is."""
-    gather: Callable[[], Tensor] | None = getattr(value, "full_tensor", None)
-    return gather() if gather is not None else value
+def _name_base(
+    config: PemnConfig, model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> bytes:
+    """Write the base into the configuration, and return what masks carry of it."""
+    warn_of_trained_draws(model, adapter_name)
+    config.fingerprint = fingerprint_now(model, adapter_name, state_dict)
+    return fingerprints.short_form(config.fingerprint)
+
+
+def _on_base(stored: Tensor, base: bytes) -> Tensor:
+    """Return a mask that was loaded as one of the base that it lies on, if that has changed."""
+    if not bits.is_loaded(stored):
+        return stored
+    known = fingerprints.from_short_form(bits.inspect(stored, "the mask").base)
+    now = fingerprints.from_short_form(base)
+    stays = not now or fingerprints.agree(known, now)
+    return stored if stays else bits.with_base(stored, base)
 
 
 def _with_prefix(key: str) -> str:
@@ -200,7 +246,9 @@ def _check_fit(
 
 
 def _check_masks(
-    masks: Mapping[str, tuple[AdapterMask, str]], given: Mapping[str, Tensor]
+    masks: Mapping[str, tuple[AdapterMask, str]],
+    given: Mapping[str, Tensor],
+    actual: fingerprints.Fingerprint,
 ) -> dict[str, StoredMask]:
     """Refuse masks that are damaged, of other sizes or of another base; return their headers."""
     placed = {key: masks[key] for key in given if key in masks}
@@ -208,9 +256,33 @@ def _check_masks(
     for key, (mask, kind) in placed.items():
         count = headers[key].weights if key in headers else given[key].numel()
         _check_size(key, kind, count, mask)
-    for key, header in headers.items():
-        _check_base(header, placed[key][0])
+    for header in headers.values():
+        _check_base(header.base, actual)
     return headers
+
+
+def _check_scores(
+    masks: Mapping[str, tuple[AdapterMask, str]],
+    given: Mapping[str, Tensor],
+    named: Mapping[str, Tensor],
+    actual: fingerprints.Fingerprint,
+) -> None:
+    """Refuse scores of another base, which is named beside each."""
+    for key, value in named.items():
+        if value.dtype != _BYTE or value.numel() != len(bits.UNKNOWN_BASE):
+            shown = f"{value.dtype} of shape {tuple(value.shape)}"
+            bits.refuse(key, f"is {shown}; a base's fingerprint is {len(bits.UNKNOWN_BASE)} bytes")
+        _check_base(bytes(value.tolist()), actual)
+    scores = [key for key in given if key in masks and masks[key][1] == "scores"]
+    unnamed = [k for k in scores if f"{k.removesuffix('scores')}{FINGERPRINT}" not in named]
+    if unnamed and not is_reading():  # a file's configuration names the base, too
+        warnings.warn(
+            f"{len(unnamed)} masks' scores do not say on which base they were trained (first: "
+            f"{unnamed[0]}), so it could not be checked; get_peft_model_state_dict gives it with "
+            "them.",
+            PemnWarning,
+            stacklevel=4,
+        )
 
 
 def _check_size(key: str, kind: str, count: int, mask: AdapterMask) -> None:
@@ -236,19 +308,34 @@ def _check_scales(key: str, count: int, mask: SignDelta) -> None:
         raise ArchitectureError(message)
 
 
-def _check_base(header: StoredMask, mask: AdapterMask) -> None:
-    expected = fingerprints.from_short_form(header.base)
-    actual = fingerprints.shorten(mask.fingerprint)
+def _check_base(base: bytes, actual: fingerprints.Fingerprint) -> None:
+    expected = fingerprints.from_short_form(base)
     if expected and actual:
-        fingerprints.check_fingerprint(expected, actual, "the given model")
+        given = "the given model"
+        fingerprints.check_fingerprint(expected, fingerprints.shorten(actual), given)
+
+
+def _make_wide_enough(mask: AdapterMask, value: Tensor) -> None:
+    """Let a place hold scores or scales as they are: rounded ones would be another mask."""
+    held = next(mask.parameters(), None)
+    if held is None or not value.is_floating_point():
+        return
+    wide = torch.promote_types(held.dtype, value.dtype)
+    if wide != held.dtype:
+        mask.set_type(wide)
 
 
 def _converted(
-    value: Tensor, kind: str, held: str, mask: AdapterMask, config: PemnConfig
+    value: Tensor,
+    kind: str,
+    held: str,
+    mask: AdapterMask,
+    config: PemnConfig,
+    actual: fingerprints.Fingerprint,
 ) -> Tensor:
     if kind == held:
         return value
     if held == "bits":
         check_finite(value, mask.target)
-        return bits.pack(mask.selector.mask(value), fingerprints.short_form(mask.fingerprint))
+        return bits.pack(mask.selector.mask(value), fingerprints.short_form(actual))
     return scores_from_mask(bits.unpack(value, mask.shape), mask, config)

@@ -1,8 +1,9 @@
 """One adapter's mask of one weight: scores while it trains, bits otherwise; or signs and scales."""
 
-from collections.abc import Mapping
-from typing import ClassVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from pemn_surgery import bits
@@ -122,6 +123,19 @@ class AdapterMask(nn.Module):
             raise MaskNotLoadedError(message)
         bits.verify(stored, self.target)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "AdapterMask":
+        """Move and widen as ever, but round nothing: it would choose another mask than trained."""
+        return super()._apply(_without_rounding(fn), recurse)
+
+    def set_type(self, dtype: torch.dtype) -> None:
+        """Give scores or scales another type, which casts of the model do not.
+
+        Args:
+            dtype: The type.
+        """
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+
     def extra_repr(self) -> str:
         """Show the selector and what is held."""
         held = "scores" if self.scores is not None else "bits"
@@ -177,3 +191,14 @@ class SignDelta(AdapterMask):
     def extra_repr(self) -> str:
         """Show what is held."""
         return f"sign_delta, {self.rows.count} scales, shape={tuple(self.shape)}"
+
+
+def _without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a cast's function, but that what it would round is only moved."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        found = fn(tensor)
+        holds_all = torch.promote_types(tensor.dtype, found.dtype) == found.dtype
+        return found if holds_all else tensor.to(found.device)
+
+    return moved

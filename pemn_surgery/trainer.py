@@ -18,13 +18,14 @@ from pemn_surgery.gradients import GradientWatch
 
 
 class PemnCallback(TrainerCallback):
-    """Logs masks while they train, keeps checkpoints resumable and the final save small.
+    """Logs masks while they train, and keeps scores in what is saved by hand meanwhile.
 
-    While a ``Trainer`` with this callback trains, its checkpoints hold float scores, so a resumed
-    run equals an uninterrupted one bit for bit; when training ends, saving writes masks as bits
-    again. Each log carries ``pemn_density``, the share of ones, and ``pemn_flips``, the number of
-    mask bits that changed since the log before. Masks that get no gradient in the first ten steps
-    are named (`NoGradientWarning`).
+    Each log carries ``pemn_density``, the share of ones, and ``pemn_flips``, the number of mask
+    bits that changed since the log before, of all adapters in use, wherever in the trained module
+    they are. Checkpoints hold scores, and the final save bits, with this callback or without; with
+    it every other save holds scores, too, until training has ended, so that of a run that is
+    interrupted nothing is lost. Masks that get no gradient in the first ten steps are named
+    (`NoGradientWarning`).
 
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[PemnCallback()]).train()
@@ -34,16 +35,10 @@ class PemnCallback(TrainerCallback):
         self._before: dict[str, Tensor] = {}
         self._watch = GradientWatch()
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Keep scores from the start: a resume reads the checkpoint before training begins."""
-        _keep_scores(kwargs["model"], keep=True)
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the first masks."""
+        """Remember the first masks; keep scores."""
         _keep_scores(kwargs["model"], keep=True)
         self._before = _packed_masks(kwargs["model"])
         self._watch = GradientWatch()
@@ -131,17 +126,13 @@ def _reduce_class(made: _TrainableClass) -> Any:
 copyreg.pickle(_TrainableClass, _reduce_class)
 
 
-def _configs(model: nn.Module) -> Iterator[PemnConfig]:
-    inner: Any = model
-    while not hasattr(inner, "peft_config") and isinstance(inner, nn.Module):
-        inner = getattr(inner, "module", None)  # DDP and the like
-    configs: dict[str, Any] = getattr(inner, "peft_config", {})
-    yield from (config for config in configs.values() if isinstance(config, PemnConfig))
-
-
 def _keep_scores(model: nn.Module, *, keep: bool) -> None:
-    for config in _configs(model):
-        config.keep_scores = keep
+    """Say for every adapter of masks, in whichever part of the model, whether scores are saved."""
+    for module in model.modules():
+        configs: dict[str, Any] = module.__dict__.get("peft_config", {})
+        for config in configs.values():
+            if isinstance(config, PemnConfig):
+                config.keep_scores = keep
 
 
 def _active_masks(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from tests.adapters import models
 KNOWS = """
 import peft
 assert "PEMN" in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
-assert not any(type(finder).__module__ == "pemn_surgery.late" for finder in sys.meta_path)
+assert not any(getattr(finder, "awaited", None) == "peft" for finder in sys.meta_path)
 print("known")
 """
 
@@ -83,3 +83,48 @@ ours = [str(one.message) for one in caught if "masks" in str(one.message)]
 print(peft.value, len(ours), "import pemn_surgery.adapters shows where" in ours[0])
 """
     assert models.run_python(code, tmp_path).splitlines() == ["half", "7 1 True"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import pemn_surgery\nfrom transformers import Trainer",
+        "from transformers import Trainer\nimport pemn_surgery",
+        "import pemn_surgery.adapters\nfrom transformers import Trainer",
+        "import peft, pemn_surgery\nfrom transformers.trainer import Trainer",
+    ],
+)
+def test_the_trainers_checkpoints_hold_scores_in_any_order(first):
+    code = f"""
+import sys
+{first}
+from pemn_surgery import PemnConfig
+from pemn_surgery.adapters.checkpoints import are_scores_kept
+assert not any(getattr(finder, "awaited", None) for finder in sys.meta_path)
+trainer = object.__new__(Trainer)
+trainer.state = None  # asked for first, so that nothing is written
+seen = []
+class State:
+    def __getattr__(self, name):
+        seen.append(are_scores_kept(PemnConfig()))
+        raise KeyError(name)
+trainer.state = State()
+try:
+    trainer._save_checkpoint(None, None)
+except KeyError:
+    print(seen, are_scores_kept(PemnConfig()))
+"""
+    assert models.run_python(code) == "[True] False\n"
+
+
+def test_a_trainer_that_writes_otherwise_is_imported_with_a_warning():
+    code = """
+import sys, types, warnings
+sys.modules["transformers.trainer"] = types.SimpleNamespace(Trainer=type("Trainer", (), {}))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import pemn_surgery
+print([str(w.message)[:60] for w in caught if "Trainer" in str(w.message)])
+"""
+    said = "pemn_surgery could not let the checkpoints of this transform"
+    assert models.run_python(code) == f"[{said!r}]\n"

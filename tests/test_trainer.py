@@ -192,14 +192,6 @@ def test_evaluation_and_prediction(tmp_path):
     )
 
 
-def test_without_the_callback_checkpoints_hold_bits(tmp_path):
-    model = timm_model()
-    plain = Trainer(model=model, args=arguments(tmp_path, max_steps=2), train_dataset=pictures())
-    plain.train()
-    held = load_file(tmp_path / "checkpoint-2" / models.WEIGHTS_FILE)
-    assert any(key.endswith(".bits") for key in held)
-
-
 def test_plain_loop_equals_the_equations():
     """One SGD step on one Linear: dL/dS = dL/dW * W * sign(S), done by hand."""
     base = torch.nn.Sequential(torch.nn.Linear(6, 5))

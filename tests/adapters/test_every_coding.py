@@ -61,7 +61,9 @@ def test_checkpoints_keep_scores(coding, tmp_path):
     model = pemnify(net(), coding=coding, **OPTIONS[coding])
     model.peft_config["default"].keep_scores = True
     model.save_pretrained(str(tmp_path))
-    assert all(key.endswith(".scores") for key in stored_masks(tmp_path))
+    kinds = [key.rpartition(".")[2] for key in stored_masks(tmp_path)]
+    assert set(kinds) == {"scores", "fingerprint"}
+    assert kinds.count("scores") == kinds.count("fingerprint")
 
 
 @every_coding

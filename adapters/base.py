@@ -1,0 +1,179 @@
+"""The base under an adapter's masks, as it is now: what a save names and every way in asks for.
+
+A base changes after masks were put on it: pretrained weights are loaded late, it is trained with
+the scores, a convolution is edited. Version counters do not see all of that (``.data``), so its
+fingerprint is taken anew each time, of values that are brought in for that where they are
+offloaded, dequantised where they are quantised, and gathered where a save was given them so.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pemn_surgery import bank as banks
+from pemn_surgery.adapters.fingerprint import Fingerprint, agree, make_fingerprint
+from pemn_surgery.adapters.layer import PemnLayer, weight_stream
+from pemn_surgery.errors import PemnWarning
+
+_WRAPPED = ("_fsdp_wrapped_module.", "_orig_mod.")
+
+
+def fingerprint_now(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> Fingerprint:
+    """Return what identifies the base under an adapter's masks.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+        state_dict: The model's, where a save was given one: its values are whole while the modules
+            hold parts (FSDP, ZeRO).
+
+    Returns:
+        Digits by dtype. A cast leaves fewer types to compare in, so what was known before is added
+        where it agrees; it is all there is where nobody has the values (ZeRO-3).
+    """
+    layers = masked_layers(model, adapter_name)
+    if not layers:
+        return {}
+    held = _held(layers, state_dict or {})
+    known = next(iter(layers.values())).mask_of(adapter_name).fingerprint
+    now = fingerprint_of(list(layers.values()), held)
+    return {**known, **now} if not now or agree(known, now) else now
+
+
+def fingerprint_of(
+    layers: Sequence[PemnLayer], held: Mapping[str, Tensor] | None = None
+) -> Fingerprint:
+    """Return what identifies the frozen numbers under some weights of one model.
+
+    Args:
+        layers: What masks the weights.
+        held: Whole weights by name, in place of the layers' own.
+
+    Returns:
+        Digits by dtype; empty where values are not at hand.
+    """
+    by_name = {layer.target: layer for layer in layers}
+    first = layers[0]
+    bank, given = first.bank, held or {}
+
+    def values() -> Iterable[Tensor]:
+        if bank is not None:
+            return bank.prototypes(lambda name: by_name[name].dtype)
+        return (_frozen(by_name[name], given.get(name)) for name in sorted(by_name))
+
+    return make_fingerprint(
+        first.spec,
+        bank.layout if bank is not None else None,
+        [(name, tuple(layer.shape)) for name, layer in by_name.items()],
+        values,
+        as_drawn=not any(_is_no_longer_drawn(layer, given) for layer in layers),
+    )
+
+
+def warn_of_trained_draws(model: nn.Module, adapter_name: str) -> None:
+    """Say that no seed gives the base back where a seed's numbers have changed.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter that is saved.
+    """
+    layers = masked_layers(model, adapter_name).values()
+    changed = [layer.target for layer in layers if _is_no_longer_drawn(layer, {})]
+    if changed:
+        spec = next(iter(layers)).spec
+        warnings.warn(
+            f"{len(changed)} of {len(layers)} weights under the masks of {adapter_name!r} (first: "
+            f"{changed[0]!r}) are no longer those that seed {spec.seed} draws: they were trained "
+            "or edited, and seed and file do not bring them back. The adapter was saved, and "
+            "loading it will be refused; keep model.state_dict() beside it, or merge "
+            "(model.merge_and_unload()).",
+            PemnWarning,
+            stacklevel=2,
+        )
+
+
+def masked_layers(model: nn.Module, adapter_name: str) -> dict[str, PemnLayer]:
+    """Return what masks weights for an adapter, by its path as state dicts have it.
+
+    Args:
+        model: The model.
+        adapter_name: The adapter.
+    """
+    found: dict[str, PemnLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PemnLayer) and adapter_name in module.pemn_masks:
+            for wrapper in _WRAPPED:
+                name = name.replace(wrapper, "")
+            found[name] = module
+    return found
+
+
+def offloaded(module: nn.Module, parameter: str) -> Tensor | None:
+    """Return a parameter that accelerate has moved out, from where it lies; None if it has not.
+
+    Args:
+        module: The module, which holds a meta tensor in its place.
+        parameter: The parameter's name.
+    """
+    hook: Any = module.__dict__.get("_hf_hook")
+    if not getattr(hook, "offload", False) or parameter not in hook.weights_map:
+        return None
+    return hook.weights_map[parameter]
+
+
+def gathered(value: Tensor) -> Tensor:
+    """Return the whole of a sharded tensor (DTensor), any other tensor as it is.
+
+    Args:
+        value: A tensor; of a sharded one every process asks for it.
+    """
+    gather: Any = getattr(value, "full_tensor", None)
+    return gather() if gather is not None else value
+
+
+def _held(layers: Mapping[str, PemnLayer], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the layers' own weights as a state dict has them, by their names in the model."""
+    found = {}
+    for path, layer in layers.items():
+        owner = path.rpartition(".")[0]
+        key = f"{owner}.{layer.parameter}" if owner else layer.parameter
+        if layer.bank is None and layer.quantization_backend is None and key in state_dict:
+            found[layer.target] = state_dict[key]
+    return found
+
+
+def _frozen(layer: PemnLayer, given: Tensor | None) -> Tensor:
+    """Return a layer's frozen numbers, whole; a meta tensor where nobody here has them."""
+    if given is not None and not given.is_meta and given.numel() == _count(layer):
+        return gathered(given)
+    value = layer.fill()
+    if value.is_meta and layer.quantization_backend is None:
+        moved = offloaded(layer.owner, layer.parameter)
+        value = value if moved is None else moved
+    is_whole = value.numel() == _count(layer) and not hasattr(value, "full_tensor")
+    return value if is_whole else torch.empty(layer.shape, device="meta")
+
+
+def _is_no_longer_drawn(layer: PemnLayer, given: Mapping[str, Tensor]) -> bool:
+    """Tell whether a weight that the seed drew has changed by more than a cast."""
+    if not layer.spec.generated or layer.bank is not None:
+        return False
+    value = _frozen(layer, given.get(layer.target)).detach()
+    if value.is_meta:
+        return False
+    stream = weight_stream(layer.target)
+    numbers = torch.from_numpy(banks.draw(layer.spec, stream, layer.fan_in, _count(layer)))
+    drawn, value = numbers.view(layer.shape), value.cpu()
+    return not any(
+        torch.equal(drawn.to(dtype), value.to(dtype))
+        for dtype in (value.dtype, torch.bfloat16, torch.float16)
+    )
+
+
+def _count(layer: PemnLayer) -> int:
+    return int(torch.Size(layer.shape).numel())
