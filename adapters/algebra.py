@@ -225,7 +225,7 @@ def _add_whole_module(wrapper: ModulesToSaveWrapper, source: str, adapter_name: 
 def _combined_config(
     model: nn.Module, configs: dict[str, PemnConfig], adapters: Sequence[str]
 ) -> PemnConfig:
-    config = copy.deepcopy(configs[adapters[0]])
+    config = configs[adapters[0]].own_copy()
     config.inference_mode = True
     config.selector, config.threshold, config.score_init = "threshold", 0.0, 0.01
     config.file = None

@@ -1,6 +1,5 @@
 """The two verbs: `pemnify` rewrites a model, `plan` says what it would do."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -38,7 +37,8 @@ def pemnify(
 
     Args:
         model: Any timm, transformers or other torch model.
-        config: The configuration; None takes ``options``.
+        config: The configuration; None takes ``options``. The adapter gets a copy of it, so that
+            one object may serve several models.
         adapter_name: Name of the first task.
         inputs: Keyword arguments of the model's forward, by which raw parameters that it uses as
             weights are found. None makes them from the model's configuration, if it has one.
@@ -53,10 +53,10 @@ def pemnify(
         AlreadyPemnifiedError: If it carries adapters already.
         NothingToMaskError: If no weight would be masked.
     """
-    chosen = make_config(config, options)
+    chosen = make_config(config, options).own_copy()
     check_model(model)
     check_fresh(model)
-    with undone_on_error(model, chosen):
+    with undone_on_error(model):
         if inputs is not None:
             follow_forward(model, chosen, inputs)
         return get_peft_model(model, chosen, adapter_name=adapter_name)
@@ -84,7 +84,7 @@ def plan(
         ConfigError: If an option cannot have its value.
         UnsupportedModelError: If ``model`` is not a plain module.
     """
-    chosen = copy.copy(make_config(config, options))
+    chosen = make_config(config, options).own_copy()
     check_model(model)
     set_default_head(chosen, model)
     set_task_head(chosen)

@@ -1,5 +1,6 @@
 """`PemnConfig`: what an adapter is, as PEFT configures it."""
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -19,6 +20,7 @@ from pemn_surgery.adapters.options import (
     idle_options,
     refuse,
     refuse_idle,
+    refuse_in_force,
     shown,
 )
 from pemn_surgery.adapters.registry import PEMN
@@ -161,6 +163,8 @@ class PemnConfig(PeftConfig):
         is_new = self.peft_version is None and self.fingerprint is None
         refuse_idle(self, idle_options(self, _given(values), is_new=is_new))
         super().__post_init__()
+        # Runtime only: whether an adapter of a model was made by these settings.
+        self.is_in_force = False
         self.peft_type = cast("Any", PEMN)
         # Runtime only, never saved: whether float scores are kept, in files (Trainer checkpoints)
         # and in models that load them for inference.
@@ -168,12 +172,42 @@ class PemnConfig(PeftConfig):
         # Runtime only: whether signs and scales are put in place next (`from_finetuned`).
         self.signs_follow = False
         # Runtime only: the file that this configuration was read with, and the base it names. The
-        # field is written anew at each save, so that one object may configure several models.
+        # field is written anew at each save, and a model's configuration may be given to another.
         self.file: AdapterFile | None = None
         self.trained_on = self.fingerprint
         self._fill_in_defaults()
         self._check_form()
         self._check_targets()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to change what an adapter was made by: nothing would follow, but a file say so.
+
+        Raises:
+            ConfigError: If an adapter of a model has this configuration, and the field is one that
+                is read only when an adapter is made.
+        """
+        if self.__dict__.get("is_in_force"):
+            refuse_in_force(self, name, value)
+        super().__setattr__(name, value)
+
+    def __copy__(self) -> "PemnConfig":
+        """Return the same settings to be changed; those of a model's adapter stay."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, is_in_force=False)
+        return made
+
+    def own_copy(self) -> "PemnConfig":
+        """Return a copy for one more adapter: PEFT and planning write into its lists and fields.
+
+        The file that it was read with is not copied.
+        """
+        made = copy.copy(self)
+        made.__dict__.update({item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self)})
+        return made
+
+    def put_in_force(self) -> None:
+        """Hold the settings from now on: an adapter has been made by them."""
+        self.is_in_force = True
 
     @classmethod
     def preset(cls, name: PresetName, **changes: Any) -> "PemnConfig":

@@ -60,8 +60,9 @@ class PemnModel(BaseTuner):
     ) -> None:
         check_no_other_method(model)
         check_name_is_free(model, adapter_name)
-        if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of them
+        if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of its own
             check_loader_decodes(peft_config)
+            peft_config = peft_config.own_copy()
         given = [peft_config] if isinstance(peft_config, PemnConfig) else peft_config.values()
         with undone_on_error(model, *given):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
@@ -137,6 +138,7 @@ class PemnModel(BaseTuner):
         config = add_combination(
             self.model, configs, adapters, given, adapter_name, combination_type
         )
+        config.put_in_force()
         configs[adapter_name] = config
 
     @contextmanager
@@ -215,6 +217,7 @@ class PemnModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.target_parameters = asked
             graph_surgery.rewrite_graphs(model)
+            config.put_in_force()
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

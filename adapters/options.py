@@ -173,6 +173,9 @@ OPTIONS: dict[str, Option] = {
     "digest": _internal(_TEXT),
 }
 
+# What is read each time an adapter is saved or loaded; all else only when an adapter is made.
+_READ_LATER = {"coding", "modules_to_save", "task_type", "inference_mode", "revision"}
+
 
 def _draws_numbers(config: Any) -> bool:
     return config.bank_init != "model" and (config.bank_init is not None or config.bank != "own")
@@ -304,6 +307,27 @@ def refuse_idle(config: Any, idle: Mapping[str, str]) -> None:
         message = (
             f"PemnConfig got {name}={shown(getattr(config, name))}, which nothing would read: "
             f"{because}. Leave it out."
+        )
+        raise ConfigError(message)
+
+
+def refuse_in_force(config: Any, name: str, value: Any) -> None:
+    """Refuse to change a setting that an adapter was made by.
+
+    Args:
+        config: The adapter's configuration.
+        name: What is assigned.
+        value: Its new value.
+
+    Raises:
+        ConfigError: If it is another value, and nothing would read it.
+    """
+    settled = name in OPTIONS and OPTIONS[name].is_users and name not in _READ_LATER
+    if settled and value != getattr(config, name):
+        message = (
+            f"The adapter was made with {name}={shown(getattr(config, name))}; {name}="
+            f"{shown(value)} would change none of its masks, but stand in its file. Add a further "
+            f"adapter with a new PemnConfig({name}=...) instead. Nothing was changed."
         )
         raise ConfigError(message)
 
