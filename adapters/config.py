@@ -99,7 +99,9 @@ class PemnConfig(PeftConfig):
         exclude_modules: Modules to leave alone, as in PEFT.
         layers_to_transform: Layer indices to mask, as in PEFT.
         layers_pattern: Name of the layer list, as in PEFT.
-        target_parameters: Further parameters to mask by name, as in PEFT.
+        target_parameters: Further parameters to mask by name, as in PEFT: beside those of
+            ``target_modules``, so that they come to every maskable weight by default, and with
+            ``target_modules=[]`` they are all.
         functional_weights: Raw parameters that the model's forward multiplies with (experts,
             projections without a layer of their own), by full name; masked like the weights of
             layers. Default: found by following one forward on shapes alone, unless targets are

@@ -33,7 +33,7 @@ def set_default_head(config: PemnConfig, model: nn.Module) -> None:
         model: The model; timm says in its ``pretrained_cfg`` what its classifier is.
     """
     spoken_for = config.modules_to_save is not None or config.target_modules is not None
-    if config.bank_spec.generated or spoken_for or config.target_parameters:
+    if config.bank_spec.generated or spoken_for:
         return
     described = getattr(model, "pretrained_cfg", None)
     heads = described.get("classifier") if isinstance(described, Mapping) else None
@@ -78,7 +78,7 @@ def follow_forward(
         The trace, or why there is none.
     """
     result = _follow(model, config, inputs)
-    chosen = config.target_modules is not None or config.target_parameters is not None
+    chosen = config.target_modules is not None
     seen = not isinstance(result, TraceError)
     if config.functional_weights is None:
         config.functional_weights = functional_weights(model, result) if seen and not chosen else []
@@ -122,7 +122,7 @@ def plan_for(
             return "not in layers_to_transform"
         result = _match(matcher, path)
         if isinstance(result, _ExcludedModule):
-            saved = _is_saved_whole(config, path)
+            saved = is_saved_whole(config, path)
             return "trained and saved whole (modules_to_save)" if saved else "in exclude_modules"
         return "" if result else "not in target_modules"
 
@@ -132,7 +132,7 @@ def plan_for(
             spec=config.bank_spec,
             rest=cast("Any", config.rest),
             reason_to_leave=reason_to_leave,
-            is_saved_whole=lambda path: _is_saved_whole(config, path),
+            is_saved_whole=lambda path: is_saved_whole(config, path),
             is_named=lambda path: config.target_modules is not None and not reason_to_leave(path),
             parameters=tuple(config.target_parameters or ()),
             functional=frozenset(config.functional_weights or ()),
@@ -157,15 +157,28 @@ def is_excluded(config: PemnConfig, path: str) -> bool:
     return isinstance(_match(config, path), _ExcludedModule)
 
 
+def is_saved_whole(config: PemnConfig, path: str) -> bool:
+    """Tell whether an adapter trains and saves a module whole, or one that it is in.
+
+    Args:
+        config: The configuration.
+        path: Path of the module.
+    """
+    if not config.modules_to_save:
+        return False
+    probe = copy.copy(config)
+    probe.exclude_modules, probe.target_modules = None, {path}
+    return isinstance(check_target_module_exists(probe, path), _ExcludedModule)
+
+
 def _takes_all(config: PemnConfig) -> bool:
-    chosen = (config.target_modules, config.target_parameters, config.layers_to_transform)
-    return all(choice is None for choice in chosen)
+    return config.target_modules is None and config.layers_to_transform is None
 
 
 def _matcher(config: PemnConfig, model: nn.Module) -> PemnConfig:
     """Return a configuration whose ``target_modules`` PEFT's own matching understands."""
     matcher = copy.copy(config)
-    if matcher.target_modules is None and not matcher.target_parameters:
+    if matcher.target_modules is None:
         # Last parts of the names: PEFT applies layers_to_transform to names matched by their end.
         matcher.target_modules = {
             path.rpartition(".")[2] for path, _ in base_modules(model) if path
@@ -176,18 +189,10 @@ def _matcher(config: PemnConfig, model: nn.Module) -> PemnConfig:
 
 
 def _match(config: PemnConfig, path: str) -> Any:
-    if config.target_modules is None and not config.target_parameters:
+    if config.target_modules is None:
         config = copy.copy(config)
         config.target_modules = {path.rpartition(".")[2]}
     return check_target_module_exists(config, path)
-
-
-def _is_saved_whole(config: PemnConfig, path: str) -> bool:
-    if not config.modules_to_save:
-        return False
-    probe = copy.copy(config)
-    probe.exclude_modules, probe.target_modules = None, {path}
-    return isinstance(check_target_module_exists(probe, path), _ExcludedModule)
 
 
 def _occurrences(name: str, paths: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ undone.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
 from pemn_surgery.adapters.matching import (
     follow_forward,
     is_excluded,
+    is_saved_whole,
     plan_for,
     set_default_head,
     set_task_head,
@@ -42,7 +44,7 @@ from pemn_surgery.adapters.other_methods import check_no_other_method
 from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
-from pemn_surgery.adapters.whole_modules import choosing_layers
+from pemn_surgery.adapters.whole_modules import check_whole_modules, choosing_layers
 from pemn_surgery.undo import undone_on_error
 
 _UNLOAD = "unload_and_optionally_merge_module"
@@ -80,6 +82,7 @@ class PemnModel(BaseTuner):
         if peft_config.functional_weights is None or peft_config.rewritten_weights is None:
             followed = follow_forward(model, peft_config)
         plan = plan_for(model, peft_config, followed)
+        check_whole_modules(model, plan, peft_config, partial(is_saved_whole, peft_config))
         check_targets(plan, peft_config)
         if not any(isinstance(module, PemnLayer) for module in model.modules()):
             warn_of_low_coverage(plan, peft_config)

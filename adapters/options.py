@@ -191,10 +191,6 @@ def _permutes(config: Any) -> bool:
     return config.permute and config.bank == "rp" and config.ratio != 1
 
 
-def _names_parameters_alone(config: Any) -> bool:
-    return bool(config.target_parameters) and config.target_modules is None
-
-
 _OTHER_BANK = 'it belongs to bank="rp", not bank="{bank}"'
 _SIGNS = 'it belongs to form="product"; signs come from a fine-tuned model'
 
@@ -246,14 +242,6 @@ IDLE: tuple[Idle, ...] = (
         in_files=True,
     ),
     Idle("score_init", lambda config: config.form != "product", _SIGNS),
-    *(
-        Idle(
-            name,
-            _names_parameters_alone,
-            "it belongs to target_modules; target_parameters takes all that it names",
-        )
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
-    ),
     Idle(
         "scale",
         lambda config: config.form != "product",

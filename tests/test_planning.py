@@ -381,8 +381,12 @@ def test_modules_to_save():
 
 
 def test_target_parameters():
-    made = plan(Odd(), bank="own", target_parameters=["position"])
-    assert [(t.name, t.path, t.fan_in) for t in made.targets] == [("position", "", 4)]
+    options = {"bank": "own", "target_parameters": ["position"]}
+    alone = plan(Odd(), target_modules=[], **options)
+    assert [(t.name, t.path, t.fan_in) for t in alone.targets] == [("position", "", 4)]
+    further = {target.name for target in plan(Odd(), **options).targets}
+    assert further == {target.name for target in plan(Odd(), bank="own").targets} | {"position"}
+    assert len(further) > 1
 
 
 def timm_model(device="cpu"):

@@ -298,7 +298,6 @@ def test_an_option_is_read_or_refused():
 
 
 SIGNS = {"bank": "own", "form": "sign_delta"}
-PARAMETERS = {"target_parameters": ["w"]}
 IDLES = [
     ({"ratio": 0.1}, 'bank="rp", not bank="mp"'),
     ({"bank": "one_layer", "length": 3}, 'bank="rp", not bank="one_layer"'),
@@ -316,9 +315,6 @@ IDLES = [
     ({"score_init": 1.0}, "equal scores have no order"),
     ({**SIGNS, "score_init": "kaiming_uniform"}, 'form="product"'),
     ({**SIGNS, "scale": "sqrt_density"}, "has its own scales"),
-    ({**PARAMETERS, "exclude_modules": ["a"]}, "belongs to target_modules"),
-    ({**PARAMETERS, "layers_to_transform": 1}, "belongs to target_modules"),
-    ({**PARAMETERS, "layers_to_transform": 1, "layers_pattern": "l"}, "belongs to target_modules"),
 ]  # fmt: skip
 
 
