@@ -19,6 +19,7 @@ from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.checks import check_adapters_exist, check_name_is_free
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.names import check_adapter_name, saved_whole
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.errors import AdapterError
 from pemn_surgery.selector import Selector
@@ -53,6 +54,7 @@ def add_combination(
     Raises:
         AdapterError: If the adapters cannot be combined so.
         AlreadyPemnifiedError: If the name is taken.
+        AdapterNameError: If no adapter can have the name.
     """
     _check(model, configs, adapters, weights, adapter_name, combination)
     shares = torch.tensor(weights, dtype=torch.float64)
@@ -104,6 +106,7 @@ def _check(
     combination: str,
 ) -> None:
     check_adapters_exist(configs, adapters)
+    check_adapter_name(adapter_name, saved_whole(configs.values()))
     check_name_is_free(model, adapter_name)
     if combination not in get_args(CombinationName):
         choices = ", ".join(get_args(CombinationName))

@@ -16,6 +16,7 @@ from pemn_surgery.adapters.matching import (
     set_default_head,
     set_task_head,
 )
+from pemn_surgery.adapters.names import check_adapter_name
 from pemn_surgery.adapters.options import check_names, check_values
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.targets import Plan
@@ -49,11 +50,13 @@ def pemnify(
 
     Raises:
         ConfigError: If an option cannot have its value.
+        AdapterNameError: If no adapter can have the name.
         UnsupportedModelError: If ``model`` is not a plain module (for example a DDP wrapper).
         AlreadyPemnifiedError: If it carries adapters already.
         NothingToMaskError: If no weight would be masked.
     """
     chosen = make_config(config, options).own_copy()
+    check_adapter_name(adapter_name)
     check_model(model)
     check_fresh(model)
     with undone_on_error(model):

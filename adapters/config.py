@@ -204,7 +204,9 @@ class PemnConfig(PeftConfig):
         The file that it was read with is not copied.
         """
         made = copy.copy(self)
-        made.__dict__.update({item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self)})
+        made.__dict__.update(
+            {item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self)}
+        )
         return made
 
     def put_in_force(self) -> None:

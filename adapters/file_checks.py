@@ -33,7 +33,7 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None
     owned = {
         _plain(item.name): _shown(item.shape, is_float=item.is_float)
         for item in (*plan.owned, *plan.whole)
-        if item.saved and not item.tied_to and ".modules_to_save." not in item.name
+        if item.saved and not item.tied_to
     }
     extra = {name for name in others if name not in owned and name in base_names}
     differing = [

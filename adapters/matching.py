@@ -19,7 +19,7 @@ from pemn_surgery.graph import Trace, trace
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.planning import functional_weights, make_plan, rewritten_weights
 from pemn_surgery.request import Request
-from pemn_surgery.roles import base_modules
+from pemn_surgery.roles import base_modules, is_saved_by_peft
 from pemn_surgery.targets import Plan
 
 
@@ -111,9 +111,11 @@ def plan_for(
         followed: What `follow_forward` returned, to show the use of every weight.
     """
     matcher = _matcher(config, model)
+    own_paths = _own_paths(model)
     by_layer = config.target_modules is None and config.layers_to_transform is not None
 
     def reason_to_leave(path: str) -> str:
+        path = own_paths.get(path, path)
         if not path and isinstance(model, GraphModule):  # its own parameters have no module
             return "" if _takes_all(config) else "not in target_modules"
         if not path:
@@ -169,6 +171,18 @@ def is_saved_whole(config: PemnConfig, path: str) -> bool:
     probe = copy.copy(config)
     probe.exclude_modules, probe.target_modules = None, {path}
     return isinstance(check_target_module_exists(probe, path), _ExcludedModule)
+
+
+def _own_paths(model: nn.Module) -> dict[str, str]:
+    """Return what modules within PEFT's wrappers are called without them, by path."""
+    paths = dict(base_modules(model))
+    inside = [f"{path}.original_module" for path, one in paths.items() if is_saved_by_peft(one)]
+    return {
+        path: start.rpartition(".")[0] + path[len(start) :]
+        for start in inside
+        for path in paths
+        if f"{path}.".startswith(f"{start}.")
+    }
 
 
 def _takes_all(config: PemnConfig) -> bool:

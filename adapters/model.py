@@ -39,6 +39,7 @@ from pemn_surgery.adapters.matching import (
     set_task_head,
 )
 from pemn_surgery.adapters.mixed_batch import mixed_batches
+from pemn_surgery.adapters.names import check_adapter_name, saved_whole, without_name
 from pemn_surgery.adapters.operation import Operation
 from pemn_surgery.adapters.other_methods import check_no_other_method
 from pemn_surgery.adapters.quantised import check_can_store
@@ -61,6 +62,7 @@ class PemnModel(BaseTuner):
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         check_no_other_method(model)
+        check_adapter_name(adapter_name)
         check_name_is_free(model, adapter_name)
         if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of its own
             check_loader_decodes(peft_config)
@@ -78,6 +80,8 @@ class PemnModel(BaseTuner):
         check_no_other_method(model)
         set_default_head(peft_config, model)
         set_task_head(peft_config)
+        for name in self.peft_config:
+            check_adapter_name(name, saved_whole([peft_config]))
         followed = None
         if peft_config.functional_weights is None or peft_config.rewritten_weights is None:
             followed = follow_forward(model, peft_config)
@@ -135,6 +139,7 @@ class PemnModel(BaseTuner):
         Raises:
             AdapterError: If the adapters cannot be combined so.
             AlreadyPemnifiedError: If the name is taken.
+            AdapterNameError: If no adapter can have the name.
         """
         given = [1.0] * len(adapters) if weights is None else weights
         configs = cast("dict[str, PemnConfig]", self.peft_config)
@@ -214,6 +219,7 @@ class PemnModel(BaseTuner):
         PEFT never visits the model itself, and asks `_inject_parameters` for what is left only
         where parameters are named; so the root's are named while it injects.
         """
+        check_adapter_name(adapter_name)
         config = cast("PemnConfig", self.peft_config[adapter_name])
         asked = config.target_parameters
         with undone_on_error(self, config):
@@ -310,6 +316,11 @@ class PemnModel(BaseTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         return pack_for_file(entries, model, config, adapter_name)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Parts of a model may be called like an adapter; PEFT would take them out."""
+        return without_name(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -87,7 +87,9 @@ def check_whole_modules(
                 others = ", ".join(map(repr, sorted(module._adapters)))
                 _refuse_shared(config, path, f"masked or trained by the new one, whole by {others}")
         elif isinstance(module, (MaskedWeight, TaskTensors)) and saves_whole(path):
-            _refuse_shared(config, path.rpartition(".")[0], "whole by the new one, masked by others")
+            _refuse_shared(
+                config, path.rpartition(".")[0], "whole by the new one, masked by others"
+            )
 
 
 def _refuse_shared(config: PemnConfig, path: str, how: str) -> NoReturn:

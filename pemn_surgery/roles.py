@@ -23,7 +23,10 @@ _ROUTER = re.compile(r"router|gate$|gating", re.IGNORECASE)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the model's own modules with their paths, each once, without what surgery added."""
+    """Yield the model's own modules with their paths, each once, without what was added to it.
+
+    That is what surgery added, and PEFT's copies of modules that adapters save whole.
+    """
     seen: set[int] = set()
 
     def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -32,9 +35,15 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(id(module))
         yield path, module
         for name, child in module.named_children():
-            yield from walk(f"{path}.{name}" if path else name, child)
+            if name == "original_module" or not is_saved_by_peft(module):
+                yield from walk(f"{path}.{name}" if path else name, child)
 
     return walk("", model)
+
+
+def is_saved_by_peft(module: nn.Module) -> bool:
+    """Tell whether a module is PEFT's wrapper around one that adapters save whole."""
+    return any(base.__name__ == "AuxiliaryTrainingWrapper" for base in type(module).__mro__)
 
 
 def is_norm(module: nn.Module) -> bool:
