@@ -231,6 +231,8 @@ def _combined_config(
     config = configs[adapters[0]].own_copy()
     config.inference_mode = True
     config.selector, config.threshold, config.score_init = "threshold", 0.0, 0.01
+    config.overall_density = config.density_pattern = None
+    config.density = 0.5 if config.density == "erk" else config.density
     config.file = None
     saved = [configs[name].modules_to_save for name in adapters if configs[name].modules_to_save]
     config.modules_to_save = saved[0] if saved else None

@@ -24,11 +24,12 @@ from pemn_surgery.adapters.options import (
     shown,
 )
 from pemn_surgery.adapters.registry import PEMN
-from pemn_surgery.bank import BankName, BankSpec, InitName
+from pemn_surgery.bank import BankName, BankSpec, InitName, Shape
 from pemn_surgery.bits import CodingName
+from pemn_surgery.densities import ErkName, densities_by_name, erdos_renyi_kernel
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.request import RestName, TiedName
-from pemn_surgery.selector import Selector, SelectorName
+from pemn_surgery.selector import TAKES_DENSITY, Selector, SelectorName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
 ScaleName = Literal["sqrt_density"]
@@ -82,7 +83,13 @@ class PemnConfig(PeftConfig):
         seed: Seed of the bank and of the initial scores.
         selector: "topk" keeps the ``density`` largest magnitudes of every weight's scores,
             "threshold" the scores above ``threshold``.
-        density: Share of ones for "topk", 0 < density <= 1.
+        density: Share of ones of every mask for "topk", 0 < density <= 1. "erk": shares by the
+            weights' shapes, larger ones sparser, that are ``overall_density`` together:
+            Erdos-Renyi-Kernel (docs/methods.md).
+        overall_density: For "erk": share of ones over all masks. Default .5.
+        density_pattern: Shares of ones by regular expressions, for weights that differ from
+            ``density``: {"layer4.*conv1": .2}. They match the end of a module's path, as PEFT's
+            ``rank_pattern``, or of a weight's name; the first that fits counts.
         threshold: For "threshold".
         score_init: A number, or "kaiming_uniform". Default "kaiming_uniform" for "topk" and
             ``threshold`` + .01 for "threshold".
@@ -137,7 +144,9 @@ class PemnConfig(PeftConfig):
     scale_fan: bool = False
     seed: int = 0
     selector: SelectorName = "topk"
-    density: float = 0.5
+    density: float | ErkName = 0.5
+    overall_density: float | None = None
+    density_pattern: dict[str, float] | None = None
     threshold: float = 0.0
     score_init: float | str | None = None
     scale: ScaleName | None = None
@@ -297,19 +306,48 @@ class PemnConfig(PeftConfig):
             length=self.length,
             permute=self.permute,
             scale_fan=self.scale_fan,
-            density=self.density if self.scale_fan else 0.5,
+            density=self._overall if self.scale_fan else 0.5,
         )
 
     @property
-    def selection(self) -> Selector:
-        """How masks are chosen from scores."""
-        return Selector(self.selector, self.density, self.threshold)
+    def _overall(self) -> float:
+        return cast("float", self.overall_density if self.density == "erk" else self.density)
+
+    def densities(self, shapes: Mapping[str, Shape]) -> dict[str, float]:
+        """Return the densities of some weights' masks.
+
+        Args:
+            shapes: Shape of every masked weight by name: "erk" shares the ones out between them.
+
+        Returns:
+            Shares of ones by name; nothing where the selector takes no density.
+
+        Raises:
+            ConfigError: If a pattern fits none of the names.
+        """
+        if self.selector not in TAKES_DENSITY or self.form != "product":
+            return {}
+        named = densities_by_name(shapes, self.density_pattern or {})
+        others = {name: shape for name, shape in shapes.items() if name not in named}
+        if self.density == "erk":
+            return {**named, **erdos_renyi_kernel(others, self._overall)}
+        return {**named, **dict.fromkeys(others, self._overall)}
+
+    def selector_of(self, density: float | None) -> Selector:
+        """Return how a mask is chosen from scores.
+
+        Args:
+            density: The weight's, of `densities`; None where there is none.
+        """
+        return Selector(self.selector, 0.5 if density is None else density, self.threshold)
 
     def _fill_in_defaults(self) -> None:
         if self.bank_init is None:
             self.bank_init = "model" if self.bank == "own" else "kaiming_normal"
         if self.bank == "rp" and self.ratio is None and self.length is None:
             self.ratio = 1e-2
+        if self.density == "erk" and self.overall_density is None:
+            self.overall_density = 0.5
         if self.score_init is None:
             above = self.threshold + 0.01
             self.score_init = "kaiming_uniform" if self.selector == "topk" else above
@@ -326,6 +364,8 @@ class PemnConfig(PeftConfig):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
             check_pattern(name, value)
+        for pattern in self.density_pattern or ():
+            check_pattern("density_pattern", pattern)
         for name in ("layers_to_transform", "layers_pattern"):
             given = getattr(self, name)
             if isinstance(self.target_modules, str) and given is not None:

@@ -42,7 +42,18 @@ PICKLE = "adapter_model.bin"
 
 # What neither fingerprint nor tensors tell: weights that take the place of others get their meaning
 # from the configuration that is there.
-MUST_AGREE = ["bank", "selector", "density", "threshold", "scale", "form", "rest", "tied"]
+MUST_AGREE = [
+    "bank",
+    "selector",
+    "density",
+    "overall_density",
+    "density_pattern",
+    "threshold",
+    "scale",
+    "form",
+    "rest",
+    "tied",
+]
 
 
 def wrap_loading() -> None:

@@ -142,6 +142,7 @@ def plan_for(
             tied=config.tied,
             carried=frozenset(config.carried or ()),
             row_scaled=config.form == "sign_delta",
+            densities=config.densities,
             quantised=quantised_weights(model, config.bank_spec),
             trace=followed if isinstance(followed, Trace) else None,
             untraced=str(followed) if isinstance(followed, TraceError) else "",

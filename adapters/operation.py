@@ -72,7 +72,9 @@ class Operation:
             layer = find_masked(module, target.parameter)
             if layer is None:
                 layer = self._operate(target, module)
-            cast("PemnLayer", layer).add_mask(adapter_name, self.config, self.fingerprint)
+            cast("PemnLayer", layer).add_mask(
+                adapter_name, self.config, self.fingerprint, target.density
+            )
 
     def _operate(self, target: Target, module: nn.Module) -> PemnLayer:
         spec = self.config.bank_spec

@@ -17,7 +17,7 @@ from pemn_surgery.bank import BankName, InitName
 from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.request import RestName, TiedName
-from pemn_surgery.selector import SelectorName
+from pemn_surgery.selector import TAKES_DENSITY, SelectorName
 
 _LARGEST = 3.4e38  # of float32
 _MOST_DIGITS = 1000  # Python itself turns no more than 4,300 into text
@@ -137,7 +137,20 @@ OPTIONS: dict[str, Option] = {
     "scale_fan": _FLAG,
     "seed": _WHOLE,
     "selector": _choice(*get_args(SelectorName)),
-    "density": _SHARE,
+    "density": Option(
+        f"{_SHARE.needed}, or 'erk'",
+        lambda value: value == "erk" if _is_text(value) else _is_share(value),
+    ),
+    "overall_density": _or_none(_SHARE),
+    "density_pattern": _or_none(
+        Option(
+            "a dict of regular expressions to numbers with 0 < number <= 1",
+            lambda value: (
+                isinstance(value, dict)
+                and all(_is_text(key) and _is_share(share) for key, share in value.items())
+            ),
+        )
+    ),
     "threshold": _NUMBER,
     "score_init": _or_none(
         Option(
@@ -223,8 +236,25 @@ IDLE: tuple[Idle, ...] = (
         "follow torch.manual_seed",
     ),
     Idle(
+        "overall_density",
+        lambda config: config.density != "erk",
+        'it belongs to density="erk"; density={density!r} decides',
+    ),
+    *(
+        Idle(
+            name,
+            lambda config: config.selector not in TAKES_DENSITY,
+            'it belongs to selector="topk", not selector="{selector}"',
+        )
+        for name in ("overall_density", "density_pattern")
+    ),
+    *(
+        Idle(name, lambda config: config.form != "product", _SIGNS)
+        for name in ("overall_density", "density_pattern")
+    ),
+    Idle(
         "density",
-        lambda config: config.selector != "topk" and not config.scale_fan,
+        lambda config: config.selector not in TAKES_DENSITY and not config.scale_fan,
         'it belongs to selector="topk" (or to scale_fan=True), not selector="{selector}"',
     ),
     Idle("density", lambda config: config.form != "product", _SIGNS),
