@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.quantised import quantised_weights
-from pemn_surgery.errors import TraceError
+from pemn_surgery.errors import ConfigError, TraceError
 from pemn_surgery.graph import Trace, trace
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.planning import functional_weights, make_plan, rewritten_weights
@@ -112,6 +112,8 @@ def plan_for(
     """
     matcher = _matcher(config, model)
     own_paths = _own_paths(model)
+    if config.file is None:
+        _check_layers_exist(model, matcher)
     by_layer = config.target_modules is None and config.layers_to_transform is not None
 
     def reason_to_leave(path: str) -> str:
@@ -148,6 +150,36 @@ def plan_for(
             untraced=str(followed) if isinstance(followed, TraceError) else "",
         ),
     )
+
+
+def _check_layers_exist(model: nn.Module, matcher: PemnConfig) -> None:
+    """Refuse indices that no layer has: a filter that matches nothing would do so in silence.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    wanted = matcher.layers_to_transform
+    given = [wanted] if isinstance(wanted, int) else sorted(wanted or ())
+    paths = [path for path, _ in base_modules(model) if path]
+    missing = [index for index in given if not _has_layer(matcher, paths, index)]
+    if not missing:
+        return
+    numbers = {int(part) for path in paths for part in path.split(".") if part.isdecimal()}
+    found = [index for index in sorted(numbers) if _has_layer(matcher, paths, index)]
+    there = f"indices {found[0]} to {found[-1]}" if found else "no indices that PEFT's names match"
+    named = f" and layers_pattern={matcher.layers_pattern}" if matcher.layers_pattern else ""
+    message = (
+        f"PemnConfig got layers_to_transform={wanted}{named}, but the model's layers have {there}, "
+        f"not {', '.join(map(str, missing))}. Nothing was changed."
+    )
+    raise ConfigError(message)
+
+
+def _has_layer(matcher: PemnConfig, paths: Sequence[str], index: int) -> bool:
+    probe = copy.copy(matcher)
+    probe.layers_to_transform, probe.exclude_modules, probe.modules_to_save = [index], None, None
+    inside = (path for path in paths if "." in path)  # PEFT takes full names, whatever the index
+    return any(check_target_module_exists(probe, path) for path in inside)
 
 
 def is_excluded(config: PemnConfig, path: str) -> bool:

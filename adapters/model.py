@@ -48,6 +48,11 @@ from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
 from pemn_surgery.adapters.whole_modules import check_whole_modules, choosing_layers
 from pemn_surgery.undo import undone_on_error
 
+# Who asks without a doubt: transformers' Trainer, for label_smoothing_factor alone.
+_NO_CONFIG = (
+    "The model has no 'config'. The Trainer reads one for label_smoothing_factor: leave that out "
+    "and smooth in the model, for_trainer(model, label_smoothing=...)."
+)
 _UNLOAD = "unload_and_optionally_merge_module"
 
 
@@ -193,7 +198,10 @@ class PemnModel(BaseTuner):
         """
         if name in {"__deepcopy__", "__copy__"}:
             raise AttributeError(name)
-        found = super().__getattr__(name)
+        try:
+            found = super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(_NO_CONFIG if name == "config" else str(error)) from error
         asked = name in layer_groups.QUESTIONS and callable(found)
         return layer_groups.answer(self, name, found, _inner_name) if asked else found
 
