@@ -292,7 +292,15 @@ class PemnConfig(PeftConfig):
             refuse_file(folder / CONFIG, f"is no configuration ({type(error).__name__}: {error})")
         if isinstance(config, PemnConfig):
             config.file = file
+            config._rename(file)
         return config
+
+    def _rename(self, file: AdapterFile | None) -> None:
+        """Call tensors that are named in full as the model does (PEFT's ``key_mapping``)."""
+        for name in ("functional_weights", "rewritten_weights", "carried"):
+            named = getattr(self, name)
+            if file is not None and named:
+                setattr(self, name, [file.wish.renamed(one) for one in named])
 
     @property
     def bank_spec(self) -> BankSpec:

@@ -85,6 +85,17 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
     return sealed((Coding.BITS, 0, 0), mask.numel(), base, payload)
 
 
+def with_base(stored: Tensor, base: bytes) -> Tensor:
+    """Return the same mask of another base.
+
+    Args:
+        stored: Uint8 tensor made by `pack`.
+        base: 12 bytes that identify the base.
+    """
+    weights = inspect(stored, "the mask").weights
+    return sealed((Coding.BITS, 0, 0), weights, base, stored.cpu().numpy()[HEADER_BYTES:])
+
+
 def unpack(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return the bool mask of the given shape, on the device of ``stored``; nothing is checked.
 

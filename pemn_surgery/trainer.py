@@ -95,7 +95,8 @@ def for_trainer(model: nn.Module, *, label_smoothing: float = 0.0) -> nn.Module:
             "model's own forward, which they wrap. Call it first: pemnify(for_trainer(model), ...)."
         )
         raise UnsupportedModelError(message)
-    original = type(model).original if isinstance(type(model), _TrainableClass) else type(model)
+    kind = type(model)
+    original = kind.original if isinstance(kind, _TrainableClass) else kind
     model.__class__ = _trainable_class(original, label_smoothing)
     return model
 
