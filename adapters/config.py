@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -292,15 +293,26 @@ class PemnConfig(PeftConfig):
             refuse_file(folder / CONFIG, f"is no configuration ({type(error).__name__}: {error})")
         if isinstance(config, PemnConfig):
             config.file = file
-            config._rename(file)
+            if file is not None and file.is_renamed:
+                config._rename(file)
         return config
 
-    def _rename(self, file: AdapterFile | None) -> None:
-        """Call tensors that are named in full as the model does (PEFT's ``key_mapping``)."""
+    def _rename(self, file: AdapterFile) -> None:
+        """Call tensors that are named in full as the model does (PEFT's ``key_mapping``).
+
+        Densities by pattern become densities by full name: the patterns are of the old names.
+        """
         for name in ("functional_weights", "rewritten_weights", "carried"):
             named = getattr(self, name)
-            if file is not None and named:
-                setattr(self, name, [file.wish.renamed(one) for one in named])
+            setattr(self, name, named and [file.wish.renamed(one) for one in named])
+        if self.density_pattern:
+            names = dict.fromkeys(file.stored_names.values(), ())
+            old = densities_by_name(names, self.density_pattern)
+            self.density_pattern = {
+                f"^{re.escape(name)}": old[stored]
+                for name, stored in file.stored_names.items()
+                if stored in old
+            }
 
     @property
     def bank_spec(self) -> BankSpec:
@@ -331,11 +343,13 @@ class PemnConfig(PeftConfig):
             Shares of ones by name; nothing where the selector takes no density.
 
         Raises:
-            ConfigError: If a pattern fits none of the names.
+            ConfigError: If a pattern fits none of the names; an adapter's file that is of another
+                model is refused by its masks.
         """
         if self.selector not in TAKES_DENSITY or self.form != "product":
             return {}
-        named = densities_by_name(shapes, self.density_pattern or {})
+        is_new = self.file is None
+        named = densities_by_name(shapes, self.density_pattern or {}, all_fit=is_new)
         others = {name: shape for name, shape in shapes.items() if name not in named}
         if self.density == "erk":
             return {**named, **erdos_renyi_kernel(others, self._overall)}

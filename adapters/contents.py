@@ -82,6 +82,11 @@ class AdapterFile:
     stored_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def is_renamed(self) -> bool:
+        """Whether a masked parameter is called otherwise than in the file."""
+        return any(name != stored for name, stored in self.stored_names.items())
+
+    @property
     def ones(self) -> Mapping[str, int]:
         """Number of ones of each mask, but float scores and those coded beside the base.
 

@@ -162,7 +162,7 @@ class Operation:
 
     def _take_names_of_model(self, file: AdapterFile) -> None:
         """Let a file whose weights were called otherwise be of the base as it is called here."""
-        if _is_renamed(file):
+        if file.is_renamed:
             self.config.trained_on = self.fingerprint
             put_on_base(file, fingerprints.short_form(self.fingerprint))
 
@@ -170,7 +170,7 @@ class Operation:
         """Refuse masks of another base: the configuration names one, and so does every mask."""
         given, file = "the given model", self.config.file
         actual_base = self.fingerprint
-        if file is not None and _is_renamed(file):
+        if file is not None and file.is_renamed:
             check_can_rename(self.config)
             actual_base = self._fingerprint(file.stored_names)
         if self.config.trained_on is not None:
@@ -215,7 +215,3 @@ class Operation:
         for module in self.modules.values():
             children = module._modules.values()
             yield from (child for child in children if isinstance(child, PemnLayer))
-
-
-def _is_renamed(file: AdapterFile) -> bool:
-    return any(name != stored for name, stored in file.stored_names.items())

@@ -37,7 +37,7 @@ def erdos_renyi_kernel(shapes: Mapping[str, Shape], overall: float) -> dict[str,
 
 
 def densities_by_name(
-    shapes: Mapping[str, Shape], patterns: Mapping[str, float]
+    shapes: Mapping[str, Shape], patterns: Mapping[str, float], *, all_fit: bool = True
 ) -> dict[str, float]:
     """Return the densities of the weights that patterns name, the first pattern that fits first.
 
@@ -45,13 +45,14 @@ def densities_by_name(
         shapes: Shape of every weight by name.
         patterns: Densities by regular expressions, which match as PEFT's ``rank_pattern`` does: the
             end of a module's path, from a dot on, or of the weight's own name.
+        all_fit: Whether one that fits no weight is refused.
 
     Raises:
-        ConfigError: If a pattern fits no weight.
+        ConfigError: With ``all_fit``, if a pattern fits no weight.
     """
     fits = {pattern: [name for name in shapes if _fits(pattern, name)] for pattern in patterns}
     idle = [pattern for pattern, names in fits.items() if not names]
-    if idle and shapes:
+    if idle and shapes and all_fit:
         _refuse(idle, list(shapes))
     chosen: dict[str, float] = {}
     for pattern, names in fits.items():

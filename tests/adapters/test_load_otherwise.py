@@ -44,6 +44,7 @@ KINDS = {
     "own_train": {"bank": "own", "rest": "train"},
     "entropy": {"bank": "own", "coding": "entropy"},
     "context": {"bank": "mp", "coding": "context"},
+    "pattern": {"bank": "own", "density": 0.4, "density_pattern": {"conv[23]": 0.1, "head": 1.0}},
     "erk": {"bank": "own", "density": "erk"},
 }
 
@@ -62,7 +63,8 @@ def test_key_mapping_loads_onto_a_model_with_other_names(kind, door, tmp_path):
         model = PeftModel.from_pretrained(renamed(), tmp_path / "old", key_mapping=MAPPING)
         name = "default"
     else:
-        model = pemnify(renamed(), adapter_name="other", **KINDS[kind])
+        first = {key: KINDS[kind][key] for key in KINDS[kind] if key != "density_pattern"}
+        model = pemnify(renamed(), adapter_name="other", **first)
         name = "second"
         model.load_adapter(str(tmp_path / "old"), name, key_mapping=MAPPING)
         model.set_adapter(name)
@@ -76,6 +78,9 @@ def test_key_mapping_loads_onto_a_model_with_other_names(kind, door, tmp_path):
         PeftModel.from_pretrained(models.net(), place)
     to_trainable(again)
     models.assert_same_tensors(models.masks(again), models.masks(model, name))
+    counts = {n: int(mask.sum()) for n, mask in models.masks(again).items()}
+    models.train(again, task=1)  # each mask keeps its density
+    assert {n: int(mask.sum()) for n, mask in models.masks(again).items()} == counts
 
 
 def test_own_weights_may_come_in_another_order(tmp_path):
