@@ -20,6 +20,7 @@ from pemn_surgery.adapters.checks import check_adapters_exist, check_name_is_fre
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.fingerprint import Fingerprint
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.names import check_adapter_name, saved_whole
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.errors import AdapterError
 from pemn_surgery.selector import Selector
@@ -54,6 +55,7 @@ def add_combination(
     Raises:
         AdapterError: If the adapters cannot be combined so.
         AlreadyPemnifiedError: If the name is taken.
+        AdapterNameError: If no adapter can have the name.
     """
     _check(model, configs, adapters, weights, adapter_name, combination)
     shares = torch.tensor(weights, dtype=torch.float64)
@@ -105,6 +107,7 @@ def _check(
     combination: str,
 ) -> None:
     check_adapters_exist(configs, adapters)
+    check_adapter_name(adapter_name, saved_whole(configs.values()))
     check_name_is_free(model, adapter_name)
     if combination not in get_args(CombinationName):
         choices = ", ".join(get_args(CombinationName))
@@ -210,9 +213,11 @@ def _add_whole_module(wrapper: ModulesToSaveWrapper, source: str, adapter_name: 
 def _combined_config(
     model: nn.Module, configs: dict[str, PemnConfig], adapters: Sequence[str]
 ) -> PemnConfig:
-    config = copy.deepcopy(configs[adapters[0]])
+    config = configs[adapters[0]].own_copy()
     config.inference_mode = True
     config.selector, config.threshold, config.score_init = "threshold", 0.0, 0.01
+    config.overall_density = config.density_pattern = None
+    config.density = 0.5 if config.density == "erk" else config.density
     config.file = None
     saved = [configs[name].modules_to_save for name in adapters if configs[name].modules_to_save]
     config.modules_to_save = saved[0] if saved else None

@@ -1,6 +1,5 @@
 """The two verbs: `pemnify` rewrites a model, `plan` says what it would do."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from pemn_surgery.adapters.matching import (
     set_default_head,
     set_task_head,
 )
+from pemn_surgery.adapters.names import check_adapter_name
 from pemn_surgery.adapters.options import check_names, check_values
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.targets import Plan
@@ -39,7 +39,8 @@ def pemnify(
 
     Args:
         model: Any timm, transformers or other torch model.
-        config: The configuration; None takes ``options``.
+        config: The configuration; None takes ``options``. The adapter gets a copy of it, so that
+            one object may serve several models.
         adapter_name: Name of the first task.
         inputs: Keyword arguments of the model's forward, by which raw parameters that it uses as
             weights are found. None makes them from the model's configuration, if it has one.
@@ -50,14 +51,16 @@ def pemnify(
 
     Raises:
         ConfigError: If an option cannot have its value.
+        AdapterNameError: If no adapter can have the name.
         UnsupportedModelError: If ``model`` is not a plain module (for example a DDP wrapper).
         AlreadyPemnifiedError: If it carries adapters already.
         NothingToMaskError: If no weight would be masked.
     """
-    chosen = make_config(config, options)
+    chosen = make_config(config, options).own_copy()
+    check_adapter_name(adapter_name)
     check_model(model)
     check_fresh(model)
-    with undone_on_error(model, chosen):
+    with undone_on_error(model):
         if inputs is None:
             return get_peft_model(model, chosen, adapter_name=adapter_name)
         with followed(follow_forward(model, chosen, inputs)):
@@ -86,7 +89,7 @@ def plan(
         ConfigError: If an option cannot have its value.
         UnsupportedModelError: If ``model`` is not a plain module.
     """
-    chosen = copy.copy(make_config(config, options))
+    chosen = make_config(config, options).own_copy()
     check_model(model)
     set_default_head(chosen, model)
     set_task_head(chosen)

@@ -163,7 +163,7 @@ def _put_in_place(place: Path, folder: Path) -> None:
 
 
 def _put_adapter(adapter: Path, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # an adapter may be called "project/task"
     if adapter.stat().st_dev != folder.stat().st_dev:  # a link to another disk: rename on that one
         with _beside(folder) as place:
             shutil.copytree(adapter, place, dirs_exist_ok=True)

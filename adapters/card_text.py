@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import AdapterFile
+from pemn_surgery.selector import TAKES_DENSITY
 
 _LOADING = """\
 ## How to load it
@@ -101,11 +102,15 @@ def _numbers(config: PemnConfig) -> str:
 def _selection(config: PemnConfig) -> str:
     if config.form != "product":
         return f"form {config.form}: signs of a change, with a scale for each output"
-    value = config.density if config.selector == "topk" else config.threshold
-    kind = "density" if config.selector == "topk" else "threshold"
-    return f"{config.selector}, {kind} {value}" + (
-        f", scale {config.scale}" if config.scale else ""
-    )
+    takes = config.selector in TAKES_DENSITY
+    chosen = _density(config) if takes else f"threshold {config.threshold}"
+    return f"{config.selector}, {chosen}" + (f", scale {config.scale}" if config.scale else "")
+
+
+def _density(config: PemnConfig) -> str:
+    by_shape = f" (by shape, overall {config.overall_density})" if config.density == "erk" else ""
+    named = (f"{name} {share}" for name, share in (config.density_pattern or {}).items())
+    return f"density {config.density}{by_shape}" + "".join(f", {item}" for item in named)
 
 
 def _measured(file: AdapterFile) -> dict[str, str]:

@@ -178,15 +178,24 @@ def _read_by_graphs(model: nn.Module, plan: Plan) -> list[str]:
 
 
 def check_targets(plan: Plan, config: PemnConfig) -> None:
-    """Refuse a plan without targets.
+    """Refuse a plan without targets, or without one that was named.
 
     Args:
         plan: What would be masked.
         config: What was asked for.
 
     Raises:
-        NothingToMaskError: If no weight would be masked.
+        NothingToMaskError: If no weight would be masked, or ``target_parameters`` names none.
     """
+    unfound = [name for name in config.target_parameters or () if not _finds(plan, name)]
+    if plan.targets and unfound:
+        message = (
+            f"Target parameters {unfound} not found in the base model among the {len(plan.targets)}"
+            f" weights that would be masked (first: {plan.targets[0].name}). Name parameters by "
+            "their full names or the ends of them; see print(plan(model, ...)). Nothing was "
+            "changed."
+        )
+        raise NothingToMaskError(message)
     if plan.targets:
         return
     reasons: dict[str, int] = defaultdict(int)
@@ -194,9 +203,9 @@ def check_targets(plan: Plan, config: PemnConfig) -> None:
         reasons[item.reason] += 1
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
     asked = ""
-    if config.target_modules is not None:
+    if config.target_modules:
         asked = f"Target modules {config.target_modules} not found in the base model. "
-    elif config.target_parameters is not None:
+    elif config.target_parameters:
         asked = f"Target parameters {config.target_parameters} not found in the base model. "
     message = (
         f"{asked}None of the model's {plan.parameters} parameters would be masked: of its "
@@ -205,6 +214,11 @@ def check_targets(plan: Plan, config: PemnConfig) -> None:
         "was changed."
     )
     raise NothingToMaskError(message)
+
+
+def _finds(plan: Plan, parameter: str) -> bool:
+    names = [name for target in plan.targets for name in (target.name, *target.tied)]
+    return any(f".{name}".endswith(f".{parameter}") for name in names)
 
 
 def check_mode(model: nn.Module, *, training: bool, why: str) -> None:
@@ -240,7 +254,6 @@ def warn_of_low_coverage(plan: Plan, config: PemnConfig) -> None:
     chosen = (
         config.target_modules,
         config.exclude_modules,
-        config.target_parameters,
         config.layers_to_transform,
         config.modules_to_save,
         config.file,

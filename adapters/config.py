@@ -1,6 +1,8 @@
 """`PemnConfig`: what an adapter is, as PEFT configures it."""
 
+import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,14 +21,16 @@ from pemn_surgery.adapters.options import (
     idle_options,
     refuse,
     refuse_idle,
+    refuse_in_force,
     shown,
 )
 from pemn_surgery.adapters.registry import PEMN
-from pemn_surgery.bank import BankName, BankSpec, InitName
+from pemn_surgery.bank import BankName, BankSpec, InitName, Shape
 from pemn_surgery.bits import CodingName
+from pemn_surgery.densities import ErkName, densities_by_name, erdos_renyi_kernel
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.request import RestName, TiedName
-from pemn_surgery.selector import Selector, SelectorName
+from pemn_surgery.selector import TAKES_DENSITY, Selector, SelectorName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
 ScaleName = Literal["sqrt_density"]
@@ -80,7 +84,13 @@ class PemnConfig(PeftConfig):
         seed: Seed of the bank and of the initial scores.
         selector: "topk" keeps the ``density`` largest magnitudes of every weight's scores,
             "threshold" the scores above ``threshold``.
-        density: Share of ones for "topk", 0 < density <= 1.
+        density: Share of ones of every mask for "topk", 0 < density <= 1. "erk": shares by the
+            weights' shapes, larger ones sparser, that are ``overall_density`` together:
+            Erdos-Renyi-Kernel (docs/methods.md).
+        overall_density: For "erk": share of ones over all masks. Default .5.
+        density_pattern: Shares of ones by regular expressions, for weights that differ from
+            ``density``: {"layer4.*conv1": .2}. They match the end of a module's path, as PEFT's
+            ``rank_pattern``, or of a weight's name; the first that fits counts.
         threshold: For "threshold".
         score_init: A number, or "kaiming_uniform". Default "kaiming_uniform" for "topk" and
             ``threshold`` + .01 for "threshold".
@@ -97,7 +107,9 @@ class PemnConfig(PeftConfig):
         exclude_modules: Modules to leave alone, as in PEFT.
         layers_to_transform: Layer indices to mask, as in PEFT.
         layers_pattern: Name of the layer list, as in PEFT.
-        target_parameters: Further parameters to mask by name, as in PEFT.
+        target_parameters: Further parameters to mask by name, as in PEFT: beside those of
+            ``target_modules``, so that they come to every maskable weight by default, and with
+            ``target_modules=[]`` they are all.
         functional_weights: Raw parameters that the model's forward multiplies with (experts,
             projections without a layer of their own), by full name; masked like the weights of
             layers. Default: found by following one forward on shapes alone, unless targets are
@@ -133,7 +145,9 @@ class PemnConfig(PeftConfig):
     scale_fan: bool = False
     seed: int = 0
     selector: SelectorName = "topk"
-    density: float = 0.5
+    density: float | ErkName = 0.5
+    overall_density: float | None = None
+    density_pattern: dict[str, float] | None = None
     threshold: float = 0.0
     score_init: float | str | None = None
     scale: ScaleName | None = None
@@ -161,6 +175,8 @@ class PemnConfig(PeftConfig):
         is_new = self.peft_version is None and self.fingerprint is None
         refuse_idle(self, idle_options(self, _given(values), is_new=is_new))
         super().__post_init__()
+        # Runtime only: whether an adapter of a model was made by these settings.
+        self.is_in_force = False
         self.peft_type = cast("Any", PEMN)
         # Runtime only, never saved: whether float scores are kept, in files (Trainer checkpoints)
         # and in models that load them for inference.
@@ -168,12 +184,44 @@ class PemnConfig(PeftConfig):
         # Runtime only: whether signs and scales are put in place next (`from_finetuned`).
         self.signs_follow = False
         # Runtime only: the file that this configuration was read with, and the base it names. The
-        # field is written anew at each save, so that one object may configure several models.
+        # field is written anew at each save, and a model's configuration may be given to another.
         self.file: AdapterFile | None = None
         self.trained_on = self.fingerprint
         self._fill_in_defaults()
         self._check_form()
         self._check_targets()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse to change what an adapter was made by: nothing would follow, but a file say so.
+
+        Raises:
+            ConfigError: If an adapter of a model has this configuration, and the field is one that
+                is read only when an adapter is made.
+        """
+        if self.__dict__.get("is_in_force"):
+            refuse_in_force(self, name, value)
+        super().__setattr__(name, value)
+
+    def __copy__(self) -> "PemnConfig":
+        """Return the same settings to be changed; those of a model's adapter stay."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__, is_in_force=False)
+        return made
+
+    def own_copy(self) -> "PemnConfig":
+        """Return a copy for one more adapter: PEFT and planning write into its lists and fields.
+
+        The file that it was read with is not copied.
+        """
+        made = copy.copy(self)
+        made.__dict__.update(
+            {item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self)}
+        )
+        return made
+
+    def put_in_force(self) -> None:
+        """Hold the settings from now on: an adapter has been made by them."""
+        self.is_in_force = True
 
     @classmethod
     def preset(cls, name: PresetName, **changes: Any) -> "PemnConfig":
@@ -245,7 +293,26 @@ class PemnConfig(PeftConfig):
             refuse_file(folder / CONFIG, f"is no configuration ({type(error).__name__}: {error})")
         if isinstance(config, PemnConfig):
             config.file = file
+            if file is not None and file.is_renamed:
+                config._rename(file)
         return config
+
+    def _rename(self, file: AdapterFile) -> None:
+        """Call tensors that are named in full as the model does (PEFT's ``key_mapping``).
+
+        Densities by pattern become densities by full name: the patterns are of the old names.
+        """
+        for name in ("functional_weights", "rewritten_weights", "carried"):
+            named = getattr(self, name)
+            setattr(self, name, named and [file.wish.renamed(one) for one in named])
+        if self.density_pattern:
+            names = dict.fromkeys(file.stored_names.values(), ())
+            old = densities_by_name(names, self.density_pattern)
+            self.density_pattern = {
+                f"^{re.escape(name)}": old[stored]
+                for name, stored in file.stored_names.items()
+                if stored in old
+            }
 
     @property
     def bank_spec(self) -> BankSpec:
@@ -259,19 +326,50 @@ class PemnConfig(PeftConfig):
             length=self.length,
             permute=self.permute,
             scale_fan=self.scale_fan,
-            density=self.density if self.scale_fan else 0.5,
+            density=self._overall if self.scale_fan else 0.5,
         )
 
     @property
-    def selection(self) -> Selector:
-        """How masks are chosen from scores."""
-        return Selector(self.selector, self.density, self.threshold)
+    def _overall(self) -> float:
+        return cast("float", self.overall_density if self.density == "erk" else self.density)
+
+    def densities(self, shapes: Mapping[str, Shape]) -> dict[str, float]:
+        """Return the densities of some weights' masks.
+
+        Args:
+            shapes: Shape of every masked weight by name: "erk" shares the ones out between them.
+
+        Returns:
+            Shares of ones by name; nothing where the selector takes no density.
+
+        Raises:
+            ConfigError: If a pattern fits none of the names; an adapter's file that is of another
+                model is refused by its masks.
+        """
+        if self.selector not in TAKES_DENSITY or self.form != "product":
+            return {}
+        is_new = self.file is None
+        named = densities_by_name(shapes, self.density_pattern or {}, all_fit=is_new)
+        others = {name: shape for name, shape in shapes.items() if name not in named}
+        if self.density == "erk":
+            return {**named, **erdos_renyi_kernel(others, self._overall)}
+        return {**named, **dict.fromkeys(others, self._overall)}
+
+    def selector_of(self, density: float | None) -> Selector:
+        """Return how a mask is chosen from scores.
+
+        Args:
+            density: The weight's, of `densities`; None where there is none.
+        """
+        return Selector(self.selector, 0.5 if density is None else density, self.threshold)
 
     def _fill_in_defaults(self) -> None:
         if self.bank_init is None:
             self.bank_init = "model" if self.bank == "own" else "kaiming_normal"
         if self.bank == "rp" and self.ratio is None and self.length is None:
             self.ratio = 1e-2
+        if self.density == "erk" and self.overall_density is None:
+            self.overall_density = 0.5
         if self.score_init is None:
             above = self.threshold + 0.01
             self.score_init = "kaiming_uniform" if self.selector == "topk" else above
@@ -288,6 +386,8 @@ class PemnConfig(PeftConfig):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
             check_pattern(name, value)
+        for pattern in self.density_pattern or ():
+            check_pattern("density_pattern", pattern)
         for name in ("layers_to_transform", "layers_pattern"):
             given = getattr(self, name)
             if isinstance(self.target_modules, str) and given is not None:

@@ -1,7 +1,8 @@
 """What an adapter file holds: which keys are masks, of how many weights, and what they take."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pemn_surgery import bits, codec
 from pemn_surgery.bits import StoredMask
-from pemn_surgery.errors import AdapterFileError, MaskFormatError
+from pemn_surgery.errors import AdapterFileError, ConfigError, MaskFormatError
 from pemn_surgery.masked import masked_child_name
 
 KEY_PREFIX = "base_model.model."
@@ -25,6 +26,29 @@ _MASK_KEY = re.compile(rf"(^|\.){masked_child_name('')}[^.]+\.{MASKS}\.[^.]+$")
 # Where no model says how many weights a mask has, its file must be worth the memory it asks for.
 _ROOM = 1 << 30
 _ROOM_A_BYTE = 128
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What PEFT's loading methods may be asked for.
+
+    Attributes:
+        key_mapping: Replacements by regular expressions, of keys without PEFT's prefix; the first
+            that matches counts.
+        ignores_sizes: Whether tensors of other sizes than the model's are left out; masks are not.
+    """
+
+    key_mapping: Mapping[str, str] = field(default_factory=dict)
+    ignores_sizes: bool = False
+
+    def renamed(self, name: str) -> str:
+        """Return what a key, or the name of a tensor or module, is called in the model."""
+        start = KEY_PREFIX if name.startswith(KEY_PREFIX) else ""
+        for pattern, replacement in self.key_mapping.items():
+            changed, count = re.subn(pattern, replacement, name.removeprefix(start))
+            if count:
+                return start + changed
+        return name
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,8 @@ class AdapterFile:
         scales: Number of row scales beside each mask; empty but for ``form="sign_delta"``.
         sealed: The configuration that the file was saved with, as in ``adapter_config.json``;
             None where the file has no seal.
+        wish: What the loading method was asked to see otherwise than it is stored.
+        stored_names: What the file calls the masked parameters, by the names that it is seen under.
     """
 
     path: Path
@@ -53,6 +79,13 @@ class AdapterFile:
     others: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     scales: Mapping[str, int]
     sealed: Mapping[str, Any] | None
+    wish: Wish = Wish()
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_renamed(self) -> bool:
+        """Whether a masked parameter is called otherwise than in the file."""
+        return any(name != stored for name, stored in self.stored_names.items())
 
     @property
     def ones(self) -> Mapping[str, int]:
@@ -155,6 +188,7 @@ def sort_out(
     tensors: Mapping[str, Tensor],
     stored: Mapping[str, StoredMask],
     sealed: Mapping[str, Any] | None,
+    wish: Wish,
 ) -> AdapterFile:
     """Return what a file holds.
 
@@ -164,7 +198,13 @@ def sort_out(
         tensors: Its tensors by key, as they are stored.
         stored: The header of each mask by key.
         sealed: The configuration in its seal.
+        wish: What is asked for; the keys above are those of the file.
     """
+    names = _renamed_keys(path, tensors, wish)
+    masked = (key for key in tensors if is_mask_key(key))
+    stored_names = {parameter_name(names[key]): parameter_name(key) for key in masked}
+    tensors = {names[key]: value for key, value in tensors.items()}
+    stored = {names[key]: value for key, value in stored.items()}
     masks, counted, coded, others, scales = {}, {}, {}, {}, {}
     for key, tensor in tensors.items():
         name = parameter_name(key)
@@ -184,7 +224,22 @@ def sort_out(
         elif header.coding != "base":  # that takes the base
             coded[key] = tensors[key]
     headers = {parameter_name(key): header for key, header in stored.items()}
-    return AdapterFile(path, nbytes, masks, counted, coded, headers, others, scales, sealed)
+    return AdapterFile(
+        path, nbytes, masks, counted, coded, headers, others, scales, sealed, wish, stored_names
+    )
+
+
+def _renamed_keys(path: Path, keys: Iterable[str], wish: Wish) -> dict[str, str]:
+    """Return what keys are called in the model, by themselves."""
+    names = {key: wish.renamed(key) for key in keys}
+    if len(set(names.values())) < len(names):
+        twice = next(name for name, count in Counter(names.values()).items() if count > 1)
+        message = (
+            f"key_mapping={dict(wish.key_mapping)} gives several tensors of {str(path)!r} one name "
+            f"({twice!r}). Nothing was loaded; give patterns that keep names apart."
+        )
+        raise ConfigError(message)
+    return names
 
 
 def _refuse_second(path: Path, name: str) -> NoReturn:

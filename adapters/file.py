@@ -27,6 +27,7 @@ from pemn_surgery.adapters.contents import (
     MASKS,
     TENSORS,
     AdapterFile,
+    Wish,
     check_room,
     is_fingerprint_key,
     is_mask,
@@ -47,6 +48,7 @@ __all__ = [
     "WEIGHTS",
     "AdapterFile",
     "Contents",
+    "Wish",
     "decode_held",
     "held_tensors",
     "holds_masks",
@@ -56,6 +58,7 @@ __all__ = [
     "mask_key",
     "one_reading",
     "parameter_name",
+    "put_on_base",
     "read_adapter",
     "read_adapter_file",
     "read_decoded",
@@ -82,22 +85,27 @@ class Contents:
 
 
 _held: ContextVar[dict[Path, Contents] | None] = ContextVar("held", default=None)
+_wish: ContextVar[Wish | None] = ContextVar("wish", default=None)
 
 
 @contextmanager
-def one_reading() -> Iterator[None]:
+def one_reading(wish: Wish | None = None) -> Iterator[None]:
     """Read each adapter file once: all who ask within get the same content.
 
     PEFT asks for an adapter in several steps, and another process may save a new one in between.
+
+    Args:
+        wish: What is asked for of all files that are read within.
     """
     if _held.get() is not None:  # a loading method that another one calls
         yield
         return
-    token = _held.set({})
+    token, asked = _held.set({}), _wish.set(wish)
     try:
         yield
     finally:
         _held.reset(token)
+        _wish.reset(asked)
 
 
 def is_reading() -> bool:
@@ -158,6 +166,26 @@ def decode_held(file: AdapterFile) -> None:
         held[file.path] = _decoded(contents)
 
 
+def put_on_base(file: AdapterFile, base: bytes) -> None:
+    """Name another base in the masks that `one_reading` holds of a file.
+
+    Their base was compared with the model's by the names in the file; from now on it goes by the
+    model's own.
+
+    Args:
+        file: What was read, its masks decoded.
+        base: 12 bytes that identify the base.
+    """
+    held = _held.get() or {}
+    contents = held.get(file.path)
+    if contents is not None and contents.file is file:
+        tensors = {
+            key: bits.with_base(value, base) if is_mask(key) else value
+            for key, value in contents.tensors.items()
+        }
+        held[file.path] = Contents(file, tensors)
+
+
 def held_tensors(path: Path) -> Mapping[str, Tensor] | None:
     """Return the tensors of a file that `one_reading` has read; None for all others."""
     contents = (_held.get() or {}).get(path)
@@ -209,8 +237,10 @@ def _read(path: Path) -> Contents:
     sealed = sealed_configuration(path, metadata)
     if sealed is not None:
         check_seal(path, tensors, sealed)
-    file = sort_out(path, nbytes, tensors, stored, sealed)
-    return Contents(file, tensors, frozenset(file.coded))
+    wish = _wish.get() or Wish()
+    file = sort_out(path, nbytes, tensors, stored, sealed, wish)
+    seen = {wish.renamed(key): value for key, value in tensors.items()}
+    return Contents(file, seen, frozenset(file.coded))
 
 
 def _decoded(contents: Contents) -> Contents:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, AdapterFile, is_mask_key
-from pemn_surgery.errors import ArchitectureError, MaskFormatError
+from pemn_surgery.errors import ArchitectureError, ConfigError, MaskFormatError
 from pemn_surgery.targets import Plan
 from pemn_surgery.task import TASK_CHILD
 
@@ -33,12 +33,15 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None
     owned = {
         _plain(item.name): _shown(item.shape, is_float=item.is_float)
         for item in (*plan.owned, *plan.whole)
-        if item.saved and not item.tied_to and ".modules_to_save." not in item.name
+        if item.saved and not item.tied_to
     }
     extra = {name for name in others if name not in owned and name in base_names}
+    compared = {name: held for name, held in others.items() if name not in extra}
+    if file.wish.ignores_sizes:
+        compared |= {name: owned[name] for name in compared if name in owned}
     differing = [
         *_differences(masks, targets, "no mask"),
-        *_differences({k: v for k, v in others.items() if k not in extra}, owned, "none"),
+        *_differences(compared, owned, "none"),
     ]
     if not differing:
         return
@@ -46,9 +49,15 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None
         f"The adapter masks {len(masks)} tensors of {sum(file.masks.values())} weights and has "
         f"{len(others)} others; the model has {len(targets)} of {plan.masked_weights} to mask. "
         f"{len(differing)} differ ({'; '.join(differing[:3])}{'; ...' * (len(differing) > 3)}). "
-        "Build the model that the adapter was trained for. Nothing was changed."
+        f"Build the model that the adapter was trained for{_remedy(file)}. Nothing was changed."
     )
     raise ArchitectureError(message)
+
+
+def _remedy(file: AdapterFile) -> str:
+    if file.wish.ignores_sizes:
+        return "; ignore_mismatched_sizes leaves out other tensors of other sizes, never masks"
+    return ", or, if its modules have other names now, give key_mapping"
 
 
 def check_loader_decodes(config: PemnConfig) -> None:
@@ -92,6 +101,28 @@ def check_without_base(file: AdapterFile) -> None:
             'model.peft_config["default"].coding = "context", and save it again.'
         )
         raise MaskFormatError(message)
+
+
+def check_can_rename(config: PemnConfig) -> None:
+    """Refuse to rename the weights of an adapter whose numbers go by their names.
+
+    Args:
+        config: The adapter's configuration.
+
+    Raises:
+        ConfigError: If a seed draws each weight's own numbers, or masks are coded beside the base.
+    """
+    problem = ""
+    if config.bank == "own" and config.bank_spec.generated:
+        problem = f"bank_init={config.bank_init!r} draws each weight's numbers by its name"
+    elif config.coding == "base":
+        problem = 'coding="base" holds masks that only the base under its own names can read'
+    if problem:
+        message = (
+            f"key_mapping cannot rename the weights of this adapter: {problem}. Load it onto a "
+            "model with the names that it was trained with. Nothing was changed."
+        )
+        raise ConfigError(message)
 
 
 def check_swap_fits(given: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:

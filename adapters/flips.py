@@ -194,9 +194,10 @@ def _gradients(loss: Tensor, scores: list[nn.Parameter]) -> tuple[Tensor | None,
 
 
 def _pairs(layer: PemnLayer, adapter_name: str, config: PemnConfig, squares: Tensor) -> _Pairs:
-    mask = layer.mask_of(adapter_name).mask()
+    held = layer.mask_of(adapter_name)
+    mask = held.mask()
     start = initial_scores(config, layer.target, layer.shape, layer.fan_in).to(mask.device)
-    initial = config.selection.mask(start)
+    initial = held.selector.mask(start)
     sizes = layer.fill().detach().float() ** 2
     cost = (sizes * (squares.sum() / sizes.sum().clamp_min(1e-30))).flatten()
     # Of frozen numbers of one size, the gradients of each tell which matter less.

@@ -30,6 +30,7 @@ from pemn_surgery.adapters.file import (
     CONFIG,
     WEIGHTS,
     AdapterFile,
+    Wish,
     held_tensors,
     holds_masks,
     is_fingerprint_key,
@@ -49,7 +50,18 @@ PICKLE = "adapter_model.bin"
 
 # What neither fingerprint nor tensors tell: weights that take the place of others get their meaning
 # from the configuration that is there.
-MUST_AGREE = ["bank", "selector", "density", "threshold", "scale", "form", "rest", "tied"]
+MUST_AGREE = [
+    "bank",
+    "selector",
+    "density",
+    "overall_density",
+    "density_pattern",
+    "threshold",
+    "scale",
+    "form",
+    "rest",
+    "tied",
+]
 
 
 def wrap_loading() -> None:
@@ -115,10 +127,11 @@ def _with_config(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
     def from_pretrained(*args: Any, **kwargs: Any) -> PeftModel:
         given = signature.bind(*args, **kwargs)
         folder = adapter_folder(given.arguments["model_id"], given.arguments.get("kwargs"))
-        with one_reading():
+        with one_reading(_wish(given, given.arguments["model"])):
             checked = check_adapter(folder)
             if checked is None:
                 return load(*given.args, **given.kwargs)
+            given.arguments["key_mapping"] = {}  # done: the tensors have the model's names
             if given.arguments.get("config") is None:
                 given.arguments["config"] = checked
             with undone_on_error(given.arguments["model"]):
@@ -133,21 +146,37 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(load)
     def load_adapter(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments
+        bound = signature.bind(self, *args, **kwargs)
+        given = bound.arguments
         folder = adapter_folder(given["model_id"], given.get("kwargs"))
-        with one_reading():
+        with one_reading(_wish(bound)):
             checked, held = check_adapter(folder), self.peft_config.get(given["adapter_name"])
             if checked is None:
                 return load(self, *args, **kwargs)
+            given["key_mapping"] = {}
             if held is None:
                 _check_method(folder / CONFIG)
             elif isinstance(held, PemnConfig):
                 _check_agrees(given["adapter_name"], held, checked)
                 _check_base(self, given["adapter_name"], checked)
             with undone_on_error(self, values=tensors_of(self, given["adapter_name"])):
-                return load(self, *args, **kwargs)
+                return load(*bound.args, **bound.kwargs)
 
     return load_adapter
+
+
+def _wish(given: inspect.BoundArguments, model: Any = None) -> Wish:
+    """Return what a loading method of PEFT's is asked for.
+
+    Args:
+        given: Its arguments.
+        model: Whose own mapping holds where none is given, as in PEFT's ``from_pretrained``.
+    """
+    mapping = given.arguments.get("key_mapping")
+    if mapping is None:
+        mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+    ignores = (given.arguments.get("kwargs") or {}).get("ignore_mismatched_sizes", False)
+    return Wish(dict(mapping or {}), bool(ignores))
 
 
 def _with_contents(load: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from pemn_surgery.in_force import InForce
 from pemn_surgery.kept import Sources
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.roles import rows_of
-from pemn_surgery.selector import check_finite
+from pemn_surgery.selector import Selector, check_finite
 from pemn_surgery.targets import Target
 
 _LOOK_AT_WEIGHTS = 3  # bits of a frozen number's size that guess a mask (docs/coding.md)
@@ -158,7 +158,11 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         return super().extra_repr() + stored
 
     def add_mask(
-        self, adapter_name: str, config: PemnConfig, fingerprint: Mapping[str, str]
+        self,
+        adapter_name: str,
+        config: PemnConfig,
+        fingerprint: Mapping[str, str],
+        density: float | None = None,
     ) -> None:
         """Give an adapter its mask of this weight.
 
@@ -168,12 +172,15 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
                 kept: the place for them where a file is about to be read, else the initial mask. A
                 sign delta's signs and scales always come later.
             fingerprint: Identifies the base under all of the adapter's masks.
+            density: Share of ones of this mask, where the selector takes one.
         """
         make = self._sign_delta if config.form == "sign_delta" else self._mask
-        self.pemn_masks[adapter_name] = make(config, fingerprint)
+        self.pemn_masks[adapter_name] = make(config, fingerprint, config.selector_of(density))
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def _mask(self, config: PemnConfig, fingerprint: Mapping[str, str]) -> AdapterMask:
+    def _mask(
+        self, config: PemnConfig, fingerprint: Mapping[str, str], selector: Selector
+    ) -> AdapterMask:
         holds_bits = config.inference_mode and not config.keep_scores
         loading = holds_bits and config.file is not None
         scores = None if loading else initial_scores(config, self.target, self.shape, self.fan_in)
@@ -181,25 +188,27 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         if holds_bits:
             weights = int(torch.Size(self.shape).numel())
             start = scores if scores is not None else torch.empty(0)
-            mask = config.selection.mask_in_little_memory
+            mask = selector.mask_in_little_memory
             stored = bits.empty(weights) if loading else bits.pack(mask(start))
             scores = None
         return AdapterMask(
             self.target,
             self.shape,
-            config.selection,
+            selector,
             fingerprint,
             scaled=config.scale == "sqrt_density",
             scores=scores,
             stored=stored,
         )
 
-    def _sign_delta(self, config: PemnConfig, fingerprint: Mapping[str, str]) -> SignDelta:
+    def _sign_delta(
+        self, config: PemnConfig, fingerprint: Mapping[str, str], selector: Selector
+    ) -> SignDelta:
         rows = rows_of(self.owner, self.shape)
         return SignDelta(
             self.target,
             self.shape,
-            config.selection,
+            selector,
             fingerprint,
             rows=rows,
             row_scale=torch.zeros(rows.count),
@@ -217,7 +226,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             the size of an initial score says nothing.
         """
         drawn = isinstance(config.score_init, str) and config.form == "product"
-        if not drawn or not config.selection.uses_magnitude:
+        if not drawn or not config.selector_of(None).uses_magnitude:
             return ()
         weights = max(int(torch.Size(self.shape).numel()), 1)
         scores = Guide(rng.key_of(config.seed, _scores_stream(self.target)), weights)

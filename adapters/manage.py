@@ -11,6 +11,7 @@ from pemn_surgery.adapter_mask import SignDelta
 from pemn_surgery.adapters.checks import check_adapters_exist, check_name_is_free
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.names import check_adapter_name, saved_whole
 from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.errors import AdapterError
 
@@ -24,16 +25,18 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
         new: Its new name.
 
     Raises:
-        AdapterError: If there is no such adapter, or the new name cannot be one.
+        AdapterError: If there is no such adapter, or one of the new name.
+        AdapterNameError: If no adapter can have the new name.
         AlreadyPemnifiedError: If the new name is taken.
     """
     configs = adapter_configs(model)
     check_adapters_exist(configs, [old])
     if old == new:
         return
+    check_adapter_name(new, saved_whole(configs.values()))
     check_name_is_free(model, new)
-    if new in configs or not new or "." in new:
-        message = f"{new!r} cannot be an adapter's name here: it is taken, empty, or has a dot."
+    if new in configs:
+        message = f"The model has an adapter {new!r} already. Choose another name."
         raise AdapterError(message)
     for module in model.modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

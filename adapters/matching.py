@@ -16,12 +16,12 @@ from torch.fx import GraphModule
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.quantised import quantised_weights
-from pemn_surgery.errors import TraceError
+from pemn_surgery.errors import ConfigError, TraceError
 from pemn_surgery.graph import Trace, trace
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.planning import functional_weights, make_plan, rewritten_weights
 from pemn_surgery.request import Request
-from pemn_surgery.roles import base_modules
+from pemn_surgery.roles import base_modules, is_saved_by_peft
 from pemn_surgery.targets import Plan
 
 
@@ -35,7 +35,7 @@ def set_default_head(config: PemnConfig, model: nn.Module) -> None:
         model: The model; timm says in its ``pretrained_cfg`` what its classifier is.
     """
     spoken_for = config.modules_to_save is not None or config.target_modules is not None
-    if config.bank_spec.generated or spoken_for or config.target_parameters:
+    if config.bank_spec.generated or spoken_for:
         return
     described = getattr(model, "pretrained_cfg", None)
     heads = described.get("classifier") if isinstance(described, Mapping) else None
@@ -84,7 +84,7 @@ def follow_forward(
         The trace, or why there is none.
     """
     result = _follow(model, config, inputs)
-    chosen = config.target_modules is not None or config.target_parameters is not None
+    chosen = config.target_modules is not None
     seen = not isinstance(result, TraceError)
     if config.functional_weights is None:
         config.functional_weights = functional_weights(model, result) if seen and not chosen else []
@@ -142,9 +142,13 @@ def plan_for(
         followed: What `follow_forward` returned, to show the use of every weight.
     """
     matcher = _matcher(config, model)
+    own_paths = _own_paths(model)
+    if config.file is None:
+        _check_layers_exist(model, matcher)
     by_layer = config.target_modules is None and config.layers_to_transform is not None
 
     def reason_to_leave(path: str) -> str:
+        path = own_paths.get(path, path)
         if not path and isinstance(model, GraphModule):  # its own parameters have no module
             return "" if _takes_all(config) else "not in target_modules"
         if not path:
@@ -153,7 +157,7 @@ def plan_for(
             return "not in layers_to_transform"
         result = _match(matcher, path)
         if isinstance(result, _ExcludedModule):
-            saved = _is_saved_whole(config, path)
+            saved = is_saved_whole(config, path)
             return "trained and saved whole (modules_to_save)" if saved else "in exclude_modules"
         return "" if result else "not in target_modules"
 
@@ -163,7 +167,7 @@ def plan_for(
             spec=config.bank_spec,
             rest=cast("Any", config.rest),
             reason_to_leave=reason_to_leave,
-            is_saved_whole=lambda path: _is_saved_whole(config, path),
+            is_saved_whole=lambda path: is_saved_whole(config, path),
             is_named=lambda path: config.target_modules is not None and not reason_to_leave(path),
             parameters=tuple(config.target_parameters or ()),
             functional=frozenset(config.functional_weights or ()),
@@ -171,12 +175,43 @@ def plan_for(
             tied=config.tied,
             carried=frozenset(config.carried or ()),
             row_scaled=config.form == "sign_delta",
+            densities=config.densities,
             quantised=quantised_weights(model, config.bank_spec),
             trace=followed if isinstance(followed, Trace) else None,
             untraced=str(followed) if isinstance(followed, TraceError) else "",
             unseen=isinstance(followed, TraceError) and not isinstance(followed, _NotNeededError),
         ),
     )
+
+
+def _check_layers_exist(model: nn.Module, matcher: PemnConfig) -> None:
+    """Refuse indices that no layer has: a filter that matches nothing would do so in silence.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    wanted = matcher.layers_to_transform
+    given = [wanted] if isinstance(wanted, int) else sorted(wanted or ())
+    paths = [path for path, _ in base_modules(model) if path]
+    missing = [index for index in given if not _has_layer(matcher, paths, index)]
+    if not missing:
+        return
+    numbers = {int(part) for path in paths for part in path.split(".") if part.isdecimal()}
+    found = [index for index in sorted(numbers) if _has_layer(matcher, paths, index)]
+    there = f"indices {found[0]} to {found[-1]}" if found else "no indices that PEFT's names match"
+    named = f" and layers_pattern={matcher.layers_pattern}" if matcher.layers_pattern else ""
+    message = (
+        f"PemnConfig got layers_to_transform={wanted}{named}, but the model's layers have {there}, "
+        f"not {', '.join(map(str, missing))}. Nothing was changed."
+    )
+    raise ConfigError(message)
+
+
+def _has_layer(matcher: PemnConfig, paths: Sequence[str], index: int) -> bool:
+    probe = copy.copy(matcher)
+    probe.layers_to_transform, probe.exclude_modules, probe.modules_to_save = [index], None, None
+    inside = (path for path in paths if "." in path)  # PEFT takes full names, whatever the index
+    return any(check_target_module_exists(probe, path) for path in inside)
 
 
 def is_excluded(config: PemnConfig, path: str) -> bool:
@@ -189,15 +224,40 @@ def is_excluded(config: PemnConfig, path: str) -> bool:
     return isinstance(_match(config, path), _ExcludedModule)
 
 
+def is_saved_whole(config: PemnConfig, path: str) -> bool:
+    """Tell whether an adapter trains and saves a module whole, or one that it is in.
+
+    Args:
+        config: The configuration.
+        path: Path of the module.
+    """
+    if not config.modules_to_save:
+        return False
+    probe = copy.copy(config)
+    probe.exclude_modules, probe.target_modules = None, {path}
+    return isinstance(check_target_module_exists(probe, path), _ExcludedModule)
+
+
+def _own_paths(model: nn.Module) -> dict[str, str]:
+    """Return what modules within PEFT's wrappers are called without them, by path."""
+    paths = dict(base_modules(model))
+    inside = [f"{path}.original_module" for path, one in paths.items() if is_saved_by_peft(one)]
+    return {
+        path: start.rpartition(".")[0] + path[len(start) :]
+        for start in inside
+        for path in paths
+        if f"{path}.".startswith(f"{start}.")
+    }
+
+
 def _takes_all(config: PemnConfig) -> bool:
-    chosen = (config.target_modules, config.target_parameters, config.layers_to_transform)
-    return all(choice is None for choice in chosen)
+    return config.target_modules is None and config.layers_to_transform is None
 
 
 def _matcher(config: PemnConfig, model: nn.Module) -> PemnConfig:
     """Return a configuration whose ``target_modules`` PEFT's own matching understands."""
     matcher = copy.copy(config)
-    if matcher.target_modules is None and not matcher.target_parameters:
+    if matcher.target_modules is None:
         # Last parts of the names: PEFT applies layers_to_transform to names matched by their end.
         matcher.target_modules = {
             path.rpartition(".")[2] for path, _ in base_modules(model) if path
@@ -208,18 +268,10 @@ def _matcher(config: PemnConfig, model: nn.Module) -> PemnConfig:
 
 
 def _match(config: PemnConfig, path: str) -> Any:
-    if config.target_modules is None and not config.target_parameters:
+    if config.target_modules is None:
         config = copy.copy(config)
         config.target_modules = {path.rpartition(".")[2]}
     return check_target_module_exists(config, path)
-
-
-def _is_saved_whole(config: PemnConfig, path: str) -> bool:
-    if not config.modules_to_save:
-        return False
-    probe = copy.copy(config)
-    probe.exclude_modules, probe.target_modules = None, {path}
-    return isinstance(check_target_module_exists(probe, path), _ExcludedModule)
 
 
 def _occurrences(name: str, paths: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ undone.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,19 +33,26 @@ from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
 from pemn_surgery.adapters.matching import (
     forward_of,
     is_excluded,
+    is_saved_whole,
     plan_for,
     set_default_head,
     set_task_head,
 )
 from pemn_surgery.adapters.mixed_batch import mixed_batches
+from pemn_surgery.adapters.names import check_adapter_name, saved_whole, without_name
 from pemn_surgery.adapters.operation import Operation
 from pemn_surgery.adapters.other_methods import check_no_other_method
 from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
-from pemn_surgery.adapters.whole_modules import choosing_layers
+from pemn_surgery.adapters.whole_modules import check_whole_modules, choosing_layers
 from pemn_surgery.undo import undone_on_error
 
+# Who asks without a doubt: transformers' Trainer, for label_smoothing_factor alone.
+_NO_CONFIG = (
+    "The model has no 'config'. The Trainer reads one for label_smoothing_factor: leave that out "
+    "and smooth in the model, for_trainer(model, label_smoothing=...)."
+)
 _UNLOAD = "unload_and_optionally_merge_module"
 
 
@@ -59,9 +67,11 @@ class PemnModel(BaseTuner):
         self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         check_no_other_method(model)
+        check_adapter_name(adapter_name)
         check_name_is_free(model, adapter_name)
-        if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of them
+        if isinstance(peft_config, PemnConfig):  # PeftModel gives a dictionary of its own
             check_loader_decodes(peft_config)
+            peft_config = peft_config.own_copy()
         given = [peft_config] if isinstance(peft_config, PemnConfig) else peft_config.values()
         self._added: set[str] = set()  # adapters that were injected and never given their type
         with undone_on_error(model, *given):
@@ -76,7 +86,10 @@ class PemnModel(BaseTuner):
         check_no_other_method(model)
         set_default_head(peft_config, model)
         set_task_head(peft_config)
+        for name in self.peft_config:
+            check_adapter_name(name, saved_whole([peft_config]))
         plan = plan_for(model, peft_config, forward_of(model, peft_config))
+        check_whole_modules(model, plan, peft_config, partial(is_saved_whole, peft_config))
         check_targets(plan, peft_config)
         if not any(isinstance(module, PemnLayer) for module in model.modules()):
             warn_of_low_coverage(plan, peft_config)
@@ -129,12 +142,14 @@ class PemnModel(BaseTuner):
         Raises:
             AdapterError: If the adapters cannot be combined so.
             AlreadyPemnifiedError: If the name is taken.
+            AdapterNameError: If no adapter can have the name.
         """
         given = [1.0] * len(adapters) if weights is None else weights
         configs = cast("dict[str, PemnConfig]", self.peft_config)
         config = add_combination(
             self.model, configs, adapters, given, adapter_name, combination_type
         )
+        config.put_in_force()
         configs[adapter_name] = config
 
     @contextmanager
@@ -181,7 +196,10 @@ class PemnModel(BaseTuner):
         """
         if name in {"__deepcopy__", "__copy__"}:
             raise AttributeError(name)
-        found = super().__getattr__(name)
+        try:
+            found = super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(_NO_CONFIG if name == "config" else str(error)) from error
         asked = name in layer_groups.QUESTIONS and callable(found)
         return layer_groups.answer(self, name, found, _inner_name) if asked else found
 
@@ -207,6 +225,7 @@ class PemnModel(BaseTuner):
         PEFT never visits the model itself, and asks `_inject_parameters` for what is left only
         where parameters are named; so the root's are named while it injects.
         """
+        check_adapter_name(adapter_name)
         config = cast("PemnConfig", self.peft_config[adapter_name])
         asked = config.target_parameters
         with undone_on_error(self, config):
@@ -214,6 +233,7 @@ class PemnModel(BaseTuner):
             config.target_parameters = asked
             graph_surgery.rewrite_graphs(model)
             self._added.add(adapter_name)
+            config.put_in_force()
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -310,6 +330,11 @@ class PemnModel(BaseTuner):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         return pack_for_file(entries, model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Parts of a model may be called like an adapter; PEFT would take them out."""
+        return without_name(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -1,7 +1,7 @@
 """One planned injection: everything is checked when it is made, then carried out path by path."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -19,8 +19,8 @@ from pemn_surgery.adapters.checks import (
     check_signs,
 )
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import decode_held
-from pemn_surgery.adapters.file_checks import check_file_fits
+from pemn_surgery.adapters.file import AdapterFile, decode_held, put_on_base
+from pemn_surgery.adapters.file_checks import check_can_rename, check_file_fits
 from pemn_surgery.adapters.layer import PemnLayer, weight_stream
 from pemn_surgery.adapters.layer_checks import check_layers
 from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
@@ -57,6 +57,7 @@ class Operation:
         self._check_base()
         if config.file is not None:
             decode_held(config.file)
+            self._take_names_of_model(config.file)
         from_meta = materialise.is_on_meta(model, plan)
         # Built without memory and not to be trained: nothing is held twice, nothing dense is kept.
         self.is_lean = from_meta and config.inference_mode
@@ -73,7 +74,9 @@ class Operation:
             layer = find_masked(module, target.parameter)
             if layer is None:
                 layer = self._operate(target, module)
-            cast("PemnLayer", layer).add_mask(adapter_name, self.config, self.fingerprint)
+            cast("PemnLayer", layer).add_mask(
+                adapter_name, self.config, self.fingerprint, target.density
+            )
 
     def _operate(self, target: Target, module: nn.Module) -> PemnLayer:
         spec = self.config.bank_spec
@@ -143,27 +146,41 @@ class Operation:
         loading = self.config.trained_on is not None
         return materialise.Supply(loading, carried, verified=self.config.file is not None)
 
-    def _fingerprint(self) -> fingerprints.Fingerprint:
+    def _fingerprint(self, names: Mapping[str, str] | None = None) -> fingerprints.Fingerprint:
+        """Return the base's fingerprint, under other names of the weights where they are given."""
+        called = names or {}
         spec = self.config.bank_spec
-        layout = self.bank.layout if self.bank else None
-        targets = [(target.name, target.shape) for target in self.plan.targets]
-        return fingerprints.make_fingerprint(spec, layout, targets, self._frozen_numbers)
+        layout = self.bank.layout.renamed(called) if self.bank else None
+        targets = {called.get(one.name, one.name): one for one in self.plan.targets}
+        shapes = [(name, target.shape) for name, target in targets.items()]
 
-    def _frozen_numbers(self) -> Iterable[Tensor]:
-        if self.bank is not None:
-            return self.bank.prototypes(self._dtype)
-        return map(self._values, sorted(target.name for target in self.plan.targets))
+        def frozen_numbers() -> Iterable[Tensor]:
+            if self.bank is not None:
+                return self.bank.prototypes(self._dtype)
+            return (self._values(targets[name].name) for name in sorted(targets))
+
+        return fingerprints.make_fingerprint(spec, layout, shapes, frozen_numbers)
+
+    def _take_names_of_model(self, file: AdapterFile) -> None:
+        """Let a file whose weights were called otherwise be of the base as it is called here."""
+        if file.is_renamed:
+            self.config.trained_on = self.fingerprint
+            put_on_base(file, fingerprints.short_form(self.fingerprint))
 
     def _check_base(self) -> None:
         """Refuse masks of another base: the configuration names one, and so does every mask."""
-        given = "the given model"
+        given, file = "the given model", self.config.file
+        actual_base = self.fingerprint
+        if file is not None and file.is_renamed:
+            check_can_rename(self.config)
+            actual_base = self._fingerprint(file.stored_names)
         if self.config.trained_on is not None:
-            fingerprints.check_fingerprint(self.config.trained_on, self.fingerprint, given)
+            fingerprints.check_fingerprint(self.config.trained_on, actual_base, given)
         stored = self.config.file.stored.values() if self.config.file else ()
         for mask in stored:
             expected = fingerprints.from_short_form(mask.base)
-            if expected and self.fingerprint:
-                actual = fingerprints.shorten(self.fingerprint)
+            if expected and actual_base:
+                actual = fingerprints.shorten(actual_base)
                 fingerprints.check_fingerprint(expected, actual, given)
 
     def _tensor_names(self) -> Iterator[str]:

@@ -17,7 +17,7 @@ from pemn_surgery.bank import BankName, InitName
 from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.request import RestName, TiedName
-from pemn_surgery.selector import SelectorName
+from pemn_surgery.selector import TAKES_DENSITY, SelectorName
 
 _LARGEST = 3.4e38  # of float32
 _MOST_DIGITS = 1000  # Python itself turns no more than 4,300 into text
@@ -137,7 +137,20 @@ OPTIONS: dict[str, Option] = {
     "scale_fan": _FLAG,
     "seed": _WHOLE,
     "selector": _choice(*get_args(SelectorName)),
-    "density": _SHARE,
+    "density": Option(
+        f"{_SHARE.needed}, or 'erk'",
+        lambda value: value == "erk" if _is_text(value) else _is_share(value),
+    ),
+    "overall_density": _or_none(_SHARE),
+    "density_pattern": _or_none(
+        Option(
+            "a dict of regular expressions to numbers with 0 < number <= 1",
+            lambda value: (
+                isinstance(value, dict)
+                and all(_is_text(key) and _is_share(share) for key, share in value.items())
+            ),
+        )
+    ),
     "threshold": _NUMBER,
     "score_init": _or_none(
         Option(
@@ -173,6 +186,9 @@ OPTIONS: dict[str, Option] = {
     "digest": _internal(_TEXT),
 }
 
+# What is read each time an adapter is saved or loaded; all else only when an adapter is made.
+_READ_LATER = {"coding", "modules_to_save", "task_type", "inference_mode", "revision"}
+
 
 def _draws_numbers(config: Any) -> bool:
     return config.bank_init != "model" and (config.bank_init is not None or config.bank != "own")
@@ -186,10 +202,6 @@ def _draws_scores(config: Any) -> bool:
 
 def _permutes(config: Any) -> bool:
     return config.permute and config.bank == "rp" and config.ratio != 1
-
-
-def _names_parameters_alone(config: Any) -> bool:
-    return bool(config.target_parameters) and config.target_modules is None
 
 
 _OTHER_BANK = 'it belongs to bank="rp", not bank="{bank}"'
@@ -224,8 +236,25 @@ IDLE: tuple[Idle, ...] = (
         "follow torch.manual_seed",
     ),
     Idle(
+        "overall_density",
+        lambda config: config.density != "erk",
+        'it belongs to density="erk"; density={density!r} decides',
+    ),
+    *(
+        Idle(
+            name,
+            lambda config: config.selector not in TAKES_DENSITY,
+            'it belongs to selector="topk", not selector="{selector}"',
+        )
+        for name in ("overall_density", "density_pattern")
+    ),
+    *(
+        Idle(name, lambda config: config.form != "product", _SIGNS)
+        for name in ("overall_density", "density_pattern")
+    ),
+    Idle(
         "density",
-        lambda config: config.selector != "topk" and not config.scale_fan,
+        lambda config: config.selector not in TAKES_DENSITY and not config.scale_fan,
         'it belongs to selector="topk" (or to scale_fan=True), not selector="{selector}"',
     ),
     Idle("density", lambda config: config.form != "product", _SIGNS),
@@ -243,14 +272,6 @@ IDLE: tuple[Idle, ...] = (
         in_files=True,
     ),
     Idle("score_init", lambda config: config.form != "product", _SIGNS),
-    *(
-        Idle(
-            name,
-            _names_parameters_alone,
-            "it belongs to target_modules; target_parameters takes all that it names",
-        )
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
-    ),
     Idle(
         "scale",
         lambda config: config.form != "product",
@@ -304,6 +325,27 @@ def refuse_idle(config: Any, idle: Mapping[str, str]) -> None:
         message = (
             f"PemnConfig got {name}={shown(getattr(config, name))}, which nothing would read: "
             f"{because}. Leave it out."
+        )
+        raise ConfigError(message)
+
+
+def refuse_in_force(config: Any, name: str, value: Any) -> None:
+    """Refuse to change a setting that an adapter was made by.
+
+    Args:
+        config: The adapter's configuration.
+        name: What is assigned.
+        value: Its new value.
+
+    Raises:
+        ConfigError: If it is another value, and nothing would read it.
+    """
+    settled = name in OPTIONS and OPTIONS[name].is_users and name not in _READ_LATER
+    if settled and value != getattr(config, name):
+        message = (
+            f"The adapter was made with {name}={shown(getattr(config, name))}; {name}="
+            f"{shown(value)} would change none of its masks, but stand in its file. Add a further "
+            f"adapter with a new PemnConfig({name}=...) instead. Nothing was changed."
         )
         raise ConfigError(message)
 

@@ -1,6 +1,7 @@
 """Writing an adapter's masks in another coding, from its files alone."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -55,9 +56,13 @@ def recode(folder: str | Path, coding: RecodingName, out: str | Path | None = No
         config, file = open_adapter(folder)
         check_without_base(file)
         _check_keeps_scores(file, Path(folder), place)
+        given = read_decoded(file.path).tensors
+        densities = config.densities(
+            {parameter_name(k): tuple(v.shape) for k, v in given.items() if _is_scores(k)}
+        )
         tensors = {
-            _new_key(key): _recoded(key, value, coding, config)
-            for key, value in read_decoded(file.path).tensors.items()
+            _new_key(key): _recoded(key, value, coding, config, densities)
+            for key, value in given.items()
             if not is_fingerprint_key(key)  # bits have it in their header
         }
     config.coding = coding
@@ -72,20 +77,30 @@ def _bring_card(folder: Path, place: Path) -> None:
     complete_card(place)
 
 
-def _recoded(key: str, value: Tensor, coding: RecodingName, config: PemnConfig) -> Tensor:
+def _recoded(
+    key: str,
+    value: Tensor,
+    coding: RecodingName,
+    config: PemnConfig,
+    densities: Mapping[str, float],
+) -> Tensor:
     if not is_mask_key(key) or key.endswith(".row_scale"):
         return value
     stored = value
-    if key.endswith(".scores"):
+    if _is_scores(key):
         check_finite(value, parameter_name(key))
         base = fingerprints.short_form(config.fingerprint or {})
-        stored = bits.pack(config.selection.mask(value), base)
+        selector = config.selector_of(densities.get(parameter_name(key)))
+        stored = bits.pack(selector.mask(value), base)
     return codec.encode(stored) if coding == "entropy" else stored
 
 
 def _new_key(key: str) -> str:
-    is_scores = is_mask_key(key) and key.endswith(".scores")
-    return f"{key.removesuffix('.scores')}.bits" if is_scores else key
+    return f"{key.removesuffix('.scores')}.bits" if _is_scores(key) else key
+
+
+def _is_scores(key: str) -> bool:
+    return is_mask_key(key) and key.endswith(".scores")
 
 
 def _check_coding(coding: Any, folder: str | Path) -> None:

@@ -2,11 +2,14 @@
 
 `PemnModel` undoes its own part. These libraries change the model before and after it: they enter
 the adapter's name, note that there are adapters, wrap modules to save, cast. So their methods get a
-wrapper around them, which does nothing for adapters of other methods.
+wrapper around them, which does nothing for adapters of other methods. They also write into the
+configuration that they are given; so that it stays the caller's, they are given a copy.
 """
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -19,6 +22,9 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.undo import undone_on_error
 
 _METHODS = ("__init__", "add_adapter")
+
+# Whether one of the methods runs: those that it calls get the model's own configuration.
+_adding: ContextVar[bool] = ContextVar("adding", default=False)
 
 
 def wrap_adding() -> None:
@@ -46,12 +52,25 @@ def _all_or_nothing(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def whole(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
-        configs = [item for item in given if isinstance(item, PemnConfig)]
-        if not configs:
+        if _adding.get() or not any(isinstance(item, PemnConfig) for item in given):
             return method(self, *args, **kwargs)
         made = [self] if "_modules" in self.__dict__ else []  # else it is just being made
         models = [*made, *(item for item in given if isinstance(item, nn.Module))]
-        with undone_on_error(*models, *configs):
-            return method(self, *args, **kwargs)
+        named = {name: _own(item) for name, item in kwargs.items()}
+        with undone_on_error(*models), _outermost():
+            return method(self, *map(_own, args), **named)
 
     return whole
+
+
+def _own(item: Any) -> Any:
+    return item.own_copy() if isinstance(item, PemnConfig) else item
+
+
+@contextmanager
+def _outermost() -> Iterator[None]:
+    token = _adding.set(True)
+    try:
+        yield
+    finally:
+        _adding.reset(token)

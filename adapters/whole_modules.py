@@ -7,15 +7,18 @@ answers for that call; everywhere else, and for every other method, it answers a
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from pemn_surgery import in_force
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.errors import AdapterError
 from pemn_surgery.in_force import InForce, Layer
 from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.targets import Plan
 from pemn_surgery.task import TaskTensors
 
 
@@ -57,6 +60,46 @@ def choosing_layers(model: nn.Module) -> Iterator[Layer]:
             yield module
         elif isinstance(module, AuxiliaryTrainingWrapper):
             yield WholeModule(module)
+
+
+def check_whole_modules(
+    model: nn.Module, plan: Plan, config: PemnConfig, saves_whole: Callable[[str], bool]
+) -> None:
+    """Refuse an adapter that masks what another one of the model saves whole, or the reverse.
+
+    PEFT keeps a whole copy of the module for each adapter that saves it, so the masks of one would
+    be part of the other's copy, and neither file could be written or read.
+
+    Args:
+        model: The model, before the adapter is added.
+        plan: What the adapter would mask and own.
+        config: Its configuration.
+        saves_whole: Tells of a path whether the adapter saves that module whole.
+
+    Raises:
+        AdapterError: If there is such a module.
+    """
+    parts = [item.path for item in (*plan.targets, *plan.owned)]
+    for path, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            held = [part for part in parts if f"{part}.".startswith(f"{path}.")]
+            if held:
+                others = ", ".join(map(repr, sorted(module._adapters)))
+                _refuse_shared(config, path, f"masked or trained by the new one, whole by {others}")
+        elif isinstance(module, (MaskedWeight, TaskTensors)) and saves_whole(path):
+            _refuse_shared(
+                config, path.rpartition(".")[0], "whole by the new one, masked by others"
+            )
+
+
+def _refuse_shared(config: PemnConfig, path: str, how: str) -> NoReturn:
+    message = (
+        f"All adapters of one model must agree on the modules that are trained and saved whole: "
+        f"{path!r} would be {how} (the new adapter has modules_to_save={config.modules_to_save}). "
+        "Give them the same modules_to_save, leave the module out with exclude_modules, or load "
+        "the adapter onto a model of its own. Nothing was changed."
+    )
+    raise AdapterError(message)
 
 
 def wrap_choices() -> None:

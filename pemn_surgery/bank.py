@@ -13,8 +13,8 @@ Networks, and the row "Mask" of PEMN's tables).
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -112,6 +112,15 @@ class Layout:
         if prototype is None or not self.spec.generated or prototype.length > prototype.period:
             return None
         return _stream(() if () in dict(self.by_shape) else shape), prototype.period
+
+    def renamed(self, names: Mapping[str, str]) -> "Layout":
+        """Return the layout of the same weights under other names.
+
+        Args:
+            names: The other names by those here.
+        """
+        made = ((s, replace(p, source=names.get(p.source, p.source))) for s, p in self.by_shape)
+        return Layout(self.spec, tuple(made))
 
     def as_dict(self) -> dict[str, object]:
         """Return the layout in plain values, for fingerprints and messages."""

@@ -37,6 +37,10 @@ class AdapterError(PemnError, ValueError):
     """An adapter that is asked for is missing, or not in the state that the call needs."""
 
 
+class AdapterNameError(AdapterError):
+    """An adapter cannot have this name: it could not be added, saved or loaded under it."""
+
+
 class MixedBatchError(PemnError, ValueError):
     """A batch for several adapters cannot be split, or its outputs cannot be put together."""
 

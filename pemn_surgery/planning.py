@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -39,6 +40,8 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     uses = uses_in_graphs(model)
     slots = list(weight_slots(model, request, uses))
     targets, left = _sort_out(slots, request)
+    densities = request.densities({target.name: target.shape for target in targets})
+    targets = [replace(target, density=densities.get(target.name)) for target in targets]
     masked = {name for target in targets for name in (target.name, *target.tied)}
     layout = None
     if request.spec.bank != "own" and targets:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pemn_surgery.bank import BankSpec
+from pemn_surgery.bank import BankSpec, Shape
 from pemn_surgery.graph import Trace
 
 RestName = Literal["train", "norms", "stats", "freeze"]
@@ -31,6 +31,8 @@ class Request:
         unseen: Whether no forward has ever shown which raw parameters are weights.
         carried: Names of further unmasked tensors that the task has its own copy of.
         row_scaled: Whether a mask has a scale for each output.
+        densities: Gives, for the shapes of all masked weights by name, the densities of their
+            masks; none where the selector has no density.
         quantised: Names of weights that a library stores quantised, with the reason why each cannot
             be masked, or "".
     """
@@ -49,4 +51,7 @@ class Request:
     unseen: bool = False
     carried: Collection[str] = ()
     row_scaled: bool = False
+    densities: Callable[[Mapping[str, Shape]], Mapping[str, float]] = field(
+        default=lambda shapes: {}
+    )
     quantised: Mapping[str, str] = field(default_factory=dict)

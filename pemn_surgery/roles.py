@@ -18,9 +18,10 @@ TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the model's own modules with their paths, each once, without what surgery added.
+    """Yield the model's own modules with their paths, each once, without what was added.
 
-    Scripted ones (`scripted_modules`) are not among them: nothing of them can be changed.
+    That is what surgery added, and PEFT's copies of modules that adapters save whole. Scripted ones
+    (`scripted_modules`) are not among them: nothing of them can be changed.
     """
     for path, module in _modules(model):
         if not isinstance(module, ScriptModule):
@@ -43,9 +44,15 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(id(module))
         yield path, module
         for name, child in () if isinstance(module, ScriptModule) else module.named_children():
-            yield from walk(f"{path}.{name}" if path else name, child)
+            if name == "original_module" or not is_saved_by_peft(module):
+                yield from walk(f"{path}.{name}" if path else name, child)
 
     return walk("", model)
+
+
+def is_saved_by_peft(module: nn.Module) -> bool:
+    """Tell whether a module is PEFT's wrapper around one that adapters save whole."""
+    return any(base.__name__ == "AuxiliaryTrainingWrapper" for base in type(module).__mro__)
 
 
 def is_norm(module: nn.Module) -> bool:

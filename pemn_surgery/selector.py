@@ -17,6 +17,9 @@ from pemn_surgery.transforms import is_transformed
 
 SelectorName = Literal["topk", "threshold"]
 
+# Selectors that are told how many weights to keep.
+TAKES_DENSITY: frozenset[str] = frozenset({"topk"})
+
 # Scores looked at together by `counted_topk_mask`: their temporaries stay in the cache.
 _PIECE = 1 << 16
 

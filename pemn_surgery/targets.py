@@ -17,6 +17,8 @@ from pemn_surgery.blocks import Block
 # Below this share of masked weights a plan says so loudly.
 _LOW_COVERAGE = 0.9
 
+_COLUMNS = ("tensor", "class", "shape", "count", "weights", "density", "action", "reason")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -34,6 +36,7 @@ class Target:
         row_scales: Number of float32 scales beside the mask: one an output with
             ``form="sign_delta"``, else 0.
         reached: Whether the followed forward uses it; True if none was followed.
+        density: Share of ones that its mask is chosen with; None where the selector has none.
     """
 
     path: str
@@ -46,6 +49,7 @@ class Target:
     use: str = field(default="", compare=False)
     row_scales: int = 0
     reached: bool = field(default=True, compare=False)
+    density: float | None = None
 
     @property
     def name(self) -> str:
@@ -248,19 +252,21 @@ class Plan:
         masked = ((item, "mask") for item in self.targets)
         for item, action in [*masked, *((item, "leave") for item in self.left)]:
             reason = group_pattern(item.reason)
-            key = (group_pattern(item.name), item.kind, item.shape, action, reason)
+            density = getattr(item, "density", None)
+            key = (group_pattern(item.name), item.kind, item.shape, density, action, reason)
             row = rows.setdefault(key, _row(key))
             row["count"] += 1
             row["weights"] += item.weights
         return list(rows.values())
 
     def table(self) -> Table:
-        """Return the plan as a table for people."""
+        """Return the plan as a table for people; densities where they are not one and the same."""
+        hidden = () if len({target.density for target in self.targets}) > 1 else ("density",)
         table = report.table(
             f"{self.masked_weights:,} of {self.maskable_weights:,} maskable weights masked "
             f"({self.coverage:.1%}), bank {self.spec.bank}",
-            ("tensor", "class", "shape", "count", "weights", "action", "reason"),
-            ([str(value) for value in row.values()] for row in self.groups()),
+            [name for name in _COLUMNS if name not in hidden],
+            ([str(row[name]) for name in _COLUMNS if name not in hidden] for row in self.groups()),
         )
         table.caption = (
             f"bank {self.bank_floats:,} numbers; a task {self.mask_bytes:,} bytes of masks + "
@@ -299,10 +305,10 @@ class Plan:
 
 
 def _row(key: tuple[Any, ...]) -> dict[str, Any]:
-    names = ("tensor", "class", "shape", "count", "weights", "action", "reason")
-    pattern, kind, shape, action, reason = key
+    pattern, kind, shape, density, action, reason = key
     shown = "x".join(map(str, shape))
-    return dict(zip(names, (pattern, kind, shown, 0, 0, action, reason), strict=True))
+    share = "" if density is None else f"{density:.4g}"
+    return dict(zip(_COLUMNS, (pattern, kind, shown, 0, 0, share, action, reason), strict=True))
 
 
 def group_pattern(name: str) -> str:

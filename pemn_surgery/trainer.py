@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pemn_surgery import bits
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.errors import UnsupportedModelError
 from pemn_surgery.gradients import GradientWatch
 
 
@@ -74,7 +77,7 @@ class PemnCallback(TrainerCallback):
         _keep_scores(kwargs["model"], keep=False)
 
 
-def for_trainer(model: nn.Module) -> nn.Module:
+def for_trainer(model: nn.Module, *, label_smoothing: float = 0.0) -> nn.Module:
     """Let ``Trainer`` drive a timm (or any other) image classifier; call it before `pemnify`.
 
     The model's class is changed in place, so every state-dict key stays the bare model's. Its
@@ -83,12 +86,24 @@ def for_trainer(model: nn.Module) -> nn.Module:
 
     Args:
         model: A module whose forward takes a batch of images and returns logits.
+        label_smoothing: Share of each label that goes evenly to all classes: what the Trainer's
+            ``label_smoothing_factor`` does for models that have a configuration.
 
     Returns:
         The same module.
+
+    Raises:
+        UnsupportedModelError: If the model carries masks, or another adapter, already.
     """
-    if not isinstance(type(model), _TrainableClass):
-        model.__class__ = _trainable_class(type(model))
+    if any(isinstance(module, (PeftModel, BaseTunerLayer)) for module in model.modules()):
+        message = (
+            f"Got a {type(model).__name__} that carries adapters already: for_trainer changes the "
+            "model's own forward, which they wrap. Call it first: pemnify(for_trainer(model), ...)."
+        )
+        raise UnsupportedModelError(message)
+    kind = type(model)
+    original = kind.original if isinstance(kind, _TrainableClass) else kind
+    model.__class__ = _trainable_class(original, label_smoothing)
     return model
 
 
@@ -96,22 +111,25 @@ class _TrainableClass(type):
     """Marks the classes that `for_trainer` makes, and lets pickle find them again."""
 
     original: type[nn.Module]
+    label_smoothing: float
 
 
 @functools.cache
-def _trainable_class(original: type[nn.Module]) -> type[nn.Module]:
+def _trainable_class(original: type[nn.Module], label_smoothing: float) -> type[nn.Module]:
     def forward(
         self: nn.Module, pixel_values: Tensor, labels: Tensor | None = None
     ) -> dict[str, Tensor]:
         logits = original.forward(self, pixel_values)
         if labels is None:
             return {"logits": logits}
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return {"loss": loss, "logits": logits}
 
     namespace = {
         "forward": forward,
         "main_input_name": "pixel_values",
         "original": original,
+        "label_smoothing": label_smoothing,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -120,7 +138,7 @@ def _trainable_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _reduce_class(made: _TrainableClass) -> Any:
-    return _trainable_class, (made.original,)
+    return _trainable_class, (made.original, made.label_smoothing)
 
 
 copyreg.pickle(_TrainableClass, _reduce_class)

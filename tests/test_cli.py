@@ -173,6 +173,10 @@ PLANS = {
     "--selector threshold --threshold 0.1 --scale sqrt_density": {
         "selector": "threshold", "threshold": 0.1, "scale": "sqrt_density",
     },
+    "--density erk --overall-density 0.2 --density-pattern query=0.1 .*output.dense=0.3": {
+        "density": "erk", "overall_density": 0.2,
+        "density_pattern": {"query": 0.1, ".*output.dense": 0.3},
+    },
     "--target-modules query value": {"target_modules": ["query", "value"]},
     "--target-modules query": {"target_modules": ["query"]},
     "--target-modules .*query": {"target_modules": ".*query"},

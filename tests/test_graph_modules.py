@@ -238,10 +238,12 @@ def test_repeated_reads_are_one_use():
 def test_named_modules_and_parameters_are_respected():
     names = {"target_modules": ["silent"], "exclude_modules": ["block"], "target_parameters": ["w"]}
     every = {"w", "block.out", "fc.weight", "silent.weight"}
-    wanted = [{"silent.weight"}, every - {"block.out"}, {"w"}]
+    wanted = [{"silent.weight"}, every - {"block.out"}, every]
     for (option, value), targets in zip(names.items(), wanted, strict=True):
         found = {t.name for t in plan(build("written"), **{option: value}).targets}
         assert found == targets, option
+    alone = plan(build("written"), target_modules=[], target_parameters=["w"])
+    assert [target.name for target in alone.targets] == ["w"]
 
 
 class WritesWeight(nn.Module):

@@ -372,6 +372,33 @@ def test_layers_to_transform():
     assert names(both) == ["body.layers.0.up.weight", "body.layers.2.up.weight"]
 
 
+LAYERS = [
+    ({"layers_to_transform": [9]}, "indices 0 to 2, not 9."),
+    ({"layers_to_transform": [0, 9, 7]}, "indices 0 to 2, not 7, 9."),
+    ({"layers_to_transform": 3, "layers_pattern": "layers"}, "indices 0 to 2, not 3."),
+    ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "no indices that PEFT's names"),
+    ({"layers_to_transform": [-1], "target_modules": ["up"]}, "indices 0 to 2, not -1."),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), LAYERS, ids=str)
+def test_layers_that_there_are_not(options, said):
+    model = nn.ModuleDict({"body": Tower()})
+    for verb in (plan, pemnify):
+        with pytest.raises(ConfigError) as error:
+            verb(model, bank="own", **options)
+        assert said in str(error.value)
+        assert f"layers_to_transform={options['layers_to_transform']}" in str(error.value)
+    assert type(model["body"].layers[0].up) is nn.Linear
+
+
+def test_layers_are_looked_for_whatever_is_excluded():
+    """A layer that exists and is left out in other words is no mistake."""
+    options = {"layers_to_transform": [1, 2], "exclude_modules": [r"layers.1.up", "layers.1.down"]}
+    made = plan(nn.ModuleDict({"body": Tower()}), bank="own", **options)
+    assert names(made) == ["body.layers.2.up.weight", "body.layers.2.down.weight"]
+
+
 def test_modules_to_save():
     made = plan(Tower(), bank="mp", modules_to_save=["head"])
     assert names(made) == [f"layers.{i}.{part}.weight" for i in range(3) for part in ("up", "down")]
@@ -381,8 +408,12 @@ def test_modules_to_save():
 
 
 def test_target_parameters():
-    made = plan(Odd(), bank="own", target_parameters=["position"])
-    assert [(t.name, t.path, t.fan_in) for t in made.targets] == [("position", "", 4)]
+    options = {"bank": "own", "target_parameters": ["position"]}
+    alone = plan(Odd(), target_modules=[], **options)
+    assert [(t.name, t.path, t.fan_in) for t in alone.targets] == [("position", "", 4)]
+    further = {target.name for target in plan(Odd(), **options).targets}
+    assert further == {target.name for target in plan(Odd(), bank="own").targets} | {"position"}
+    assert len(further) > 1
 
 
 def timm_model(device="cpu"):

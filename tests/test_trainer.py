@@ -9,8 +9,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from pemn_surgery import PemnCallback, for_trainer, pemnify
+from pemn_surgery.errors import UnsupportedModelError
 from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers
@@ -248,6 +250,40 @@ def test_for_trainer_keeps_the_model():
     models.assert_equal(found["loss"], expected)
     assert for_trainer(model) is model
     assert type(for_trainer(model)).__mro__.count(type(plain)) == 1
+
+
+def test_for_trainer_smooths_labels_as_the_trainer_does():
+    x, y = models.images(1), models.labels(1)
+    model = for_trainer(models.net(), label_smoothing=0.2).eval()
+    found = model(pixel_values=x, labels=y)
+    theirs = LabelSmoother(epsilon=0.2)({"logits": found["logits"]}, y)
+    torch.testing.assert_close(found["loss"], theirs)
+    again = pickle.loads(pickle.dumps(model))
+    models.assert_equal(again(pixel_values=x, labels=y)["loss"], found["loss"])
+    plain = for_trainer(model)(pixel_values=x, labels=y)["loss"]
+    expected = torch.nn.functional.cross_entropy(found["logits"], y)
+    models.assert_equal(plain, expected)
+
+
+def test_label_smoothing_of_the_trainer_says_what_to_do(tmp_path):
+    with pytest.raises(AttributeError, match=r"no 'config'.*label_smoothing_factor.*for_trainer\("):
+        make("timm", tmp_path, label_smoothing_factor=0.1)
+    assert not hasattr(timm_model(), "config")
+    torch.manual_seed(0)
+    base = for_trainer(timm.create_model("test_resnet", num_classes=4), label_smoothing=0.1)
+    trainer = make("timm", tmp_path, model=pemnify(base, bank="rp"))
+    trainer.train()
+    assert 0 < trainer.evaluate()["eval_loss"] < 3
+
+
+def test_for_trainer_after_pemnify_is_refused():
+    for given in (lambda model: model, lambda model: model.base_model.model):
+        model = given(pemnify(models.net(), bank="rp"))
+        kind = type(model)
+        with pytest.raises(UnsupportedModelError) as error:
+            for_trainer(model)
+        models.says(error, "carries adapters already", "Call it first: pemnify(for_trainer(model)")
+        assert type(model) is kind
 
 
 def test_for_trainer_pickles_and_copies():

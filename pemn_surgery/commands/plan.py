@@ -39,6 +39,15 @@ def add(commands: Any) -> None:
     add_json(parser)
 
 
+def _share(word: str) -> float | str:
+    return word if word == "erk" else float(word)
+
+
+def _pattern(word: str) -> tuple[str, float]:
+    pattern, _, share = word.rpartition("=")
+    return pattern, float(share)
+
+
 _GROUPS = {
     "numbers": "where the frozen numbers come from (fields of PemnConfig)",
     "masks": "how masks are chosen",
@@ -56,7 +65,14 @@ _NUMBERS: dict[str, dict[str, Any]] = {
 }
 _MASKS: dict[str, dict[str, Any]] = {
     "selector": {"choices": get_args(SelectorName)},
-    "density": {"type": float, "help": "topk: share of ones"},
+    "density": {"type": _share, "help": "topk: share of ones, or erk: by shape"},
+    "overall_density": {"type": float, "help": "erk: share of ones over all masks"},
+    "density_pattern": {
+        "nargs": "+",
+        "type": _pattern,
+        "metavar": "REGEX=SHARE",
+        "help": "topk: weights of another density",
+    },
     "threshold": {"type": float, "help": "threshold: what scores have to exceed"},
     "scale": {"help": "sqrt_density"},
 }
@@ -90,6 +106,8 @@ def _config(parsed: argparse.Namespace) -> "PemnConfig":
 
     fields = (*_NUMBERS, *_MASKS, *_WHICH, "task_type")
     given = {name: getattr(parsed, name) for name in fields if getattr(parsed, name) is not None}
+    if "density_pattern" in given:
+        given["density_pattern"] = dict(given["density_pattern"])
     for name in ("target_modules", "exclude_modules"):
         if name in given:
             given[name] = _names_or_pattern(given[name])

@@ -236,7 +236,7 @@ def test_edits_stay_and_figures_follow(saved):
     for mask in models.mask_layers(model).values():
         with torch.no_grad():
             mask.mask_of("default").scores.fill_(1.0)  # ties: another mask, the same density
-            mask.mask_of("default").selector = PemnConfig(density=0.75).selection
+            mask.mask_of("default").selector = PemnConfig().selector_of(0.75)
     model.save_pretrained(str(folder))
     text = read(folder)
     ones = int(sum(mask.sum() for mask in models.masks(model).values()))

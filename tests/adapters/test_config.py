@@ -55,8 +55,8 @@ def test_bank_spec_holds_what_decides_the_numbers():
 
 
 def test_selection():
-    assert PemnConfig(density=0.2).selection == Selector("topk", 0.2, 0.0)
-    given = PemnConfig(selector="threshold", threshold=0.25).selection
+    assert PemnConfig(density=0.2).selector_of(0.2) == Selector("topk", 0.2, 0.0)
+    given = PemnConfig(selector="threshold", threshold=0.25).selector_of(None)
     assert given == Selector("threshold", 0.5, 0.25)
 
 
@@ -82,7 +82,8 @@ def test_to_disk_and_back(options, tmp_path):
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert set(stored) >= set(options)
     assert again.bank_spec == config.bank_spec
-    assert again.selection == config.selection
+    assert again.density == config.density
+    assert again.selector_of(None) == config.selector_of(None)
 
 
 def test_reading_checks_the_masks_beside_it(tmp_path):

@@ -71,6 +71,10 @@ def pattern(value):
     return type(value) is str and value != "*"
 
 
+def shares(value):
+    return type(value) is dict and all(type(key) is str and share(value[key]) for key in value)
+
+
 NONE, NAMES = one_of(None), a_list_of(str)
 TARGETS = any_of(NONE, pattern, NAMES)
 
@@ -84,7 +88,9 @@ TAKES = {
     "scale_fan": is_a(bool),
     "seed": whole,
     "selector": one_of("topk", "threshold"),
-    "density": share,
+    "density": any_of(share, one_of("erk")),
+    "overall_density": any_of(NONE, share),
+    "density_pattern": any_of(NONE, shares),
     "threshold": number,
     "score_init": any_of(NONE, one_of("kaiming_uniform"), number),
     "scale": one_of(None, "sqrt_density"),
@@ -117,7 +123,7 @@ BESIDE = {
     "ratio": {"bank": "rp"}, "length": {"bank": "rp"}, "permute": {"bank": "rp"},
     "threshold": {"selector": "threshold"}, "score_init": {"selector": "threshold"},
     "form": {"bank": "own"}, "layers_pattern": {"layers_to_transform": [0]},
-    "scale_fan": {"bank_init": "kaiming_normal"},
+    "scale_fan": {"bank_init": "kaiming_normal"}, "overall_density": {"density": "erk"},
 }  # fmt: skip
 
 
@@ -196,7 +202,7 @@ def test_unknown_options_are_answered_with_what_users_give():
     internal = {
         "fingerprint", "digest", "carried", "peft_type", "peft_version", "auto_mapping",
         "base_model_name_or_path", "trainable_token_indices", "file", "trained_on", "keep_scores",
-        "signs_follow",
+        "signs_follow", "is_in_force",
     }  # fmt: skip
     doors = [
         lambda **options: pemnify(models.net(), **options),
@@ -252,7 +258,7 @@ def combinations():
     ]  # fmt: skip
     inits = [{}, {"bank_init": "kaiming_uniform"}, {"bank_init": "model"}]
     selectors = [
-        {"selector": "topk"}, {"selector": "threshold"},
+        {"selector": "topk"}, {"selector": "topk", "density": "erk"}, {"selector": "threshold"},
         {"selector": "threshold", "scale": "sqrt_density"},
         {"selector": "threshold", "score_init": "kaiming_uniform"},
     ]  # fmt: skip
@@ -268,7 +274,8 @@ def combinations():
 
 
 CHANGES = {
-    "seed": 1, "density": 0.3, "threshold": 0.3, "ratio": 0.25, "length": 9, "permute": True,
+    "seed": 1, "density": 0.3, "overall_density": 0.3, "density_pattern": {"head": 0.3},
+    "threshold": 0.3, "ratio": 0.25, "length": 9, "permute": True,
     "scale_fan": True, "scale": "sqrt_density", "score_init": 0.3, "bank_init": "signed_constant",
 }  # fmt: skip
 
@@ -298,7 +305,6 @@ def test_an_option_is_read_or_refused():
 
 
 SIGNS = {"bank": "own", "form": "sign_delta"}
-PARAMETERS = {"target_parameters": ["w"]}
 IDLES = [
     ({"ratio": 0.1}, 'bank="rp", not bank="mp"'),
     ({"bank": "one_layer", "length": 3}, 'bank="rp", not bank="one_layer"'),
@@ -311,14 +317,14 @@ IDLES = [
     ({**SIGNS, "seed": 1}, "no initial score is drawn"),
     ({"selector": "threshold", "density": 0.3}, 'selector="topk" (or to scale_fan=True)'),
     ({**SIGNS, "density": 0.3}, 'form="product"'),
+    ({"overall_density": 0.3}, 'belongs to density="erk"; density=0.5 decides'),
+    ({"selector": "threshold", "density_pattern": {"a": 0.3}}, 'selector="topk"'),
+    ({**SIGNS, "density_pattern": {"a": 0.3}}, 'form="product"'),
     ({"threshold": 0.3}, 'selector="threshold", not selector="topk"'),
     ({**SIGNS, "selector": "threshold", "threshold": 1}, 'form="product"'),
     ({"score_init": 1.0}, "equal scores have no order"),
     ({**SIGNS, "score_init": "kaiming_uniform"}, 'form="product"'),
     ({**SIGNS, "scale": "sqrt_density"}, "has its own scales"),
-    ({**PARAMETERS, "exclude_modules": ["a"]}, "belongs to target_modules"),
-    ({**PARAMETERS, "layers_to_transform": 1}, "belongs to target_modules"),
-    ({**PARAMETERS, "layers_to_transform": 1, "layers_pattern": "l"}, "belongs to target_modules"),
 ]  # fmt: skip
 
 
@@ -336,7 +342,7 @@ def test_every_row_of_the_table_has_a_case():
             PemnConfig(**options)
         except ConfigError as error:
             hit |= {row.option for row in IDLE if f"got {row.option}=" in str(error)}
-    assert hit | {"layers_pattern"} == {row.option for row in IDLE}
+    assert hit == {row.option for row in IDLE}
 
 
 def test_an_adapter_that_was_saved_with_an_option_that_nothing_reads_is_read(tmp_path):
@@ -354,7 +360,10 @@ def test_an_adapter_that_was_saved_with_an_option_that_nothing_reads_is_read(tmp
     for read in (PemnConfig.from_pretrained, PeftConfig.from_pretrained):
         config = read(str(tmp_path))
         assert (config.density, config.seed) == (0.3, 7)
-        assert config.selection.mask(torch.tensor([0.1, -0.1])).tolist() == [True, False]
+        assert config.selector_of(config.density).mask(torch.tensor([0.1, -0.1])).tolist() == [
+            True,
+            False,
+        ]
     again = models.net()
     from peft import PeftModel
 
@@ -372,7 +381,7 @@ def test_configurations_can_be_made_of_others():
 def test_presets_leave_out_what_a_change_makes_meaningless():
     config = PemnConfig.preset("piggyback", selector="topk", density=0.3)
     assert (config.threshold, config.score_init) == (0.0, "kaiming_uniform")
-    assert config.selection.density == 0.3
+    assert config.density == 0.3
     assert PemnConfig.preset("edge_popup", selector="threshold").score_init == 0.01
     for name in ("pemn", "edge_popup"):
         with pytest.raises(ConfigError, match='selector="threshold", not selector="topk"'):
