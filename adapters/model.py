@@ -28,13 +28,12 @@ from pemn_surgery.adapters.checks import (
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX
 from pemn_surgery.adapters.file_checks import check_loader_decodes
+from pemn_surgery.adapters.heads import settle_heads, warn_of_heads
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
 from pemn_surgery.adapters.matching import (
     follow_forward,
     is_excluded,
     plan_for,
-    set_default_head,
-    set_task_head,
 )
 from pemn_surgery.adapters.mixed_batch import mixed_batches
 from pemn_surgery.adapters.operation import Operation
@@ -73,8 +72,7 @@ class PemnModel(BaseTuner):
         """Plan and check everything; the model is still as it was when this raises."""
         check_model(model)
         check_no_other_method(model)
-        set_default_head(peft_config, model)
-        set_task_head(peft_config)
+        settle_heads(peft_config, model)
         followed = None
         if peft_config.functional_weights is None or peft_config.rewritten_weights is None:
             followed = follow_forward(model, peft_config)
@@ -82,6 +80,7 @@ class PemnModel(BaseTuner):
         check_targets(plan, peft_config)
         if not any(isinstance(module, PemnLayer) for module in model.modules()):
             warn_of_low_coverage(plan, peft_config)
+        warn_of_heads(peft_config, model, plan)
         if plan.frozen_norms:
             check_mode(model, training=False, why='rest="freeze"')
         self._pending = Operation(model, peft_config, plan)

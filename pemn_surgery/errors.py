@@ -115,3 +115,7 @@ class PemnWarning(UserWarning):
 
 class LowCoverageWarning(PemnWarning):
     """Less than nine tenths of the weights that a model multiplies with were masked."""
+
+
+class HeadWarning(PemnWarning):
+    """A layer is new, or may be, and the adapter's file will not hold it."""

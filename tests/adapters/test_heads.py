@@ -1,0 +1,358 @@
+"""Heads that no checkpoint brings: trained and saved whole, or named in a warning.
+
+Every situation is walked as its users walk it: train, save, build again with another random head
+(as another process would), load, compare logits.
+"""
+
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from pemn_surgery import PemnConfig, pemnify, plan
+from pemn_surgery.adapters.heads import new_parts
+from pemn_surgery.errors import FingerprintError, HeadWarning
+from tests.adapters import models
+
+pytestmark = [models.ignore_peft_on_transformers, pytest.mark.filterwarnings("error::UserWarning")]
+
+VIT = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+BERT = {
+    "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 32, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+class CrossEncoder(nn.Module):
+    """As sentence-transformers' class of that name: a sequence classifier in another module."""
+
+    def __init__(self, checkpoint, labels):
+        super().__init__()
+        kind = transformers.AutoModelForSequenceClassification
+        self.model = kind.from_pretrained(checkpoint, num_labels=labels)
+
+    def forward(self, tokens):
+        return self.model(input_ids=tokens).logits
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Folders of pretrained models, by what they are."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    made = {
+        "vit": transformers.ViTForImageClassification(transformers.ViTConfig(**VIT, num_labels=5)),
+        "timm": transformers.TimmWrapperForImageClassification(
+            transformers.TimmWrapperConfig(architecture="test_resnet", num_labels=5)
+        ),
+        "bert": transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+        "distilbert": transformers.DistilBertForSequenceClassification(
+            transformers.DistilBertConfig(
+                vocab_size=40, dim=16, n_layers=1, n_heads=2, hidden_dim=32, num_labels=3
+            )
+        ),
+    }
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in made}
+
+
+def image_classifier(checkpoint, seed, **options):
+    torch.manual_seed(seed)
+    options = {"num_labels": 7, "ignore_mismatched_sizes": True, **options}
+    kind = transformers.AutoModelForImageClassification
+    return kind.from_pretrained(checkpoint, **options).eval()
+
+
+def cross_encoder(checkpoint, seed, labels=3):
+    torch.manual_seed(seed)
+    return CrossEncoder(checkpoint, labels).eval()
+
+
+def pictures(size=16, count=4):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+def answers(model, x):
+    with torch.no_grad():
+        found = model.eval()(x)
+    return found.logits if hasattr(found, "logits") else found
+
+
+def trained(model, x, steps=3):
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        found = model(x)
+        logits = found.logits if hasattr(found, "logits") else found
+        F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[-1]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def walk(build, x, folder, **options):
+    """Train and save on one build, load on another whose new layers differ; return the first."""
+    model = trained(pemnify(build(1), bank="own", selector="threshold", **options), x)
+    model.save_pretrained(str(folder))
+    other = build(2)
+    assert not torch.equal(answers(build(1), x), answers(other, x)), "the builds must differ"
+    again = PeftModel.from_pretrained(other, str(folder))
+    models.assert_equal(answers(again, x), answers(model, x))
+    return model
+
+
+def saved_whole(model):
+    return model.peft_config["default"].modules_to_save
+
+
+# -- what a checkpoint lacks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "head"), [("vit", "classifier"), ("timm", "timm_model.fc")])
+def test_a_mismatched_head_is_trained_and_saved_whole(name, head, checkpoints, tmp_path):
+    x = pictures(16 if name == "vit" else 32)
+    start = image_classifier(checkpoints[name], 1)
+    before = start.get_submodule(head).weight.detach().clone()
+    model = walk(lambda seed: image_classifier(checkpoints[name], seed), x, tmp_path)
+    assert saved_whole(model) == [head]
+    tensors = load_file(tmp_path / models.WEIGHTS_FILE)
+    kept = tensors[f"base_model.model.{head}.weight"]
+    assert kept.shape[0] == 7
+    assert not torch.equal(kept, before), "it was trained"
+    assert not any(f"{head}.masked" in key for key in tensors)
+
+
+def test_a_cross_encoder_keeps_its_head_and_its_pooler(checkpoints, tmp_path):
+    """A masked language model's checkpoint lacks both."""
+    model = walk(lambda seed: cross_encoder(checkpoints["bert"], seed), models.tokens(), tmp_path)
+    assert saved_whole(model) == ["model.bert.pooler", "model.classifier"]
+
+
+def test_a_sequence_classifier_without_task_type(checkpoints, tmp_path):
+    def build(seed):
+        torch.manual_seed(seed)
+        kind = transformers.AutoModelForSequenceClassification
+        return kind.from_pretrained(checkpoints["bert"], num_labels=3).eval()
+
+    model = walk(build, models.tokens(), tmp_path)
+    assert saved_whole(model) == ["bert.pooler", "classifier"]
+
+
+def test_task_type_and_checkpoint_name_each_module_once(checkpoints, tmp_path):
+    model = walk(
+        lambda seed: cross_encoder(checkpoints["bert"], seed).model, models.tokens(), tmp_path,
+        task_type="SEQ_CLS",
+    )  # fmt: skip
+    assert saved_whole(model) == ["classifier", "score", "bert.pooler"]
+
+
+def test_chosen_targets_leave_a_new_head_trained_and_saved(checkpoints, tmp_path):
+    """LoRA leaves it random and frozen, and gives other logits in the next process."""
+    x, build = pictures(), lambda seed: image_classifier(checkpoints["vit"], seed)
+    lora = get_peft_model(build(1), LoraConfig(target_modules=["q_proj"]))
+    lora.save_pretrained(str(tmp_path / "lora"))
+    other = PeftModel.from_pretrained(build(2), str(tmp_path / "lora"))
+    assert not torch.equal(answers(other, x), answers(lora, x))
+    model = walk(build, x, tmp_path / "masks", target_modules=["q_proj"])
+    assert saved_whole(model) == ["classifier"]
+
+
+def test_a_second_task_finds_the_new_head_under_the_first(checkpoints, tmp_path):
+    x = pictures()
+    model = pemnify(image_classifier(checkpoints["vit"], 1), bank="own", selector="threshold")
+    model.add_adapter("b", PemnConfig(bank="own", selector="threshold"))
+    model.set_adapter("b")
+    trained(model, x)
+    model.save_pretrained(str(tmp_path))
+    assert model.peft_config["b"].modules_to_save == ["classifier"]
+    again = PeftModel.from_pretrained(image_classifier(checkpoints["vit"], 2), str(tmp_path / "b"))
+    models.assert_equal(answers(again, x), answers(model, x))
+
+
+def test_a_head_that_the_checkpoint_has_is_masked(checkpoints):
+    model = transformers.AutoModelForImageClassification.from_pretrained(checkpoints["vit"])
+    planned = plan(model, bank="own")
+    assert not planned.whole
+    assert "classifier.weight" in {target.name for target in planned.targets}
+    assert pemnify(model, bank="own").peft_config["default"].modules_to_save is None
+
+
+def test_a_new_table_of_positions_is_saved_with_the_task(checkpoints, tmp_path):
+    """Another picture size: the positions are a raw parameter, no module that PEFT could wrap."""
+    x = pictures(32)
+
+    def build(seed):
+        return image_classifier(checkpoints["vit"], seed, num_labels=5, image_size=32)
+
+    new = new_parts(build(1))
+    assert (new.modules, new.tensors) == ((), ("vit.embeddings.position_embeddings",))
+    model = walk(build, x, tmp_path)
+    assert model.peft_config["default"].carried == ["vit.embeddings.position_embeddings"]
+
+
+def test_drawn_numbers_keep_their_heads_masked(checkpoints, tmp_path):
+    """A seed draws the head again, as before."""
+    x, build = pictures(), lambda seed: image_classifier(checkpoints["vit"], seed)
+    model = trained(pemnify(build(1), bank="rp", ratio=0.1), x)
+    assert saved_whole(model) is None
+    model.save_pretrained(str(tmp_path))
+    models.assert_equal(
+        answers(PeftModel.from_pretrained(build(2), str(tmp_path)), x), answers(model, x)
+    )
+
+
+@pytest.mark.parametrize("given", [[], ["layernorm"]])
+def test_a_new_head_that_the_user_leaves_out_is_named(given, checkpoints):
+    model = image_classifier(checkpoints["vit"], 1)
+    with pytest.warns(HeadWarning, match="1 modules came with no checkpoint.*: classifier"):
+        changed = pemnify(model, bank="own", modules_to_save=given)
+    assert saved_whole(changed) == given
+
+
+def test_the_line_that_the_warning_gives_mends_it(checkpoints, tmp_path):
+    with pytest.warns(HeadWarning) as caught:
+        pemnify(image_classifier(checkpoints["vit"], 1), bank="own", modules_to_save=["layernorm"])
+    line = str(caught[0].message).partition("modules_to_save=")[2].partition(")")[0]
+    assert line == "['layernorm', 'classifier']"
+    build = lambda seed: image_classifier(checkpoints["vit"], seed)  # noqa: E731
+    walk(build, pictures(), tmp_path, modules_to_save=["layernorm", "classifier"])
+
+
+def test_what_peft_wraps_by_the_end_of_a_name_is_not_masked(checkpoints, tmp_path):
+    """DistilBERT: "classifier" is the end of "pre_classifier", and PEFT wraps both."""
+    kind = transformers.AutoModelForSequenceClassification
+    base = kind.from_pretrained(checkpoints["distilbert"])
+    options = {"bank": "own", "task_type": "SEQ_CLS", "selector": "threshold"}
+    planned = plan(base, **options)
+    assert {item.path for item in planned.whole} == {"pre_classifier", "classifier"}
+    model = trained(pemnify(base, **options), models.tokens())
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(
+        kind.from_pretrained(checkpoints["distilbert"]), str(tmp_path)
+    )
+    models.assert_equal(answers(again, models.tokens()), answers(model, models.tokens()))
+
+
+# -- timm -----------------------------------------------------------------------------------------
+
+
+def timm_net(seed, classes=7):
+    """A backbone of one seed, as from a checkpoint, and a head of another."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=11)
+    torch.manual_seed(seed)
+    model.reset_classifier(classes)
+    return model.eval()
+
+
+class Around(nn.Module):
+    """A timm model inside another module."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, Around], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["conv1", "conv2"]}])
+def test_a_timm_classifier_wherever_it_lies(wrap, options, tmp_path):
+    model = walk(lambda seed: wrap(timm_net(seed)), pictures(32), tmp_path, **options)
+    assert saved_whole(model) == ["fc" if wrap is not Around else "inner.fc"]
+
+
+# -- where no checkpoint tells --------------------------------------------------------------------
+
+
+class Vision(nn.Module):
+    """Shaped as torchvision's networks: features, then ``fc``; no checkpoint says what is new."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
+        )
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.fc(self.features(x).mean(dim=(2, 3)))
+
+
+def vision(seed, classes=7):
+    torch.manual_seed(0)
+    model = Vision(classes)
+    torch.manual_seed(seed)
+    model.fc.reset_parameters()
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("default::pemn_surgery.errors.HeadWarning")
+@pytest.mark.parametrize(
+    "config", [PemnConfig.preset("piggyback"), PemnConfig(bank="own")], ids=["piggyback", "own"]
+)
+def test_a_plain_network_asks_for_its_head(config, tmp_path):
+    """The line in the warning is the one that mends it; without it the adapter is refused."""
+    x = pictures(10)
+    with pytest.warns(HeadWarning, match=r"'fc' .Linear .7, 8.*modules_to_save=\['fc'\]"):
+        masked = pemnify(vision(1), copy.copy(config))
+    masked.save_pretrained(str(tmp_path / "masked"))
+    with pytest.raises(FingerprintError):
+        PeftModel.from_pretrained(vision(2), str(tmp_path / "masked"))
+    mended = copy.copy(config)
+    mended.modules_to_save = ["fc"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = trained(pemnify(vision(1), mended), x)
+        model.save_pretrained(str(tmp_path / "mended"))
+        again = PeftModel.from_pretrained(vision(2), str(tmp_path / "mended"))
+    models.assert_equal(answers(again, x), answers(model, x))
+
+
+@pytest.mark.filterwarnings("default::pemn_surgery.errors.HeadWarning")
+def test_nobody_is_asked_who_has_said_it_or_need_not():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pemnify(vision(1), bank="own", modules_to_save=[])
+        pemnify(vision(1), bank="own", target_modules=["features.0"])
+        pemnify(vision(1), bank="rp")
+        pemnify(vision(1), PemnConfig.preset("edge_popup"))
+        plan(vision(1), bank="own")
+        pemnify(timm_net(1), bank="own")
+
+
+@pytest.mark.filterwarnings("default::pemn_surgery.errors.HeadWarning")
+def test_a_head_beside_a_pretrained_model_is_asked_for(checkpoints):
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = image_classifier(checkpoints["vit"], 1)
+            self.head = nn.Linear(7, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x).logits)
+
+    with pytest.warns(HeadWarning, match="'head'"):
+        pemnify(Stack(), bank="own")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HeadWarning)
+        pemnify(transformers.LlamaForCausalLM(llama_config()), bank="own")
+
+
+def llama_config(tokens=40):
+    return transformers.LlamaConfig(
+        vocab_size=tokens, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, tie_word_embeddings=False,
+    )  # fmt: skip
