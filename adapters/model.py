@@ -42,6 +42,7 @@ from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
 from pemn_surgery.adapters.whole_modules import choosing_layers
+from pemn_surgery.adapters.whole_sizes import take_sizes
 from pemn_surgery.undo import undone_on_error
 
 _UNLOAD = "unload_and_optionally_merge_module"
@@ -213,6 +214,9 @@ class PemnModel(BaseTuner):
         with undone_on_error(self, config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.target_parameters = asked
+            if config.file is not None:
+                shapes = {key: shape for key, (shape, _) in config.file.others.items()}
+                take_sizes(model, adapter_name, shapes)
             graph_surgery.rewrite_graphs(model)
 
     def _inject_parameters(
@@ -312,8 +316,9 @@ class PemnModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Check every mask before anything is loaded."""
+        """Check every mask before anything is loaded, and make room for heads of other sizes."""
         loaded = prepare_for_model(state_dict, model, config, adapter_name)
+        take_sizes(model, adapter_name, {key: tuple(value.shape) for key, value in loaded.items()})
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, loaded)
         if isinstance(getattr(model, "base_model", None), BaseTuner):
             if next(model.parameters(), None) is None:

@@ -12,16 +12,17 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
 from pemn_surgery import PemnConfig, pemnify, plan
 from pemn_surgery.adapters.heads import new_parts
-from pemn_surgery.errors import FingerprintError, HeadWarning
+from pemn_surgery.adapters.state import AdapterEntries
+from pemn_surgery.errors import ArchitectureError, FingerprintError, HeadWarning
 from tests.adapters import models
 
-pytestmark = [models.ignore_peft_on_transformers, pytest.mark.filterwarnings("error::UserWarning")]
+pytestmark = models.ignore_peft_on_transformers
 
 VIT = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -356,3 +357,230 @@ def llama_config(tokens=40):
         vocab_size=tokens, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, tie_word_embeddings=False,
     )  # fmt: skip
+
+
+# -- heads of a task's own size -------------------------------------------------------------------
+
+
+def two_sizes(folder, bank):
+    """Save a task of six classes and one of three; return their logits on one batch."""
+    x, found = pictures(10), {}
+    options = {"bank": bank, "modules_to_save": ["fc"]}
+    for name, classes in (("six", 6), ("three", 3)):
+        model = trained(pemnify(vision(classes, classes), adapter_name=name, **options), x)
+        model.save_pretrained(str(folder))
+        found[name] = answers(model, x)
+    return x, found
+
+
+@pytest.mark.parametrize("bank", ["own", "rp"])
+def test_tasks_of_six_and_of_three_classes_share_a_model(bank, tmp_path):
+    """LoRA refuses the second: its copy of the head has the base's size."""
+    x, expected = two_sizes(tmp_path, bank)
+    base = vision(9, 6)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "six"), adapter_name="six")
+    model.load_adapter(str(tmp_path / "three"), "three")
+    for name in ("three", "six", "three"):
+        model.set_adapter(name)
+        models.assert_equal(answers(model, x), expected[name])
+    head = model.base_model.model.fc
+    assert (head.modules_to_save["three"].out_features, head.original_module.out_features) == (3, 6)
+    model.save_pretrained(str(tmp_path / "again"))
+    for name in ("six", "three"):
+        first = load_file(tmp_path / name / models.WEIGHTS_FILE)
+        second = load_file(tmp_path / "again" / name / models.WEIGHTS_FILE)
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            models.assert_equal(second[key], value)
+    merged = model.merge_and_unload()
+    assert type(merged.fc) is nn.Linear
+    models.assert_equal(answers(merged, x), expected["three"])
+
+
+def test_the_first_task_may_have_another_size_than_the_base(tmp_path):
+    x, expected = two_sizes(tmp_path, "own")
+    model = PeftModel.from_pretrained(vision(9, 6), str(tmp_path / "three"))
+    models.assert_equal(answers(model, x), expected["three"])
+    assert model.base_model.model.fc.original_module.out_features == 6
+
+
+def test_a_head_of_another_size_trains_on(tmp_path):
+    x, _ = two_sizes(tmp_path, "own")
+    with pytest.warns(UserWarning, match="holds bits, not scores"):
+        model = PeftModel.from_pretrained(vision(9, 6), str(tmp_path / "three"), is_trainable=True)
+    start = model.base_model.model.fc.modules_to_save["default"].weight
+    assert start.requires_grad
+    before = start.detach().clone()
+    trained(model, x, steps=1)
+    assert not torch.equal(model.base_model.model.fc.modules_to_save["default"].weight, before)
+
+
+def test_transformers_own_door_takes_heads_of_any_size(checkpoints, tmp_path):
+    x, expected = pictures(), {}
+    for name, classes in (("seven", 7), ("three", 3)):
+        base = image_classifier(checkpoints["vit"], classes, num_labels=classes)
+        model = trained(pemnify(base, bank="own", adapter_name=name), x)
+        model.save_pretrained(str(tmp_path))
+        expected[name] = answers(model, x)
+    base = image_classifier(checkpoints["vit"], 9, num_labels=7)
+    for name in expected:
+        base.load_adapter(str(tmp_path / name), name)
+    for name in ("seven", "three", "seven"):
+        base.set_adapter(name)
+        models.assert_equal(answers(base, x), expected[name])
+
+
+def test_only_the_number_of_outputs_may_differ(tmp_path):
+    """Another width is another network."""
+    wide = vision(1)
+    wide.fc = nn.Linear(9, 7)
+    wide.features[3] = nn.Conv2d(8, 9, 3)
+    options = {"bank": "own", "target_modules": ["features.0"], "modules_to_save": ["fc"]}
+    pemnify(wide, **options).save_pretrained(str(tmp_path))
+    base = vision(1)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    with pytest.raises(ArchitectureError, match=r"fc\.weight"):
+        PeftModel.from_pretrained(base, str(tmp_path))
+    assert before.keys() == base.state_dict().keys()
+    for name, value in base.state_dict().items():
+        models.assert_equal(value, before[name])
+
+
+def test_weight_and_bias_of_a_head_have_one_size(tmp_path):
+    """A file put together from two heads is refused before anything changes."""
+    options = {"bank": "own", "target_modules": ["features.0"], "modules_to_save": ["fc"]}
+    model = vision(1)
+    model.fc.bias = nn.Parameter(torch.zeros(5))
+    pemnify(model, **options).save_pretrained(str(tmp_path))
+    with pytest.raises(ArchitectureError, match=r"fc\.bias"):
+        PeftModel.from_pretrained(vision(1, 6), str(tmp_path))
+
+
+def test_a_masked_head_of_another_size_is_refused_with_the_way_out(tmp_path):
+    pemnify(vision(1, 3), bank="rp", ratio=0.1).save_pretrained(str(tmp_path))
+    with pytest.raises(ArchitectureError, match=r"modules_to_save=\['fc'\]"):
+        PeftModel.from_pretrained(vision(1, 6), str(tmp_path))
+
+
+# -- added tokens ---------------------------------------------------------------------------------
+
+OLD, NEW, WIDTH = 40, 44, 16
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """A language model's checkpoint with its tokenizer, and the tokenizer with four more tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    folder = tmp_path_factory.mktemp("language")
+    words = Tokenizer(WordLevel({f"t{place}": place for place in range(OLD)}, unk_token="t0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(llama_config(OLD)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tokenizer.add_tokens([f"new{place}" for place in range(NEW - OLD)])
+    return str(folder), tokenizer
+
+
+def grown_model(checkpoint, seed):
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.resize_token_embeddings(NEW)
+    with torch.no_grad():  # transformers draws them around the mean, too near to see a difference
+        model.lm_head.weight[OLD:] += torch.randn(NEW - OLD, WIDTH)
+        model.model.embed_tokens.weight[OLD:] += torch.randn(NEW - OLD, WIDTH)
+    return model.eval()
+
+
+TOKENS = torch.arange(2 * 22).view(2, 22)  # every token, the new ones too
+
+
+def save_grown(grown, folder, **options):
+    checkpoint, tokenizer = grown
+    model = pemnify(grown_model(checkpoint, 1), task_type="CAUSAL_LM", **options)
+    trained_model = trained_on_tokens(model)
+    trained_model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return trained_model
+
+
+def trained_on_tokens(model):
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("door", ["resized", "auto"])
+@pytest.mark.parametrize("bank", ["own", "rp"])
+def test_added_tokens_with_a_head_of_their_own(bank, door, grown, tmp_path):
+    model = save_grown(grown, tmp_path, bank=bank)
+    torch.manual_seed(2)
+    if door == "auto":
+        again = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path))
+    else:
+        again = PeftModel.from_pretrained(grown_model(grown[0], 2), str(tmp_path))
+    models.assert_equal(answers(again, TOKENS), answers(model, TOKENS))
+
+
+def test_the_file_holds_every_tensor_once(grown, tmp_path):
+    """With its own numbers the grown head is whole, with a bank it is bits, embeddings beside."""
+    head, table = "base_model.model.lm_head.", "base_model.model.model.embed_tokens."
+    save_grown(grown, tmp_path / "own", bank="own")
+    tensors = load_file(tmp_path / "own" / models.WEIGHTS_FILE)
+    found = {key: tuple(value.shape) for key, value in tensors.items() if "_tokens" in key}
+    found |= {key: tuple(value.shape) for key, value in tensors.items() if "lm_head" in key}
+    assert found == {f"{head}weight": (NEW, WIDTH), f"{table}weight": (NEW, WIDTH)}
+    save_grown(grown, tmp_path / "rp", bank="rp")
+    tensors = load_file(tmp_path / "rp" / models.WEIGHTS_FILE)
+    found = {key: len(value) for key, value in tensors.items() if "_tokens" in key}
+    found |= {key: len(value) for key, value in tensors.items() if "lm_head" in key}
+    assert found == {
+        f"{head}masked_weight.pemn_masks.bits": 32 + NEW * WIDTH // 8,
+        f"{table}task_tensors.pemn_tensors.weight": NEW,
+    }
+
+
+def test_a_grown_head_of_which_nobody_knows_is_bits_alone(grown, tmp_path):
+    """A copy has lost transformers' marks: masked on its own numbers, which the file lacks."""
+    checkpoint, _ = grown
+    model = pemnify(copy.deepcopy(grown_model(checkpoint, 1)), bank="own", task_type="CAUSAL_LM")
+    model.save_pretrained(str(tmp_path))
+    tensors = load_file(tmp_path / models.WEIGHTS_FILE)
+    keys = [key for key in tensors if "lm_head" in key]
+    assert keys == ["base_model.model.lm_head.masked_weight.pemn_masks.bits"]
+    again = PeftModel.from_pretrained(grown_model(checkpoint, 1), str(tmp_path))
+    models.assert_equal(answers(again, TOKENS), answers(model, TOKENS))
+    with pytest.raises(FingerprintError):
+        PeftModel.from_pretrained(grown_model(checkpoint, 2), str(tmp_path))
+
+
+def test_what_is_saved_twice_by_peft_is_taken_once():
+    """The entries themselves, against a list: what has a form in the adapter is not added."""
+    entries = AdapterEntries(
+        {
+            "b.lm_head.masked_weight.pemn_masks.default.bits": torch.zeros(1),
+            "b.embed.task_tensors.pemn_tensors.default.weight": torch.zeros(2),
+        }
+    )
+    entries.update({"b.score.weight": torch.zeros(3)})
+    entries.update(
+        {
+            "b.lm_head.weight": torch.zeros(9),
+            "b.lm_head.masked_weight.pemn_masks.default.scores": torch.zeros(9),
+            "b.embed.weight": torch.zeros(9),
+            "b.score.original_module.weight": torch.zeros(9),
+            "b.score.modules_to_save.default.weight": torch.zeros(9),
+            "b.table.original_module.weight": torch.zeros(4),
+        }
+    )
+    assert {key: len(value) for key, value in entries.items()} == {
+        "b.lm_head.masked_weight.pemn_masks.default.bits": 1,
+        "b.embed.task_tensors.pemn_tensors.default.weight": 2,
+        "b.score.weight": 3,
+        "b.table.weight": 4,
+    }
