@@ -3,7 +3,7 @@
 Masks on a model's own weights need those weights again. A head that is drawn anew in every process
 is not there again, so it is not masked but trained and saved whole. Who knows what is new:
 
-- transformers marks every parameter that it fills from a checkpoint. Where it filled any of a
+- transformers marks every parameter that it fills from a checkpoint. Where it filled most of a
   model, what it did not fill is new, wherever in the given module the model lies.
 - timm says which layer is the classifier, and how many classes the checkpoint has.
 - ``task_type`` names the heads that PEFT trains for it.
@@ -142,12 +142,25 @@ def _loaded_parameters(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def _loaded_models(model: nn.Module) -> list[str]:
-    """Return the paths of transformers' models that a checkpoint has filled, in part or all."""
+    """Return the paths of transformers' models of which a checkpoint has filled most tensors.
+
+    Where it is less, a part of the model was loaded so, and the rest by other means.
+    """
     return [
         path
         for path, module in _named_modules(model)
-        if isinstance(module, PreTrainedModel) and any(map(_is_filled, module.parameters()))
+        if isinstance(module, PreTrainedModel) and _is_mostly_filled(module)
     ]
+
+
+def _is_mostly_filled(model: nn.Module) -> bool:
+    filled = [
+        _is_filled(parameter)
+        for _, module in _named_modules(model)
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
+    return 2 * sum(filled) > len(filled)
 
 
 def _is_filled(parameter: nn.Parameter) -> bool:

@@ -12,14 +12,20 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from torch import nn
 
-from pemn_surgery import PemnConfig, pemnify, plan
+from pemn_surgery import PemnConfig, from_finetuned, pemnify, plan
 from pemn_surgery.adapters.heads import new_parts
 from pemn_surgery.adapters.state import AdapterEntries
-from pemn_surgery.errors import ArchitectureError, FingerprintError, HeadWarning
+from pemn_surgery.errors import ArchitectureError, FingerprintError, HeadWarning, MixedBatchError
 from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers
@@ -181,6 +187,19 @@ def test_a_second_task_finds_the_new_head_under_the_first(checkpoints, tmp_path)
     models.assert_equal(answers(again, x), answers(model, x))
 
 
+@pytest.mark.parametrize("method", ["mask", "sign_delta"])
+def test_a_finetuned_head_is_taken_over_whole(method, checkpoints, tmp_path):
+    x, build = pictures(), lambda seed: image_classifier(checkpoints["vit"], seed)
+    tuned = trained(build(3), x)
+    model = from_finetuned(build(1), tuned, method).eval()
+    assert saved_whole(model) == ["classifier"]
+    model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(build(2), str(tmp_path))
+    models.assert_equal(answers(again, x), answers(model, x))
+    head = again.base_model.model.classifier.modules_to_save["default"]
+    models.assert_equal(head.weight, tuned.classifier.weight)
+
+
 def test_a_head_that_the_checkpoint_has_is_masked(checkpoints):
     model = transformers.AutoModelForImageClassification.from_pretrained(checkpoints["vit"])
     planned = plan(model, bank="own")
@@ -243,6 +262,48 @@ def test_what_peft_wraps_by_the_end_of_a_name_is_not_masked(checkpoints, tmp_pat
         kind.from_pretrained(checkpoints["distilbert"]), str(tmp_path)
     )
     models.assert_equal(answers(again, models.tokens()), answers(model, models.tokens()))
+
+
+@pytest.mark.parametrize("bank", ["own", "rp"])
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_what_was_loaded_stays_known_after_masks_are_gone(how, bank, checkpoints):
+    """A bank replaces weights; those that come back are no new head for the next masks."""
+    kind = transformers.AutoModelForImageClassification
+    base = kind.from_pretrained(checkpoints["vit"])
+    dense = getattr(pemnify(base, bank=bank), how)()
+    assert new_parts(dense).modules == new_parts(dense).tensors == ()
+    assert plan(dense, bank="own").whole == ()
+    head = kind.from_pretrained(checkpoints["vit"], num_labels=7, ignore_mismatched_sizes=True)
+    dense = getattr(pemnify(head, bank=bank), how)()
+    assert new_parts(dense).modules == ("classifier",)
+
+
+def test_a_head_that_was_untied_is_not_new(checkpoints):
+    base = transformers.AutoModelForMaskedLM.from_pretrained(checkpoints["bert"])
+    assert base.cls.predictions.decoder.weight is base.bert.embeddings.word_embeddings.weight
+    model = pemnify(base, bank="own", tied="untie")
+    assert new_parts(model.base_model.model).modules == ()
+    model.add_adapter("b", PemnConfig(bank="own", tied="untie"))
+    assert model.peft_config["b"].modules_to_save is None
+
+
+def test_a_model_of_which_little_was_loaded_so_is_not_all_new(checkpoints):
+    """One part by from_pretrained, the rest by load_state_dict: nobody knows."""
+
+    class Pair(transformers.PreTrainedModel):
+        config_class = transformers.ViTConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.first = transformers.ViTModel(config)
+            self.second = transformers.ViTModel(config)
+            self.text = nn.Linear(16, 3)
+
+    pair = Pair(transformers.ViTConfig(**VIT))
+    pair.first = transformers.ViTModel.from_pretrained(checkpoints["vit"], add_pooling_layer=False)
+    assert new_parts(pair).modules == ()
+    with pytest.warns(HeadWarning, match="'text'"):
+        pemnify(pair, bank="own")
 
 
 # -- timm -----------------------------------------------------------------------------------------
@@ -319,6 +380,34 @@ def test_a_plain_network_asks_for_its_head(config, tmp_path):
         model = trained(pemnify(vision(1), mended), x)
         model.save_pretrained(str(tmp_path / "mended"))
         again = PeftModel.from_pretrained(vision(2), str(tmp_path / "mended"))
+    models.assert_equal(answers(again, x), answers(model, x))
+
+
+@pytest.mark.filterwarnings("default::pemn_surgery.errors.HeadWarning")
+@pytest.mark.parametrize(
+    ("name", "head", "layer"),
+    [
+        ("shufflenet_v2_x0_5", "fc", lambda: nn.Linear(1024, 7)),
+        ("squeezenet1_1", "classifier.1", lambda: nn.Conv2d(512, 7, 1)),
+    ],
+)
+def test_piggyback_on_torchvisions_networks(name, head, layer, tmp_path):
+    """The paper's own: a network of another task, and a new last layer."""
+    networks = pytest.importorskip("torchvision.models")
+
+    def build(seed):
+        torch.manual_seed(0)
+        net = getattr(networks, name)(weights=None)
+        torch.manual_seed(seed)
+        net.set_submodule(head, layer())
+        return net.eval()
+
+    x = pictures(64)
+    with pytest.warns(HeadWarning, match=rf"modules_to_save=\['{head}'\]"):
+        pemnify(build(1), PemnConfig.preset("piggyback"))
+    model = pemnify(build(1), PemnConfig.preset("piggyback", modules_to_save=[head]))
+    trained(model, x, steps=1).save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(build(2), str(tmp_path))
     models.assert_equal(answers(again, x), answers(model, x))
 
 
@@ -428,6 +517,27 @@ def test_transformers_own_door_takes_heads_of_any_size(checkpoints, tmp_path):
     for name in ("seven", "three", "seven"):
         base.set_adapter(name)
         models.assert_equal(answers(base, x), expected[name])
+
+
+def test_tensors_that_are_set_by_hand_bring_their_size(tmp_path):
+    """PEFT's function alone, as adapters from the hub and resumed runs come in."""
+    x, expected = two_sizes(tmp_path, "own")
+    model = pemnify(vision(9, 6), bank="own", modules_to_save=["fc"])
+    tensors = load_file(tmp_path / "three" / models.WEIGHTS_FILE)
+    with pytest.warns(UserWarning, match="holds bits, not scores"):
+        set_peft_model_state_dict(model, tensors)
+    models.assert_equal(answers(model, x), expected["three"])
+
+
+def test_samples_of_both_sizes_are_no_one_batch(tmp_path):
+    x, expected = two_sizes(tmp_path, "own")
+    model = PeftModel.from_pretrained(vision(9, 6), str(tmp_path / "six"), adapter_name="six")
+    model.load_adapter(str(tmp_path / "three"), "three")
+    model.eval()
+    with torch.no_grad():
+        with pytest.raises(MixedBatchError, match="different shapes"):
+            model(x, adapter_names=["six", "three", "six", "three"])
+        models.assert_equal(model(x, adapter_names=["three"] * 4), expected["three"])
 
 
 def test_only_the_number_of_outputs_may_differ(tmp_path):
