@@ -42,7 +42,7 @@ from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
 from pemn_surgery.adapters.whole_modules import choosing_layers
-from pemn_surgery.adapters.whole_sizes import take_sizes
+from pemn_surgery.adapters.whole_sizes import take_sizes, told_sizes
 from pemn_surgery.undo import undone_on_error
 
 _UNLOAD = "unload_and_optionally_merge_module"
@@ -288,7 +288,7 @@ class PemnModel(BaseTuner):
             if kwargs.get("safe_merge"):
                 self._check_mergeable(kwargs.get("adapter_names"))
         reads = graph_surgery.graph_reads(self.model)
-        with _not_taken_for_layers(self.model):
+        with _not_taken_for_layers(self.model), told_sizes(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         graph_surgery.restore_graphs(reads)
         return model

@@ -5,11 +5,13 @@ heads of one size. What comes out of a head is the task's alone: its layers may 
 outputs, while everything else has to be as in the base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pemn_surgery.adapters.file import KEY_PREFIX
 
@@ -53,6 +55,39 @@ def _take_size(layer: nn.Module, name: str, shapes: Mapping[str, Shape]) -> None
             new = nn.Parameter(empty, requires_grad=held.requires_grad)
             layer._parameters[parameter] = new
             setattr(cast("Any", layer), attribute, shape[0])
+
+
+@contextmanager
+def told_sizes(model: nn.Module) -> Iterator[None]:
+    """Let a model say how many classes it has when a task's head takes the place of its own.
+
+    transformers and timm note the number beside the head, and transformers saves it.
+
+    Args:
+        model: The model, from which PEFT takes its wrappers off meanwhile.
+    """
+    sizes = dict(size for module in model.modules() for size in _changes(module))
+    yield
+    for module in model.modules() if sizes else ():
+        for name in ("num_labels", "num_classes"):
+            if module.__dict__.get(name) in sizes:
+                setattr(cast("Any", module), name, sizes[module.__dict__[name]])
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig) and config.num_labels in sizes:
+            config.num_labels = sizes[config.num_labels]
+
+
+def _changes(module: nn.Module) -> Iterator[tuple[int, int]]:
+    """Yield the base's and the active task's number of outputs where these differ."""
+    if not isinstance(module, ModulesToSaveWrapper) or not module.active_adapters:
+        return
+    copies = module.modules_to_save._modules.get(module.active_adapters[0])
+    if copies is None:  # an adapter without a copy
+        return
+    for own, of_task in zip(module.original_module.modules(), copies.modules(), strict=True):
+        name = outputs_of(own)
+        if name and getattr(own, name) != getattr(of_task, name):
+            yield getattr(own, name), getattr(of_task, name)
 
 
 def is_resized(given: Shape, held: Shape) -> bool:

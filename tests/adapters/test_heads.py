@@ -519,6 +519,23 @@ def test_transformers_own_door_takes_heads_of_any_size(checkpoints, tmp_path):
         models.assert_equal(answers(base, x), expected[name])
 
 
+def test_a_merged_model_says_how_many_classes_it_has(checkpoints, tmp_path):
+    """What it saves can be loaded as it is."""
+    x, kind = pictures(), transformers.AutoModelForImageClassification
+    model = trained(pemnify(image_classifier(checkpoints["vit"], 1, num_labels=3), bank="own"), x)
+    model.save_pretrained(str(tmp_path / "three"))
+    base = image_classifier(checkpoints["vit"], 2, num_labels=7)
+    merged = PeftModel.from_pretrained(base, str(tmp_path / "three")).merge_and_unload()
+    assert (merged.num_labels, merged.config.num_labels, len(merged.config.id2label)) == (3, 3, 3)
+    assert float(merged(x, labels=torch.tensor([0, 1, 2, 0])).loss.detach()) > 0
+    merged.save_pretrained(tmp_path / "dense")
+    models.assert_equal(answers(kind.from_pretrained(tmp_path / "dense"), x), answers(model, x))
+    net = timm_net(1, classes=3)
+    pemnify(net, bank="own").save_pretrained(str(tmp_path / "timm"))
+    again = PeftModel.from_pretrained(timm_net(2, classes=7), str(tmp_path / "timm"))
+    assert again.merge_and_unload().num_classes == 3
+
+
 def test_tensors_that_are_set_by_hand_bring_their_size(tmp_path):
     """PEFT's function alone, as adapters from the hub and resumed runs come in."""
     x, expected = two_sizes(tmp_path, "own")
