@@ -10,13 +10,8 @@ from torch import nn
 from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file_size import frame_bytes
-from pemn_surgery.adapters.matching import (
-    follow_forward,
-    followed,
-    plan_for,
-    set_default_head,
-    set_task_head,
-)
+from pemn_surgery.adapters.heads import settle_heads
+from pemn_surgery.adapters.matching import follow_forward, followed, plan_for
 from pemn_surgery.adapters.names import check_adapter_name
 from pemn_surgery.adapters.options import check_names, check_values
 from pemn_surgery.errors import ConfigError
@@ -91,8 +86,7 @@ def plan(
     """
     chosen = make_config(config, options).own_copy()
     check_model(model)
-    set_default_head(chosen, model)
-    set_task_head(chosen)
+    settle_heads(chosen, model)
     result = plan_for(model, chosen, follow_forward(model, chosen, inputs))
     return replace(result, frame_bytes=frame_bytes(result, model, chosen))
 

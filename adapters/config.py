@@ -117,12 +117,14 @@ class PemnConfig(PeftConfig):
         rewritten_weights: Weights that the model's forward changes in place, which stay because a
             mask would not last; found and saved likewise.
         carried: Further unmasked tensors, by full name, that the task has its own copy of: those in
-            which a fine-tuned model differs from its base. Filled in by `from_finetuned`.
+            which a fine-tuned model differs from its base, and those that came with no checkpoint.
+            Filled in by the library.
         tied: What happens to a weight that is tied to an embedding, as most language models' heads
             are. "leave": neither is masked. "untie": the head gets a masked copy. "both": head and
             embedding share one mask.
-        modules_to_save: Modules to train and save as a whole, as in PEFT. On a timm model with
-            ``bank_init="model"`` the default is its classifier; an empty list masks that too.
+        modules_to_save: Modules to train and save as a whole, as in PEFT. With
+            ``bank_init="model"`` the default is what came with no checkpoint, and timm's classifier
+            (docs/heads.md); an empty list masks that too.
         trainable_token_indices: Not supported; present because TRL reads it.
         coding: How a file holds masks. "bits": one bit a weight. "entropy": near the entropy of
             each mask's density, .08 bit a weight at .99 (docs/coding.md). "context": also by the

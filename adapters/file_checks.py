@@ -6,18 +6,20 @@ from torch import Tensor
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX, TENSORS, AdapterFile, is_mask_key
+from pemn_surgery.adapters.whole_sizes import Shape, is_resized
 from pemn_surgery.errors import ArchitectureError, ConfigError, MaskFormatError
-from pemn_surgery.targets import Plan
+from pemn_surgery.targets import Owned, Plan
 from pemn_surgery.task import TASK_CHILD
 
 
-def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None:
+def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str], sized: Set[str]) -> None:
     """Refuse an adapter of another architecture before anything changes.
 
     Args:
         file: The adapter file.
         plan: What would be masked, and what the task owns.
         base_names: Names of all tensors of the model: PEFT adds resized embeddings to a file.
+        sized: Paths of the layers that may have another number of outputs where they are whole.
 
     Raises:
         ArchitectureError: If names or sizes of masks or of other tensors differ.
@@ -30,8 +32,9 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None
         _plain(key): _shown(shape, is_float=dtype.is_floating_point)
         for key, (shape, dtype) in file.others.items()
     }
+    shapes = {_plain(key): shape for key, (shape, _) in file.others.items()}
     owned = {
-        _plain(item.name): _shown(item.shape, is_float=item.is_float)
+        _plain(item.name): _shown(_size_of(item, shapes, sized), is_float=item.is_float)
         for item in (*plan.owned, *plan.whole)
         if item.saved and not item.tied_to
     }
@@ -49,7 +52,8 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str]) -> None
         f"The adapter masks {len(masks)} tensors of {sum(file.masks.values())} weights and has "
         f"{len(others)} others; the model has {len(targets)} of {plan.masked_weights} to mask. "
         f"{len(differing)} differ ({'; '.join(differing[:3])}{'; ...' * (len(differing) > 3)}). "
-        f"Build the model that the adapter was trained for{_remedy(file)}. Nothing was changed."
+        f"Build the model that the adapter was trained for{_remedy(file)}"
+        f"{_way_out(masks, targets, plan)}. Nothing was changed."
     )
     raise ArchitectureError(message)
 
@@ -58,6 +62,27 @@ def _remedy(file: AdapterFile) -> str:
     if file.wish.ignores_sizes:
         return "; ignore_mismatched_sizes leaves out other tensors of other sizes, never masks"
     return ", or, if its modules have other names now, give key_mapping"
+
+
+def _size_of(item: Owned, shapes: Mapping[str, Shape], sized: Set[str]) -> Shape:
+    """Return a tensor's shape; of a head that is saved whole with as many outputs as the file's."""
+    path, _, _ = _plain(item.name).rpartition(".")
+    outputs = {shape[:1] for name, shape in shapes.items() if name.rpartition(".")[0] == path}
+    given = shapes.get(_plain(item.name), item.shape)
+    is_free = item.path in sized and len(outputs) == 1 and is_resized(given, item.shape)
+    return given if is_free else item.shape
+
+
+def _way_out(masks: Mapping[str, str], targets: Mapping[str, str], plan: Plan) -> str:
+    """Return how heads of several sizes share a model, if it is the last layer that differs."""
+    differing = [name for name in targets if masks.get(name) != targets[name]]
+    if masks.keys() != targets.keys() or differing != [plan.targets[-1].name]:
+        return ""
+    path = plan.targets[-1].path
+    return (
+        f"; or, if {path!r} is a head, train it whole, and tasks may have heads of different sizes "
+        f"(PemnConfig(..., modules_to_save=[{path!r}]))"
+    )
 
 
 def check_loader_decodes(config: PemnConfig) -> None:

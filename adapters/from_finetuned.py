@@ -34,8 +34,9 @@ from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import FINGERPRINT, KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.finetuned_errors import tensors_differ
+from pemn_surgery.adapters.heads import settle_heads
 from pemn_surgery.adapters.layer import PemnLayer
-from pemn_surgery.adapters.matching import follow_forward, plan_for, set_default_head
+from pemn_surgery.adapters.matching import follow_forward, plan_for
 from pemn_surgery.adapters.quantised import quantised_weights
 from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
@@ -102,15 +103,16 @@ def from_finetuned(
     before = base.state_dict()
     state = _with_ties(before, _state_of(finetuned))
     _check_pair(before, state)
-    set_default_head(config, base)
+    settle_heads(config, base)
     plan = plan_for(base, config, follow_forward(base, config, inputs))
     _check_values(plan, before, state)
     covered = {name for target in plan.targets for name in (target.name, *target.tied)}
     covered |= {item.name for item in plan.whole}
+    new = set(config.carried or ())
     config.carried = [
         name
         for name, value in before.items()
-        if name not in covered and tensors_differ(value, state[name])
+        if name not in covered and (name in new or tensors_differ(value, state[name]))
     ]
     model = pemnify(base, config, adapter_name=adapter_name)
     set_peft_model_state_dict(model, dict(_entries(model, state, adapter_name)), adapter_name)

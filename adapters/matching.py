@@ -25,47 +25,6 @@ from pemn_surgery.roles import base_modules, is_saved_by_peft
 from pemn_surgery.targets import Plan
 
 
-def set_default_head(config: PemnConfig, model: nn.Module) -> None:
-    """Train and save a timm classifier whole where masks lie on the model's own weights.
-
-    A new classifier is random; masked and frozen it could not be rebuilt from the saved adapter.
-
-    Args:
-        config: Changed in place if ``modules_to_save`` is None.
-        model: The model; timm says in its ``pretrained_cfg`` what its classifier is.
-    """
-    spoken_for = config.modules_to_save is not None or config.target_modules is not None
-    if config.bank_spec.generated or spoken_for:
-        return
-    described = getattr(model, "pretrained_cfg", None)
-    heads = described.get("classifier") if isinstance(described, Mapping) else None
-    names: list[str] = [heads] if isinstance(heads, str) else list(heads or ())
-    paths = [path for path, _ in base_modules(model)]
-    if names and all(_occurrences(name, paths) == 1 for name in names):
-        config.modules_to_save = names
-
-
-# What PEFT trains and saves whole for a task. For two of the three it says so only after the layers
-# were chosen, and would then save a head that is masked, too.
-_TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-
-def set_task_head(config: PemnConfig) -> None:
-    """Train and save whole the heads that ``task_type`` means.
-
-    Args:
-        config: Changed in place, unless it was read with an adapter, which says what it holds.
-    """
-    heads = _TASK_HEADS.get(config.task_type or "", ())
-    if heads and config.trained_on is None:
-        given = config.modules_to_save or []
-        config.modules_to_save = [*given, *(name for name in heads if name not in given)]
-
-
 class _NotNeededError(TraceError):
     """No forward was followed, because it is known already which weights are masked."""
 
@@ -155,10 +114,11 @@ def plan_for(
             return "is the model itself; put it into torch.nn.Sequential to mask it"
         if by_layer and "." not in path:  # PEFT takes full names before it looks at layers
             return "not in layers_to_transform"
+        if is_saved_whole(config, path):
+            return "trained and saved whole (modules_to_save)"
         result = _match(matcher, path)
         if isinstance(result, _ExcludedModule):
-            saved = is_saved_whole(config, path)
-            return "trained and saved whole (modules_to_save)" if saved else "in exclude_modules"
+            return "in exclude_modules"
         return "" if result else "not in target_modules"
 
     return make_plan(
@@ -225,17 +185,18 @@ def is_excluded(config: PemnConfig, path: str) -> bool:
 
 
 def is_saved_whole(config: PemnConfig, path: str) -> bool:
-    """Tell whether an adapter trains and saves a module whole, or one that it is in.
+    """Tell whether PEFT trains and saves a module as a whole, or one that it lies in.
+
+    PEFT goes by the ends of names, within a part of a name too: "classifier" is "pre_classifier".
 
     Args:
         config: The configuration.
         path: Path of the module.
     """
-    if not config.modules_to_save:
-        return False
-    probe = copy.copy(config)
-    probe.exclude_modules, probe.target_modules = None, {path}
-    return isinstance(check_target_module_exists(probe, path), _ExcludedModule)
+    parts = path.split(".")
+    above = [".".join(parts[: place + 1]) for place in range(len(parts))]
+    ends = tuple(config.modules_to_save or ())
+    return any(name.endswith(ends) for name in above)
 
 
 def _own_paths(model: nn.Module) -> dict[str, str]:
@@ -272,7 +233,3 @@ def _match(config: PemnConfig, path: str) -> Any:
         config = copy.copy(config)
         config.target_modules = {path.rpartition(".")[2]}
     return check_target_module_exists(config, path)
-
-
-def _occurrences(name: str, paths: Sequence[str]) -> int:
-    return sum(path == name or path.endswith(f".{name}") for path in paths)

@@ -29,14 +29,13 @@ from pemn_surgery.adapters.checks import (
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.file import KEY_PREFIX
 from pemn_surgery.adapters.file_checks import check_loader_decodes
+from pemn_surgery.adapters.heads import settle_heads, warn_of_heads
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
 from pemn_surgery.adapters.matching import (
     forward_of,
     is_excluded,
     is_saved_whole,
     plan_for,
-    set_default_head,
-    set_task_head,
 )
 from pemn_surgery.adapters.mixed_batch import mixed_batches
 from pemn_surgery.adapters.names import check_adapter_name, saved_whole, without_name
@@ -46,6 +45,7 @@ from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
 from pemn_surgery.adapters.whole_modules import check_whole_modules, choosing_layers
+from pemn_surgery.adapters.whole_sizes import take_sizes, told_sizes
 from pemn_surgery.undo import undone_on_error
 
 # Who asks without a doubt: transformers' Trainer, for label_smoothing_factor alone.
@@ -84,8 +84,7 @@ class PemnModel(BaseTuner):
         """Plan and check everything; the model is still as it was when this raises."""
         check_model(model)
         check_no_other_method(model)
-        set_default_head(peft_config, model)
-        set_task_head(peft_config)
+        settle_heads(peft_config, model)
         for name in self.peft_config:
             check_adapter_name(name, saved_whole([peft_config]))
         plan = plan_for(model, peft_config, forward_of(model, peft_config))
@@ -93,6 +92,7 @@ class PemnModel(BaseTuner):
         check_targets(plan, peft_config)
         if not any(isinstance(module, PemnLayer) for module in model.modules()):
             warn_of_low_coverage(plan, peft_config)
+        warn_of_heads(peft_config, model, plan)
         if plan.frozen_norms:
             check_mode(model, training=False, why='rest="freeze"')
         self._pending = Operation(model, peft_config, plan)
@@ -231,6 +231,9 @@ class PemnModel(BaseTuner):
         with undone_on_error(self, config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.target_parameters = asked
+            if config.file is not None:
+                shapes = {key: shape for key, (shape, _) in config.file.others.items()}
+                take_sizes(model, adapter_name, shapes)
             graph_surgery.rewrite_graphs(model)
             self._added.add(adapter_name)
             config.put_in_force()
@@ -311,7 +314,7 @@ class PemnModel(BaseTuner):
             if kwargs.get("safe_merge"):
                 self._check_mergeable(kwargs.get("adapter_names"))
         reads = graph_surgery.graph_reads(self.model)
-        with _not_taken_for_layers(self.model):
+        with _not_taken_for_layers(self.model), told_sizes(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         graph_surgery.restore_graphs(reads)
         return model
@@ -344,8 +347,9 @@ class PemnModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Check every mask before anything is loaded."""
+        """Check every mask before anything is loaded, and make room for heads of other sizes."""
         loaded = prepare_for_model(state_dict, model, config, adapter_name)
+        take_sizes(model, adapter_name, {key: tuple(value.shape) for key, value in loaded.items()})
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, loaded)
         if isinstance(getattr(model, "base_model", None), BaseTuner):
             if next(model.parameters(), None) is None:

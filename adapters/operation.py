@@ -25,6 +25,7 @@ from pemn_surgery.adapters.layer import PemnLayer, weight_stream
 from pemn_surgery.adapters.layer_checks import check_layers
 from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
+from pemn_surgery.adapters.whole_sizes import outputs_of
 from pemn_surgery.bank import Bank
 from pemn_surgery.roles import base_modules
 from pemn_surgery.swapping import find_masked, find_task
@@ -51,7 +52,8 @@ class Operation:
         if config.bank == "own" or not config.bank_spec.generated:
             materialise.check_own_weights(model, plan)
         if config.file is not None:
-            check_file_fits(config.file, plan, set(self._tensor_names()))
+            sized = {item.path for item in plan.whole if outputs_of(self.modules[item.path])}
+            check_file_fits(config.file, plan, set(self._tensor_names()), sized)
         self.bank = self._find_or_build_bank()
         self.fingerprint = self._fingerprint()
         self._check_base()

@@ -30,6 +30,7 @@ from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.bits import StoredMask
 from pemn_surgery.buckets import BaseGuide, Guide
 from pemn_surgery.errors import ArchitectureError, PemnWarning
+from pemn_surgery.layer_groups import base_name
 from pemn_surgery.selector import check_finite
 
 StateDict = dict[str, Tensor]
@@ -80,7 +81,27 @@ def pack_for_file(
         else:
             check_finite(whole, mask.target)
             saved[f"{place}.bits"] = bits.pack(mask.selector.mask(whole), base)
-    return _coded(saved, layers, config) if config.coding != "bits" else saved
+    return AdapterEntries(_coded(saved, layers, config) if config.coding != "bits" else saved)
+
+
+class AdapterEntries(dict[str, Tensor]):
+    """An adapter's entries, to which PEFT adds: modules that are saved whole, and embeddings.
+
+    Where tokens were added it adds every tensor below the embeddings and the head as it is in the
+    model, scores and copies of adapters too. What the adapter has already is not taken again.
+    """
+
+    def update(self, added: Mapping[str, Tensor]) -> None:  # pyright: ignore
+        """Take what the adapter has in no form yet, under the name that it has in the base.
+
+        Args:
+            added: Further tensors by key.
+        """
+        held = {base_name(key) for key in self}
+        for key, value in added.items():
+            name = base_name(key)
+            if name not in held:
+                self[name] = value
 
 
 def prepare_for_model(

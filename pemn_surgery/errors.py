@@ -123,3 +123,7 @@ class LowCoverageWarning(PemnWarning):
 
 class NoGradientWarning(PemnWarning):
     """Masks that are to be trained get no gradient that could move them."""
+
+
+class HeadWarning(PemnWarning):
+    """A layer is new, or may be, and the adapter's file will not hold it."""

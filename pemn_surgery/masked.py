@@ -51,6 +51,8 @@ class MaskedWeight(nn.Module):
         shared_with: Further modules (and parameter names) that hold the same, tied weight.
         untied: The parameter that the layer shared before it got a copy, if it did; in a list, so
             that it is not registered here.
+        marks: What others noted on the weight that a bank replaced, as transformers does on what a
+            checkpoint filled; a weight that comes back has it again.
         keeps: Whether an effective weight that was made is kept for the next read.
         pemn_masks: The masks by adapter name.
         merged_weight: The merged effective weight while adapters are merged, else None.
@@ -74,6 +76,7 @@ class MaskedWeight(nn.Module):
         self._owner = [owner]
         self.shared_with: list[tuple[nn.Module, str]] = []
         self.untied: list[nn.Parameter] = []
+        self.marks: dict[str, Any] = {}
         self._kept = Kept()
         self.keeps = True
         self.mixture: Mixture | None = None

@@ -29,6 +29,7 @@ def mask_parameter(child: MaskedWeight) -> None:
     layer, parameter = child.owner, child.parameter
     layer.add_module(masked_child_name(parameter), child)
     if child.bank is not None:
+        child.marks = dict(vars(layer._parameters[parameter]))
         layer._parameters[parameter] = None
     swap(layer, masks=(parameter,))
 
@@ -44,6 +45,7 @@ def untie_parameter(child: MaskedWeight) -> None:
     if child.bank is None:
         copied = copy.deepcopy(shared)  # with what a quantised one carries beside its values
         copied.requires_grad = False
+        vars(copied).update({**vars(shared), **vars(copied)})
         child.owner._parameters[child.parameter] = copied
 
 
@@ -103,6 +105,7 @@ def restore_parameter(child: MaskedWeight, weight: Tensor | None) -> None:
     elif own is None:
         values = weight if weight is not None else child.fill().clone()
         own = nn.Parameter(values.contiguous(), requires_grad=False)
+        vars(own).update(child.marks)
     elif weight is not None:
         own.data = weight
     layer._parameters[parameter] = own

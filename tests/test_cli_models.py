@@ -296,11 +296,12 @@ def test_merge_with_another_head_than_the_bases(tmp_path, capsys):
     )  # fmt: skip
     tuned.save_pretrained(str(tmp_path / "task"))
     words = ["merge", tmp_path / "task", tmp_path / "base", "--out", tmp_path / "out"]
-    text = run(capsys, *words, expect=2)
-    models.says(text, "classifier.weight", "(3, 16)", "(2, 16)")
-    run(capsys, *words, "--model-arg", "num_labels=3")
-    merged = transformers.AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "out"))
-    assert_same(merged, tuned)
+    for more in ((), ("--model-arg", "num_labels=3", "--overwrite")):
+        run(capsys, *words, *more)
+        kind = transformers.AutoModelForSequenceClassification
+        merged = kind.from_pretrained(str(tmp_path / "out"))
+        assert merged.num_labels == 3
+        assert_same(merged, tuned)
 
 
 def test_a_task_that_the_model_has_no_class_for_takes_the_named_one():
