@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -179,11 +180,14 @@ def put_on_base(file: AdapterFile, base: bytes) -> None:
     held = _held.get() or {}
     contents = held.get(file.path)
     if contents is not None and contents.file is file:
-        tensors = {
-            key: bits.with_base(value, base) if is_mask(key) else value
-            for key, value in contents.tensors.items()
-        }
+        tensors = {key: _on_base(key, value, base) for key, value in contents.tensors.items()}
         held[file.path] = Contents(file, tensors)
+
+
+def _on_base(key: str, value: Tensor, base: bytes) -> Tensor:
+    if is_fingerprint_key(key):
+        return torch.tensor(list(base), dtype=value.dtype)
+    return bits.with_base(value, base) if is_mask(key) else value
 
 
 def held_tensors(path: Path) -> Mapping[str, Tensor] | None:
