@@ -204,6 +204,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             rows=rows,
             row_scale=torch.zeros(rows.count),
             stored=bits.empty(int(torch.Size(self.shape).numel())),
+            is_final=config.inference_mode,
         )
 
     def guides(self, config: PemnConfig) -> tuple[Guide, ...]:

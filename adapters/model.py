@@ -43,6 +43,7 @@ from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
 from pemn_surgery.adapters.whole_modules import choosing_layers
+from pemn_surgery.swapping import mark_forward, unmark_forward
 from pemn_surgery.undo import undone_on_error
 
 _UNLOAD = "unload_and_optionally_merge_module"
@@ -215,6 +216,7 @@ class PemnModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.target_parameters = asked
             graph_surgery.rewrite_graphs(model)
+            mark_forward(model)
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -288,6 +290,7 @@ class PemnModel(BaseTuner):
         with _not_taken_for_layers(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         graph_surgery.restore_graphs(reads)
+        unmark_forward(model)
         return model
 
     @classmethod

@@ -5,8 +5,9 @@ The property asks a small child module, `MaskedWeight`, for the effective weight
 bank's numbers, or the layer's own frozen weight - passed through the `AdapterMask` of each active
 adapter. Several active masks compose as AND; sign deltas add up, after all masks.
 
-The effective weight is made once and kept until anything that it depends on changes, so reading
-``layer.weight.dtype`` costs nothing and a layer that runs twelve times per step is masked once.
+The effective weight is made once in a forward, so that a layer that runs twelve times in it is
+masked once, and where nothing ordinary can change it - bits on frozen numbers in eval mode - it is
+kept from then on (`kept`). It is read-only (`read_only`).
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -20,8 +21,9 @@ from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.bank import Bank
 from pemn_surgery.errors import AdapterError, MaskedWeightError
 from pemn_surgery.in_force import InForce
-from pemn_surgery.kept import Kept, Sources, is_untracked
+from pemn_surgery.kept import Kept, Sources, in_this_forward, is_untracked
 from pemn_surgery.mixture import Mixture
+from pemn_surgery.read_only import read_only
 from pemn_surgery.transforms import is_transformed
 
 
@@ -151,15 +153,32 @@ class MaskedWeight(nn.Module):
         state = in_force.read(self)
         if is_transformed() or self._is_offloaded():
             return self._make(state)
-        sources = self._sources(state) if self.keeps else None
-        if sources is None:
-            return self._make(state)
-        kept = self._kept.serve(sources)
-        if kept is not None:
-            return kept
-        weight = self._make(state)
-        self._kept.keep(weight, sources)
-        return weight
+        kept = self._keeper(state)
+        sources = None if kept is None else self._sources(state)
+        if kept is None or sources is None:
+            return self._guarded(self._make(state))
+        held = kept.serve(sources)
+        if held is None:
+            held = self._guarded(self._make(state))
+            kept.keep(held, sources)
+        return held
+
+    def _keeper(self, state: InForce) -> Kept | None:
+        """Return who keeps the weight: the layer, the forward that runs, or nobody."""
+        if not self.keeps or state.mixture is not None:
+            return None
+        return self._kept if self._lasts(state) else in_this_forward(self)
+
+    def _lasts(self, state: InForce) -> bool:
+        """Tell whether nothing ordinary writes what the weight is made of."""
+        own = None if self.bank is not None else self.own_weight()
+        if self.owner.training or (own is not None and own.requires_grad):
+            return False
+        return all(cast("AdapterMask", self._mask_of(name)).lasts for name in state.names)
+
+    def _guarded(self, weight: Tensor) -> Tensor:
+        """Return a weight that refuses to be written to; the layer's own, unmasked, as it is."""
+        return weight if weight is self.own_weight() else read_only(weight, self.target)
 
     def read(self) -> Tensor:
         """Return what a reader of the layer's parameter gets: the effective weight."""
@@ -253,23 +272,15 @@ class MaskedWeight(nn.Module):
         return any("_hf_hook" in mask.__dict__ for mask in self.pemn_masks.values())
 
     def _sources(self, state: InForce) -> Sources | None:
-        """Return what the effective weight depends on, or None where it must not be kept.
-
-        Trained scores are read anew without gradients: an optimizer that writes through ``.data``
-        changes them without a trace in the version counter.
-        """
-        if state.mixture is not None:
-            return None
-        grad = torch.is_grad_enabled()
+        """Return what the effective weight depends on, or None where that cannot be tracked."""
         masks = [cast("AdapterMask", self._mask_of(name)) for name in state.names]
         stores = [store for mask in masks for store in mask.stores]
-        if not grad and any(store.requires_grad for store in stores):
-            return None
         base = self.bank.values if self.bank is not None else self.own_weight()
         tensors = [tensor for tensor in (base, state.merged_weight, *stores) if tensor is not None]
         if any(is_untracked(tensor) for tensor in tensors):
             return None
-        return Sources(state.names, (grad, torch.is_inference_mode_enabled()), tensors)
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        return Sources(state.names, mode, tensors)
 
 
 def keep_weights(model: nn.Module, keep: bool) -> None:
