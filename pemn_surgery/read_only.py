@@ -37,6 +37,7 @@ class ReadOnlyWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> NoReturn:
+        """Refuse other values."""
         _refuse(self, "data = ...")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

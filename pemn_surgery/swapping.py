@@ -23,19 +23,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph_module import reduce_graph_module
 
-from pemn_surgery import layer_groups
+from pemn_surgery import layer_groups, places
 from pemn_surgery.kept import one_forward
 from pemn_surgery.masked import MaskedWeight, masked_child_name
+from pemn_surgery.places import FSDP, SHARED_MASKS, SHARED_TENSORS
 from pemn_surgery.refusals import refuse_replacing, refusing_methods
 from pemn_surgery.task import TASK_CHILD, TaskTensors
 from pemn_surgery.unwatched import unwatched_subclass
+from pemn_surgery.writing import Makers, writing_methods
 
-# Where a module whose tensor is tied keeps the child of the first module, by the name here.
-SHARED_MASKS = "_pemn_shared_masks"  # the MaskedWeight
-SHARED_TENSORS = "_pemn_shared_tensors"  # the TaskTensors and the tensor's name there
-
-# Libraries that read a layer's weight to get it as it is stored.
-_FSDP = "torch.distributed.fsdp"
+# Reads a layer's weight to get it as it is stored.
 _BITSANDBYTES = "bitsandbytes."
 
 # What PEFT's own layers answer about their adapters, and people ask the layer for.
@@ -119,7 +116,7 @@ def unmark_forward(model: nn.Module) -> None:
     """
     if _is_marked(model):
         masks, tensors = names_masked(model), names_owned(model)
-        if masks or tensors or TASK_CHILD in model._modules:
+        if masks or tensors or find_task(model) is not None:
             _set_class(model, masks, tensors, marked=False)
         else:
             _change_class(model, original_class(model))
@@ -202,7 +199,8 @@ def swapped_class(
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        **refusing_methods(original, {*masks, *tensors}, _FSDP),
+        **refusing_methods(original, {*masks, *tensors}, FSDP),
+        **writing_methods(original, {*masks, *tensors}, _makers),
     }
     for name in masks:
         namespace[name] = _property(name, _masked_getter(name))
@@ -323,10 +321,10 @@ def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
             child = cast("MaskedWeight", self.__dict__[SHARED_MASKS][name])
         if not torch.compiler.is_compiling():
             reader = _reader()
-            if reader.startswith((_FSDP, _BITSANDBYTES)):
-                return child.own_weight()
+            if reader.startswith((FSDP, _BITSANDBYTES)):
+                return places.stored(self, name)
             refuse_replacing(self, name, reader)
-        return child.read()
+        return _here(self, child.owner, child.read())
 
     return getter
 
@@ -342,17 +340,30 @@ def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         child, source = shared.get(name, (own, name))
         if not torch.compiler.is_compiling():
             reader = _reader()
-            if reader.startswith(_FSDP):
-                return child.base(source)
+            if reader.startswith(FSDP):
+                return places.stored(self, name)
             refuse_replacing(self, name, reader)
-        return child.read(source)
+        return _here(self, child.owner, child.read(source))
 
     return getter
 
 
+def _here(module: nn.Module, owner: nn.Module, tensor: Tensor | None) -> Tensor | None:
+    """Return a tied tensor of another module, on this replica's device where this is a replica.
+
+    Torch makes replicas of modules and not of what ties them, so that is the first model's own.
+    """
+    if tensor is None or owner is module or not module.__dict__.get("_is_replica"):
+        return tensor
+    return tensor.to(torch.cuda.current_device()) if tensor.is_cuda else tensor
+
+
 def _read_flat_weights(self: nn.Module) -> Any:
-    """Return a recurrent layer's weights as they are in force; torch keeps a list of raw ones."""
-    return [getattr(self, name) for name in cast("Any", self)._flat_weights_names]
+    """Return a recurrent layer's weights as they are in force; torch keeps a list of raw ones.
+
+    A replica has none yet when torch copies the list.
+    """
+    return [getattr(self, name, None) for name in cast("Any", self)._flat_weights_names]
 
 
 def _reads_packed(original: type[nn.Module]) -> bool:
@@ -394,17 +405,14 @@ def _reader() -> str:
 
 
 def _follow_task(swapped: type[nn.Module], original: type[nn.Module]) -> None:
-    """Let assigned statistics reach the active task, and let a task hold its norms in eval mode."""
-
-    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
-        child = self.__dict__.get("_modules", {}).get(TASK_CHILD)
-        is_buffer = name in self.__dict__.get("_buffers", {})
-        if child is None or not is_buffer or not child.write(name, value):
-            original.__setattr__(self, name, value)
+    """Let a task hold its norms in eval mode."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         child = find_task(self)
         return original.train(self, mode and not (child is not None and child.keeps_eval()))
 
-    type.__setattr__(swapped, "__setattr__", set_attribute)
     type.__setattr__(swapped, "train", train)
+
+
+def _makers(module: nn.Module, name: str) -> Makers:
+    return Makers(find_masked(module, name), find_owned(module, name))

@@ -96,6 +96,18 @@ def test_the_base_written_while_it_trains():
     models.assert_differs(model(X).detach(), before)
 
 
+def test_what_was_kept_in_eval_mode_ends_with_it():
+    model = pemnify(models.net(), bank="own", inference_mode=True)
+    before = models.logits(model)
+    model.train()
+    for layer in models.mask_layers(model).values():
+        layer.own_weight().data.mul_(1.5)
+    model.eval()
+    with torch.no_grad():
+        assert_as_if_nothing_were_kept(model)
+    models.assert_differs(models.logits(model), before)
+
+
 # ---- what is read cannot be written to -----------------------------------------------------------
 
 WRITES = {

@@ -402,7 +402,7 @@ def test_merging_composes_in_order():
     layer = layer_with(weight, *[trained(score) for score in scores])
     merged = layer.masked_weight.merge_names(["a0"])
     oracles.assert_same(merged, weight * oracles.topk(scores[0], 0.5) + 0.0)
-    layer.masked_weight.merged_weight = merged
+    layer.masked_weight.hold_merged(merged)
     oracles.assert_same(layer.weight, merged)
     both = merged * oracles.topk(scores[1], 0.5) + 0.0
     oracles.assert_same(layer.masked_weight.merge_names(["a0", "a1"]), both)
