@@ -19,6 +19,7 @@ from pemn_surgery.adapters.hotswap import enter_hotswap
 from pemn_surgery.adapters.manage import rename_adapter, to_trainable
 from pemn_surgery.adapters.model import PemnModel
 from pemn_surgery.adapters.names import wrap_filter
+from pemn_surgery.adapters.other_methods import wrap_other_methods
 from pemn_surgery.adapters.recode import recode
 from pemn_surgery.adapters.registry import register
 from pemn_surgery.adapters.versions import wrap_version_check
@@ -33,6 +34,7 @@ wrap_loading()
 wrap_cards()
 enter_hotswap()
 wrap_filter()
+wrap_other_methods()
 wrap_version_check()
 wrap_choices()
 wrap_checkpoints()

@@ -213,6 +213,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             rows=rows,
             row_scale=torch.zeros(rows.count),
             stored=bits.empty(int(torch.Size(self.shape).numel())),
+            is_final=config.inference_mode,
         )
 
     def guides(self, config: PemnConfig) -> tuple[Guide, ...]:
@@ -277,7 +278,8 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         names = [name for name in wanted if name in self.pemn_masks]
         if not names:
             return
-        self.merged_weight = self._merged(names, safe=safe_merge)
+        merged = self._merged(names, safe=safe_merge)
+        self.hold_merged(merged, shown=self.quantization_backend is None)
         self.merged_adapters.extend(names)
 
     def check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
@@ -306,7 +308,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     def unmerge(self) -> None:
         """Drop the fixed effective weight."""
         super().unmerge()
-        self.merged_weight = None
+        self.drop_merged()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -322,6 +324,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             if merge:
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             merged = self.merged_weight if merge else None
+            self.drop_merged()
             if self.quantization_backend is None or merged is None:
                 surgery.restore_parameter(self, merged)
                 return

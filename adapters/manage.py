@@ -75,6 +75,9 @@ def to_trainable(model: nn.Module, adapter_name: str = "default") -> None:
     for mask, start in zip(stored, scores, strict=True):
         scores_to_train = nn.Parameter(start.to(mask.store.device), requires_grad=False)
         mask.scores, mask.bits = scores_to_train, None
+    for mask in masks:
+        if isinstance(mask, SignDelta):
+            mask.is_final = False
     config.inference_mode = False
     if any(adapter_name in layer.active_adapters for layer in layers):
         set_requires_grad(model, adapter_name)

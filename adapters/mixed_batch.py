@@ -25,6 +25,7 @@ from pemn_surgery import in_force
 from pemn_surgery.adapters.whole_modules import choosing_layers
 from pemn_surgery.errors import AdapterError, MixedBatchError
 from pemn_surgery.in_force import Chosen
+from pemn_surgery.kept import one_forward
 
 # PEFT's name for samples that no adapter works on.
 BASE = "__base__"
@@ -223,7 +224,7 @@ def _group(name: str, layers: Set[in_force.Layer]) -> Iterator[None]:
     """Run one group: one adapter is in force, and no method parts its samples again."""
     token = _batch.set(None)
     try:
-        with in_force.use(Chosen(() if name == BASE else (name,), layers)):
+        with in_force.use(Chosen(() if name == BASE else (name,), layers)), one_forward():
             yield
     finally:
         _batch.reset(token)

@@ -46,6 +46,7 @@ from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
 from pemn_surgery.adapters.whole_modules import check_whole_modules, choosing_layers
 from pemn_surgery.adapters.whole_sizes import take_sizes, told_sizes
+from pemn_surgery.swapping import mark_forward, unmark_forward
 from pemn_surgery.undo import undone_on_error
 
 # Who asks without a doubt: transformers' Trainer, for label_smoothing_factor alone.
@@ -237,6 +238,7 @@ class PemnModel(BaseTuner):
             graph_surgery.rewrite_graphs(model)
             self._added.add(adapter_name)
             config.put_in_force()
+            mark_forward(model)
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -317,6 +319,7 @@ class PemnModel(BaseTuner):
         with _not_taken_for_layers(self.model), told_sizes(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         graph_surgery.restore_graphs(reads)
+        unmark_forward(model)
         return model
 
     @classmethod

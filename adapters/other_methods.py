@@ -1,9 +1,17 @@
-"""Models that carry adapters of another method of PEFT, on which masks cannot lie."""
+"""Other methods of PEFT beside masks: neither lies on the other.
+
+Masks would mask the other's matrices. The other would merge into a masked weight, which is
+computed, and save masks under names that nothing can load.
+"""
+
+import functools
+from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.errors import AlreadyPemnifiedError
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.task import TaskTensors
@@ -31,6 +39,30 @@ def check_no_other_method(model: nn.Module) -> None:
             f"(first: {first}), and masks cannot lie on those. Merge them into the model first "
             "(merge_and_unload() of its PeftModel), or take a model without them. Nothing was "
             "changed."
+        )
+        raise AlreadyPemnifiedError(message)
+
+
+def wrap_other_methods() -> None:
+    """Let PEFT's other methods refuse a model with masks."""
+    begin = BaseTuner.__init__
+
+    @functools.wraps(begin)
+    def refusing(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if getattr(self, "prefix", None) != PREFIX:
+            _check_no_masks(model, _method_of(self))
+        begin(self, model, *args, **kwargs)
+
+    BaseTuner.__init__ = refusing
+
+
+def _check_no_masks(model: nn.Module, method: str) -> None:
+    masked = [module.target for module in model.modules() if isinstance(module, MaskedWeight)]
+    if masked:
+        message = (
+            f"{method} adapters cannot lie on masks, and the model has {len(masked)} masked "
+            f"weights (first: {masked[0]}): they would change weights that are computed. Merge the "
+            "masks first, model.merge_and_unload(), or take a model without. Nothing was changed."
         )
         raise AlreadyPemnifiedError(message)
 

@@ -60,7 +60,7 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
         self.pemn_tensors[adapter_name] = copies
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Keep these adapters' tensors in force; nothing is computed.
+        """Keep these adapters' tensors in force, and store them in the module.
 
         Args:
             safe_merge: Has no meaning here.
@@ -68,6 +68,13 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
         """
         wanted = check_adapters_to_merge(self, adapter_names)
         self.merged_adapters.extend(name for name in wanted if name in self.pemn_tensors)
+        if self.merged_adapters:
+            self.show()
+
+    def unmerge(self) -> None:
+        """Store the module's own tensors again."""
+        super().unmerge()
+        self.aside.put_back()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -81,6 +88,7 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
         """
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self.aside.put_back()
         surgery.restore_tensors(self, keep_active=merge)
 
     def _move_adapter_to_device_of_base_layer(
@@ -90,7 +98,7 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
             return
         entry = self.pemn_tensors[adapter_name]
         for name in [*entry._parameters, *entry._buffers]:
-            base, held = self.base(name), entry._parameters.get(name, entry._buffers.get(name))
+            base, held = self.base(name), entry(name)
             if base is None or held is None:
                 continue
             if not base.is_meta and not held.is_meta:

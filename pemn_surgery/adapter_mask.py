@@ -63,6 +63,11 @@ class AdapterMask(nn.Module):
         """All tensors that decide what it does to a weight."""
         return (self.store,)
 
+    @property
+    def lasts(self) -> bool:
+        """Whether nothing ordinary writes what decides it: a mask that is bits."""
+        return self.scores is None
+
     def mask(self) -> Tensor:
         """Return the bool mask of ``shape``.
 
@@ -150,6 +155,8 @@ class SignDelta(AdapterMask):
     Attributes:
         rows: Where each output's weights lie.
         row_scale: Float parameter s of shape (rows.count,).
+        is_final: Whether it was made for inference, so that nobody trains the scales, nor averages
+            them into a copy.
     """
 
     adds = True
@@ -164,15 +171,22 @@ class SignDelta(AdapterMask):
         rows: Rows,
         row_scale: Tensor,
         stored: Tensor,
+        is_final: bool = False,
     ) -> None:
         super().__init__(target, shape, selector, fingerprint, scaled=False, stored=stored)
         self.rows = rows
+        self.is_final = is_final
         self.row_scale = nn.Parameter(row_scale)
 
     @property
     def stores(self) -> tuple[Tensor, ...]:
         """The signs and the scales."""
         return (self.store, self.row_scale)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether nothing ordinary writes the scales."""
+        return self.is_final and not self.row_scale.requires_grad
 
     def forward(self, weight: Tensor, *, is_scratch: bool = False) -> Tensor:
         """Return ``weight`` changed by plus or minus its output's scale.

@@ -22,6 +22,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pemn_surgery.kept import one_forward
 from pemn_surgery.mixture import Mixture
 
 DELETED = (
@@ -206,7 +207,7 @@ def running() -> Iterator[None]:
     with _SWITCHING:
         _running.add(call)
     try:
-        with use(call):
+        with use(call), one_forward():
             yield
     finally:
         with _SWITCHING:

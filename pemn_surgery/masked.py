@@ -5,8 +5,9 @@ The property asks a small child module, `MaskedWeight`, for the effective weight
 bank's numbers, or the layer's own frozen weight - passed through the `AdapterMask` of each active
 adapter. Several active masks compose as AND; sign deltas add up, after all masks.
 
-The effective weight is made once and kept until anything that it depends on changes, so reading
-``layer.weight.dtype`` costs nothing and a layer that runs twelve times per step is masked once.
+The effective weight is made once in a forward, so that a layer that runs twelve times in it is
+masked once, and where nothing ordinary can change it - bits on frozen numbers in eval mode - it is
+kept from then on (`kept`). It is read-only (`read_only`).
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -15,13 +16,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pemn_surgery import in_force
+from pemn_surgery import in_force, places
 from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.bank import Bank
 from pemn_surgery.errors import AdapterError, MaskedWeightError
 from pemn_surgery.in_force import InForce
-from pemn_surgery.kept import Kept, Sources, is_untracked
+from pemn_surgery.kept import Kept, Sources, in_this_forward, is_untracked
 from pemn_surgery.mixture import Mixture
+from pemn_surgery.places import Aside
+from pemn_surgery.read_only import read_only
 from pemn_surgery.transforms import is_transformed
 
 
@@ -55,12 +58,11 @@ class MaskedWeight(nn.Module):
             checkpoint filled; a weight that comes back has it again.
         keeps: Whether an effective weight that was made is kept for the next read.
         pemn_masks: The masks by adapter name.
-        merged_weight: The merged effective weight while adapters are merged, else None.
         mixture: While set, it is read in place of the active adapters or what they were merged to;
             never kept, never saved.
     """
 
-    merged_weight: Tensor | None
+    _unshown: Tensor | None
 
     def __init__(
         self,
@@ -87,13 +89,41 @@ class MaskedWeight(nn.Module):
         self.bank = bank
         self._lists_bank = bank is not None and bank.take_place_in_list()
         self.pemn_masks = nn.ModuleDict()
-        self.register_buffer("merged_weight", None, persistent=False)
+        self.aside = Aside()
+        self.register_buffer("_unshown", None, persistent=False)
         self.drawn_dtype = self._start_drawing()
 
     @property
     def owner(self) -> nn.Module:
         """The layer whose parameter this is."""
         return self._owner[0]
+
+    def belong_to(self, owner: nn.Module) -> None:
+        """Serve another layer: torch's replicas get replicas of their children."""
+        self._owner = [owner]
+
+    @property
+    def merged_weight(self) -> Tensor | None:
+        """The merged effective weight while adapters are merged, else None."""
+        return places.stored(self.owner, self.parameter) if self.aside else self._unshown
+
+    def hold_merged(self, weight: Tensor, *, shown: bool = True) -> None:
+        """Fix the effective weight, and store it in the layer, where whoever exports finds it.
+
+        Args:
+            weight: The merged weight.
+            shown: Whether it is stored; a quantised layer's place is for packed numbers.
+        """
+        if not shown:
+            self._unshown = weight
+            return
+        fixed = nn.Parameter(weight, requires_grad=False)
+        self.aside.show([(self.owner, self.parameter), *self.shared_with], fixed)
+
+    def drop_merged(self) -> None:
+        """Make the effective weight of masks again, and store what was stored before."""
+        self.aside.put_back()
+        self._unshown = None
 
     def now(self) -> InForce:
         """Return what is in force by the layer's attributes, in the order in which it applies."""
@@ -129,8 +159,7 @@ class MaskedWeight(nn.Module):
 
     def own_weight(self) -> Tensor | None:
         """Return the layer's own frozen weight, or None where a bank replaced it."""
-        owned = self.owner._parameters.get(self.parameter)
-        return owned if owned is not None else self.owner.__dict__.get(self.parameter)
+        return self.aside.original(self.owner, self.parameter)
 
     def fill(self) -> Tensor:
         """Return the unmasked weight.
@@ -152,17 +181,35 @@ class MaskedWeight(nn.Module):
     def forward(self) -> Tensor:
         """Return the effective weight, the kept one if nothing that it depends on has changed."""
         state = in_force.read(self)
-        if is_transformed() or self._is_offloaded():
+        is_fixed = state.merged_weight is not None and state.mixture is None
+        if is_fixed or is_transformed() or self._is_offloaded():
             return self._make(state)
-        sources = self._sources(state) if self.keeps else None
-        if sources is None:
-            return self._make(state)
-        kept = self._kept.serve(sources)
-        if kept is not None:
-            return kept
-        weight = self._make(state)
-        self._kept.keep(weight, sources)
-        return weight
+        kept = self._keeper(state)
+        sources = None if kept is None else self._sources(state)
+        if kept is None or sources is None:
+            return self._guarded(self._make(state))
+        held = kept.serve(sources)
+        if held is None:
+            held = self._guarded(self._make(state))
+            kept.keep(held, sources)
+        return held
+
+    def _keeper(self, state: InForce) -> Kept | None:
+        """Return who keeps the weight: the layer, the forward that runs, or nobody."""
+        if not self.keeps or state.mixture is not None:
+            return None
+        return self._kept if self._lasts(state) else in_this_forward(self)
+
+    def _lasts(self, state: InForce) -> bool:
+        """Tell whether nothing ordinary writes what the weight is made of."""
+        own = None if self.bank is not None else self.own_weight()
+        if self.owner.training or (own is not None and own.requires_grad):
+            return False
+        return all(cast("AdapterMask", self._mask_of(name)).lasts for name in state.names)
+
+    def _guarded(self, weight: Tensor) -> Tensor:
+        """Return a weight that refuses to be written to; the layer's own, unmasked, as it is."""
+        return weight if weight is self.own_weight() else read_only(weight, self.target)
 
     def read(self) -> Tensor:
         """Return what a reader of the layer's parameter gets: the effective weight."""
@@ -199,12 +246,20 @@ class MaskedWeight(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedWeight":
         """Forget first: ``.to()`` and ``.half()`` replace data without a trace in versions."""
         self._kept.clear()
+        self.aside.cast(fn)
         super()._apply(fn, recurse)
         before = self.drawn_dtype
         if self.bank is not None and before is not None:
             self.drawn_dtype = fn(torch.empty(0, dtype=before)).dtype
             if self.drawn_dtype != before:
                 self.bank.recast_layer(before, self.drawn_dtype)
+        return self
+
+    def train(self, mode: bool = True) -> "MaskedWeight":
+        """Forget what was kept in eval mode: who trains writes, and may leave no trace."""
+        if mode:
+            self._kept.clear()
+        super().train(mode)
         return self
 
     def _start_drawing(self) -> torch.dtype | None:
@@ -256,23 +311,15 @@ class MaskedWeight(nn.Module):
         return any("_hf_hook" in mask.__dict__ for mask in self.pemn_masks.values())
 
     def _sources(self, state: InForce) -> Sources | None:
-        """Return what the effective weight depends on, or None where it must not be kept.
-
-        Trained scores are read anew without gradients: an optimizer that writes through ``.data``
-        changes them without a trace in the version counter.
-        """
-        if state.mixture is not None:
-            return None
-        grad = torch.is_grad_enabled()
+        """Return what the effective weight depends on, or None where that cannot be tracked."""
         masks = [cast("AdapterMask", self._mask_of(name)) for name in state.names]
         stores = [store for mask in masks for store in mask.stores]
-        if not grad and any(store.requires_grad for store in stores):
-            return None
         base = self.bank.values if self.bank is not None else self.own_weight()
-        tensors = [tensor for tensor in (base, state.merged_weight, *stores) if tensor is not None]
+        tensors = [tensor for tensor in (base, *stores) if tensor is not None]
         if any(is_untracked(tensor) for tensor in tensors):
             return None
-        return Sources(state.names, (grad, torch.is_inference_mode_enabled()), tensors)
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        return Sources(state.names, mode, tensors)
 
 
 def keep_weights(model: nn.Module, keep: bool) -> None:

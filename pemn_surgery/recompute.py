@@ -17,6 +17,7 @@ from torch.utils import checkpoint
 
 from pemn_surgery import in_force
 from pemn_surgery.errors import PemnWarning
+from pemn_surgery.kept import one_forward
 
 # The first of them that torch has; older releases have the second alone.
 _PREPARING = (
@@ -76,7 +77,7 @@ def _recording_reentrant(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reading(run: Callable[..., Any], call: in_force.Recorded) -> Callable[..., Any]:
     def reading(*args: Any, **kwargs: Any) -> Any:
-        with in_force.use(call), call.as_trained():
+        with in_force.use(call), call.as_trained(), one_forward():
             return run(*args, **kwargs)
 
     return reading

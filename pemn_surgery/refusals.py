@@ -37,7 +37,7 @@ def refuse_replacing(module: nn.Module, name: str, reader: str) -> None:
     """
     came_so = isinstance(module, ParametrizationList) or _is_pruned(module, name)
     if reader.startswith(_REPLACERS) and not came_so:
-        _refuse(module, f"{reader} would replace {name!r}")
+        refuse(module, f"{reader} would replace {name!r}")
 
 
 def refusing_methods(
@@ -54,24 +54,17 @@ def refusing_methods(
     def delete(self: nn.Module, name: str) -> None:
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith(_REPLACERS) or (name in made and not caller.startswith(allowed)):
-            _refuse(self, f"{caller} would delete {name!r}")
+            refuse(self, f"{caller} would delete {name!r}")
         original.__delattr__(self, name)
 
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        is_banked = name in made and self._parameters.get(name, param) is None
-        if is_banked and param is not None:
-            _refuse(self, f"nothing would read a {name!r} of its own: the bank fills it")
-        original.register_parameter(self, name, param)
-
     def prepare_scriptable(self: nn.Module) -> NoReturn:
-        _refuse(self, "torch.jit.script would compile what is stored in place of what is masked")
+        refuse(self, "torch.jit.script would compile what is stored in place of what is masked")
 
     def set_qconfig(self: nn.Module, _: Any) -> NoReturn:
-        _refuse(self, "torch.ao.quantization would pass it by for its class")
+        refuse(self, "torch.ao.quantization would pass it by for its class")
 
     return {
         "__delattr__": delete,
-        "register_parameter": register,
         "__prepare_scriptable__": prepare_scriptable,
         "qconfig": property(None, set_qconfig),
     }
@@ -83,7 +76,16 @@ def _is_pruned(module: nn.Module, name: str) -> bool:
     return pruned != name and f"{pruned}_mask" in module._buffers
 
 
-def _refuse(module: nn.Module, problem: str) -> NoReturn:
+def refuse(module: nn.Module, problem: str) -> NoReturn:
+    """Refuse what a tool or a user would do to a module.
+
+    Args:
+        module: The module.
+        problem: What it would do, or what would come of it.
+
+    Raises:
+        MaskedWeightError: Always.
+    """
     targets = [child.target for child in module.children() if hasattr(child, "target")]
     place = f" at {targets[-1]!r}" if targets else ""
     message = (

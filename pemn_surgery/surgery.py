@@ -14,7 +14,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from pemn_surgery.masked import MaskedWeight, masked_child_name
-from pemn_surgery.swapping import SHARED_MASKS, SHARED_TENSORS, names_owned, swap, unswap
+from pemn_surgery.places import SHARED_MASKS, SHARED_TENSORS
+from pemn_surgery.swapping import names_owned, swap, unswap
 from pemn_surgery.task import TASK_CHILD, TaskTensors
 
 
@@ -107,7 +108,7 @@ def restore_parameter(child: MaskedWeight, weight: Tensor | None) -> None:
         own = nn.Parameter(values.contiguous(), requires_grad=False)
         vars(own).update(child.marks)
     elif weight is not None:
-        own.data = weight
+        own.data = weight.data
     layer._parameters[parameter] = own
     del layer._modules[masked_child_name(parameter)]
     unswap(layer, (parameter,))

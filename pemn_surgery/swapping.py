@@ -23,18 +23,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.graph_module import reduce_graph_module
 
-from pemn_surgery import layer_groups
+from pemn_surgery import layer_groups, places
+from pemn_surgery.kept import one_forward
 from pemn_surgery.masked import MaskedWeight, masked_child_name
+from pemn_surgery.places import FSDP, SHARED_MASKS, SHARED_TENSORS
 from pemn_surgery.refusals import refuse_replacing, refusing_methods
 from pemn_surgery.task import TASK_CHILD, TaskTensors
 from pemn_surgery.unwatched import unwatched_subclass
+from pemn_surgery.writing import Makers, writing_methods
 
-# Where a module whose tensor is tied keeps the child of the first module, by the name here.
-SHARED_MASKS = "_pemn_shared_masks"  # the MaskedWeight
-SHARED_TENSORS = "_pemn_shared_tensors"  # the TaskTensors and the tensor's name there
-
-# Libraries that read a layer's weight to get it as it is stored.
-_FSDP = "torch.distributed.fsdp"
+# Reads a layer's weight to get it as it is stored.
 _BITSANDBYTES = "bitsandbytes."
 
 # What PEFT's own layers answer about their adapters, and people ask the layer for.
@@ -97,6 +95,37 @@ def swap(module: nn.Module, masks: tuple[str, ...] = (), tensors: tuple[str, ...
     _set_class(module, tuple(all_masks), tuple(all_tensors))
 
 
+def mark_forward(model: nn.Module) -> None:
+    """Let a call of a model be one forward, in which every weight is made once (`kept`).
+
+    PEFT's model calls past it and says so itself. A graph module makes a weight where its graph
+    reads it, and is left alone.
+
+    Args:
+        model: A model with masks.
+    """
+    if not isinstance(model, GraphModule):
+        _set_class(model, names_masked(model), names_owned(model), marked=True)
+
+
+def unmark_forward(model: nn.Module) -> None:
+    """Take the mark of `mark_forward` away again.
+
+    Args:
+        model: A model that may have it.
+    """
+    if _is_marked(model):
+        masks, tensors = names_masked(model), names_owned(model)
+        if masks or tensors or find_task(model) is not None:
+            _set_class(model, masks, tensors, marked=False)
+        else:
+            _change_class(model, original_class(model))
+
+
+def _is_marked(module: nn.Module) -> bool:
+    return getattr(type(module), "_pemn_marked", False)
+
+
 def unswap(module: nn.Module, names: tuple[str, ...]) -> None:
     """Take properties away again; without any the module has its original class.
 
@@ -107,7 +136,7 @@ def unswap(module: nn.Module, names: tuple[str, ...]) -> None:
     masks = tuple(name for name in names_masked(module) if name not in names)
     tensors = tuple(name for name in names_owned(module) if name not in names)
     has_task = TASK_CHILD in module._modules
-    if masks or tensors or has_task:
+    if masks or tensors or has_task or _is_marked(module):
         _set_class(module, masks, tensors)
     else:
         _change_class(module, original_class(module))
@@ -119,10 +148,19 @@ def _recompile(module: nn.Module) -> None:
         module.recompile()
 
 
-def _set_class(module: nn.Module, masks: tuple[str, ...], tensors: tuple[str, ...]) -> None:
+def _set_class(
+    module: nn.Module,
+    masks: tuple[str, ...],
+    tensors: tuple[str, ...],
+    marked: bool | None = None,
+) -> None:
     original = original_class(module)
-    make = _graph_class if issubclass(original, GraphModule) else swapped_class
-    _change_class(module, make(original, masks, tensors))
+    if issubclass(original, GraphModule):
+        wanted = _graph_class(original, masks, tensors)
+    else:
+        kept = _is_marked(module) if marked is None else marked
+        wanted = swapped_class(original, masks, tensors, kept)
+    _change_class(module, wanted)
 
 
 def _change_class(module: nn.Module, wanted: type[nn.Module]) -> None:
@@ -134,7 +172,10 @@ def _change_class(module: nn.Module, wanted: type[nn.Module]) -> None:
 
 @functools.cache
 def swapped_class(
-    original: type[nn.Module], masks: tuple[str, ...], tensors: tuple[str, ...]
+    original: type[nn.Module],
+    masks: tuple[str, ...],
+    tensors: tuple[str, ...],
+    marked: bool = False,
 ) -> type[nn.Module]:
     """Return the subclass of a module's class with properties in place of some tensors.
 
@@ -142,21 +183,24 @@ def swapped_class(
         original: The module's own class.
         masks: Parameters whose effective weight a `MaskedWeight` child makes.
         tensors: Parameters and buffers that a `TaskTensors` child chooses.
+        marked: Whether a call of it is one forward of the model.
     """
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         state = original.__getstate__(self) if hasattr(original, "__getstate__") else self.__dict__
-        return _rebuild, (original, masks, tensors), state
+        return _rebuild, (original, masks, tensors, marked), state
 
     namespace: dict[str, Any] = {
         "_pemn_original": original,
         "_pemn_masks": masks,
         "_pemn_tensors": tensors,
+        "_pemn_marked": marked,
         "__reduce_ex__": reduce,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        **refusing_methods(original, {*masks, *tensors}, _FSDP),
+        **refusing_methods(original, {*masks, *tensors}, FSDP),
+        **writing_methods(original, {*masks, *tensors}, _makers),
     }
     for name in masks:
         namespace[name] = _property(name, _masked_getter(name))
@@ -167,6 +211,8 @@ def swapped_class(
         namespace[name] = _property(name, _tensor_getter(name))
     if "weight" in masks and _reads_packed(original):
         namespace["forward"] = _dense_forward(original)
+    if marked:
+        namespace["__call__"] = _one_forward(original)
     if issubclass(original, nn.RNNBase):
         namespace["_flat_weights"] = _property("_flat_weights", _read_flat_weights)
     for question in layer_groups.QUESTIONS:
@@ -236,11 +282,24 @@ def _dress(
 
 
 def _rebuild(
-    original: type[nn.Module], masks: tuple[str, ...], tensors: tuple[str, ...]
+    original: type[nn.Module],
+    masks: tuple[str, ...],
+    tensors: tuple[str, ...],
+    marked: bool,
 ) -> nn.Module:
     """Make an empty instance, for pickle and deepcopy."""
-    swapped = swapped_class(original, masks, tensors)
+    swapped = swapped_class(original, masks, tensors, marked)
     return swapped.__new__(swapped)
+
+
+def _one_forward(original: type[nn.Module]) -> Callable[..., Any]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original.__call__(self, *args, **kwargs)
+        with one_forward():
+            return original.__call__(self, *args, **kwargs)
+
+    return call
 
 
 def _property(name: str, getter: Callable[[nn.Module], Any]) -> property:
@@ -262,10 +321,10 @@ def _masked_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
             child = cast("MaskedWeight", self.__dict__[SHARED_MASKS][name])
         if not torch.compiler.is_compiling():
             reader = _reader()
-            if reader.startswith((_FSDP, _BITSANDBYTES)):
-                return child.own_weight()
+            if reader.startswith((FSDP, _BITSANDBYTES)):
+                return places.stored(self, name)
             refuse_replacing(self, name, reader)
-        return child.read()
+        return _here(self, child.owner, child.read())
 
     return getter
 
@@ -281,17 +340,30 @@ def _tensor_getter(name: str) -> Callable[[nn.Module], Tensor | None]:
         child, source = shared.get(name, (own, name))
         if not torch.compiler.is_compiling():
             reader = _reader()
-            if reader.startswith(_FSDP):
-                return child.base(source)
+            if reader.startswith(FSDP):
+                return places.stored(self, name)
             refuse_replacing(self, name, reader)
-        return child.read(source)
+        return _here(self, child.owner, child.read(source))
 
     return getter
 
 
+def _here(module: nn.Module, owner: nn.Module, tensor: Tensor | None) -> Tensor | None:
+    """Return a tied tensor of another module, on this replica's device where this is a replica.
+
+    Torch makes replicas of modules and not of what ties them, so that is the first model's own.
+    """
+    if tensor is None or owner is module or not module.__dict__.get("_is_replica"):
+        return tensor
+    return tensor.to(torch.cuda.current_device()) if tensor.is_cuda else tensor
+
+
 def _read_flat_weights(self: nn.Module) -> Any:
-    """Return a recurrent layer's weights as they are in force; torch keeps a list of raw ones."""
-    return [getattr(self, name) for name in cast("Any", self)._flat_weights_names]
+    """Return a recurrent layer's weights as they are in force; torch keeps a list of raw ones.
+
+    A replica has none yet when torch copies the list.
+    """
+    return [getattr(self, name, None) for name in cast("Any", self)._flat_weights_names]
 
 
 def _reads_packed(original: type[nn.Module]) -> bool:
@@ -333,17 +405,14 @@ def _reader() -> str:
 
 
 def _follow_task(swapped: type[nn.Module], original: type[nn.Module]) -> None:
-    """Let assigned statistics reach the active task, and let a task hold its norms in eval mode."""
-
-    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
-        child = self.__dict__.get("_modules", {}).get(TASK_CHILD)
-        is_buffer = name in self.__dict__.get("_buffers", {})
-        if child is None or not is_buffer or not child.write(name, value):
-            original.__setattr__(self, name, value)
+    """Let a task hold its norms in eval mode."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         child = find_task(self)
         return original.train(self, mode and not (child is not None and child.keeps_eval()))
 
-    type.__setattr__(swapped, "__setattr__", set_attribute)
     type.__setattr__(swapped, "train", train)
+
+
+def _makers(module: nn.Module, name: str) -> Makers:
+    return Makers(find_masked(module, name), find_owned(module, name))

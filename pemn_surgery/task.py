@@ -6,14 +6,15 @@ stay as they are and serve while adapters are disabled.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from pemn_surgery import in_force
+from pemn_surgery import in_force, places
 from pemn_surgery.errors import AdapterError
 from pemn_surgery.in_force import InForce
 from pemn_surgery.mixture import Mixture
+from pemn_surgery.places import SHARED_TENSORS, Aside, Place
 
 # The attribute that holds a module's `TaskTensors`.
 TASK_CHILD = "task_tensors"
@@ -61,12 +62,23 @@ class TensorSet(nn.Module):
         Args:
             name: Name of the tensor on the module.
         """
-        parameter = self._parameters.get(name)
-        return parameter if parameter is not None else self._buffers.get(name)
+        return places.stored(self, name) if self.holds(name) else None
 
     def holds(self, name: str) -> bool:
-        """Tell whether this adapter has a tensor of this name."""
-        return name in self._parameters or name in self._buffers
+        """Tell whether this adapter has a tensor of this name; torch's replicas have no tables."""
+        in_replica = self.__dict__.get("_former_parameters", ())
+        return name in self._parameters or name in self._buffers or name in in_replica
+
+    def replace(self, name: str, value: Tensor) -> None:
+        """Take a tensor in place of the one of this name, as trained or not as that was.
+
+        Args:
+            name: Name of the tensor on the module.
+            value: The tensor, a parameter where the adapter trains it.
+        """
+        trained = name in self._parameters
+        own = value if trained or not isinstance(value, nn.Parameter) else value.detach()
+        places.store((self, name), own)
 
 
 class TaskTensors(nn.Module):
@@ -86,12 +98,17 @@ class TaskTensors(nn.Module):
         self.shared_with: list[tuple[nn.Module, str]] = []
         self.target = target
         self.mixture: Mixture | None = None
+        self.aside = Aside()
         self.pemn_tensors = nn.ModuleDict()
 
     @property
     def owner(self) -> nn.Module:
         """The module whose tensors these replace."""
         return self._owner[0]
+
+    def belong_to(self, owner: nn.Module) -> None:
+        """Serve another module: torch's replicas get replicas of their children."""
+        self._owner = [owner]
 
     def active_adapter_names(self) -> Sequence[str]:
         """Return the active adapters; without PEFT every adapter is."""
@@ -124,9 +141,8 @@ class TaskTensors(nn.Module):
         Raises:
             AttributeError: If the module has none of this name at the moment.
         """
-        for table in (self.owner._parameters, self.owner._buffers, self.owner.__dict__):
-            if name in table:
-                return table[name]
+        if places.has_place(self.owner, name):
+            return self.aside.original(self.owner, name)
         message = f"{type(self.owner).__name__!r} object has no attribute {name!r}"
         raise AttributeError(message)
 
@@ -175,17 +191,66 @@ class TaskTensors(nn.Module):
         return tensors(name) if tensors.holds(name) else None
 
     def write(self, name: str, value: Tensor | None) -> bool:
-        """Replace the active adapter's buffer of this name; return False where there is none.
+        """Replace what a reader gets; return False where that is the module's own tensor.
 
         What is written to a mixture belongs to no adapter and is dropped.
         """
         names, _, mixture = in_force.read(self)
         for adapter in names if mixture is None else mixture.names:
-            if adapter in self.pemn_tensors and name in self.pemn_tensors[adapter]._buffers:
+            held = self.pemn_tensors._modules.get(adapter)
+            if value is not None and isinstance(held, TensorSet) and self._takes(held, name, value):
                 if mixture is None:
-                    self.pemn_tensors[adapter]._buffers[name] = value
+                    held.replace(name, value)
+                    self._follow(name, value)
                 return True
         return False
+
+    def _takes(self, held: TensorSet, name: str, value: Tensor) -> bool:
+        """Tell whether an adapter has a tensor of this name; torch refuses others as parameters."""
+        is_parameter = name in held._parameters
+        return held.holds(name) and (isinstance(value, nn.Parameter) or not is_parameter)
+
+    def _follow(self, name: str, value: Tensor) -> None:
+        """Let the module's own tensor follow to another shape: the former fits the module no more.
+
+        While adapters are merged, what is shown follows too.
+        """
+        base = self.base(name)
+        if base is not None and base.shape != value.shape:
+            was_shown = bool(self.aside)
+            self.aside.put_back()
+            for place in self._places(name):
+                places.store(place, places.as_stored(value.to(base.dtype), base))
+            if was_shown:
+                self.show()
+        elif self.aside:
+            self.show()
+
+    def show(self) -> None:
+        """Store what is in force in the module, where whoever exports finds it."""
+        for name in self._names_in_force():
+            value, base = self.active_tensor(name), self.base(name)
+            if value is not None and base is not None:
+                shown = places.as_stored(value.to(base.dtype), base)
+                self.aside.show(self._places(name), shown)
+
+    def _names_in_force(self) -> list[str]:
+        sets = [self._set_of(adapter) for adapter in self.now().names]
+        return list(dict.fromkeys(n for one in sets for n in (*one._parameters, *one._buffers)))
+
+    def _places(self, name: str) -> list[Place]:
+        """Return all modules and names under which a tensor is tied to this one."""
+        tied = (
+            (module, other)
+            for module, other in self.shared_with
+            if module.__dict__[SHARED_TENSORS][other][1] == name
+        )
+        return [(self.owner, name), *tied]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "TaskTensors":
+        self.aside.cast(fn)
+        super()._apply(fn, recurse)
+        return self
 
     def _is_offloaded(self) -> bool:
         """Whether accelerate has taken the module's tensors out: it reads the place, not values."""

@@ -14,6 +14,7 @@ from torch import nn
 from pemn_surgery import PemnConfig, bits, pemnify, surgery
 from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.errors import MaskNotLoadedError
+from pemn_surgery.kept import one_forward
 from pemn_surgery.masked import MaskedWeight
 from pemn_surgery.masking import masked
 from pemn_surgery.selector import Selector
@@ -207,9 +208,14 @@ def test_float_products_equal_a_dense_layer():
 
 
 def test_two_reads_are_one_tensor():
+    """Within a forward; of bits on frozen numbers in eval mode always."""
     layer = layer_with(random((4, 4), 0), trained(random((4, 4), 1)))
-    assert layer.weight is layer.weight
+    assert layer.weight is not layer.weight
+    with one_forward():
+        assert layer.weight is layer.weight
     layer = layer_with(random((4, 4), 0), stored(torch.ones(4, 4, dtype=torch.bool)))
+    assert layer.weight is not layer.weight
+    layer.eval()
     assert layer.weight is layer.weight
     with torch.no_grad():
         assert layer.weight is layer.weight
@@ -220,8 +226,9 @@ def test_the_mask_is_chosen_once_for_many_reads(monkeypatch):
     original = Selector.mask
     monkeypatch.setattr(Selector, "mask", lambda s, scores: calls.append(1) or original(s, scores))
     layer = layer_with(random((4, 4), 0), trained(random((4, 4), 1)))
-    for _ in range(12):
-        layer(torch.ones(2, 4))
+    with one_forward():
+        for _ in range(12):
+            layer(torch.ones(2, 4))
     assert len(calls) == 1
 
 
@@ -395,7 +402,7 @@ def test_merging_composes_in_order():
     layer = layer_with(weight, *[trained(score) for score in scores])
     merged = layer.masked_weight.merge_names(["a0"])
     oracles.assert_same(merged, weight * oracles.topk(scores[0], 0.5) + 0.0)
-    layer.masked_weight.merged_weight = merged
+    layer.masked_weight.hold_merged(merged)
     oracles.assert_same(layer.weight, merged)
     both = merged * oracles.topk(scores[1], 0.5) + 0.0
     oracles.assert_same(layer.masked_weight.merge_names(["a0", "a1"]), both)
