@@ -345,7 +345,7 @@ OF_TYPE: dict[str, Rules] = {
         "input_ids": _image_places_and_text,
         "attention_mask": lambda asked: torch.ones_like(_image_places_and_text(asked)),
         "pixel_values": image_list,
-        "pixel_attention_mask": lambda asked: ones(asked, 1),
+        "pixel_attention_mask": lambda asked: ones(asked, 1).bool(),  # older releases index with it
         "state": lambda asked: asked.normal(asked.batch, asked.config.max_state_dim),
         "noise": lambda asked: asked.normal(
             asked.batch, asked.config.chunk_size, asked.config.max_action_dim
