@@ -127,7 +127,9 @@ def _make(asked: Asked) -> dict[str, Any]:
     if "input_ids" not in made:
         if makers["attention_mask"] is MAKERS["attention_mask"]:
             made.pop("attention_mask", None)  # of the text, which is not there
-    elif makers["input_ids"] is MAKERS["input_ids"]:  # else a type's own rule has put them there
+    elif "input_ids" not in OF_TYPE.get(
+        asked.kind, {}
+    ):  # else a type's own rule has put them there
         for sense in SENSES:
             _add_placeholders(asked, made, sense)
     _refuse_missing(asked, made)
@@ -148,7 +150,7 @@ def _refuse_missing(asked: Asked, made: dict[str, Any]) -> None:
 def _wanted(asked: Asked) -> list[str]:
     """Return the arguments to make: required ones, the main one, and what makes the model whole."""
     required = [name for name, needed in asked.arguments.items() if needed]
-    also = [*ALWAYS, *OF_TYPE.get(asked.kind, {})]
+    also = [*ALWAYS, *rules_of_head(asked), *OF_TYPE.get(asked.kind, {})]
     for sense in SENSES:
         encode = method(asked.model, f"get_{sense}_features")
         also += _required_of(encode) if encode is not None else []

@@ -34,7 +34,11 @@ _HEADS = """## Every head of transformers
 A head is a class that one of transformers' Auto mappings names for a model type; a class may be for
 several things. Each is built tiny in a process of its own, `example_inputs` makes its inputs from
 its configuration, its forward runs on them in eval mode, and `plan` sees every use of its weights.
-Repeat it with `python -m tests.zoo heads --results docs/results/zoo_heads.jsonl --again all`.
+What does not build asks for packages that are not there, has no forward, or is named for a type
+whose configuration it cannot read. No inputs are made for the trackers of objects in videos, whose
+forward takes a session that keeps what earlier calls found (`inference_session`), and runs under
+`torch.inference_mode`, where nothing can be trained. Repeat it with
+`python -m tests.zoo heads --results docs/results/zoo_heads.jsonl --again all`.
 """
 
 

@@ -77,7 +77,7 @@ def build(model_type: str, class_name: str = "", *, seed: int = 0) -> nn.Module:
     level = small[0] if small else min(levels, key=lambda pair: pair[1])[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model_class(tiny_config(model_type, level)).float().eval()
+        return model_class(_config_of(model_class, model_type, level)).float().eval()
 
 
 def find_class(model_type: str) -> type[nn.Module]:
@@ -125,13 +125,21 @@ def _why_not(name: str) -> str:
     return ""
 
 
-def tiny_config(model_type: str, level: str = "widths") -> PreTrainedConfig:
-    """Return a type's default config, shrunk as far as a level says."""
+def _config_of(model_class: type[nn.Module], model_type: str, level: str) -> PreTrainedConfig:
+    """Return a tiny config for a class, which may be for a part of the type alone."""
+    config = tiny_config(model_type, level, model_class.__name__)
+    kind = getattr(model_class, "config_class", None) or PreTrainedConfig
+    return next((part for part in _parts(config) if isinstance(part, kind)), config)
+
+
+def tiny_config(model_type: str, level: str = "widths", class_name: str = "") -> PreTrainedConfig:
+    """Return a type's default config, shrunk as far as a level says, as a class needs it."""
     config = COMPOSED[model_type]() if model_type in COMPOSED else CONFIG_MAPPING[model_type]()
     for part in {id(part): part for part in _parts(config)}.values():
         _shrink(part, LEVELS.index(level))
     _keep_tokens_in_vocabulary(config)
-    for path, value in SETTINGS.get(model_type, {}).items():
+    settings = {**SETTINGS.get(model_type, {}), **SETTINGS.get(class_name, {})}
+    for path, value in settings.items():
         *way, name = path.split(".")
         part = config
         for step in way:
@@ -154,7 +162,7 @@ def _levels_that_build(model_type: str, model_class: type[nn.Module]) -> list[tu
     for level in LEVELS[LEVELS.index(FIRST_LEVEL.get(model_type, LEVELS[0])) :]:
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                model = model_class(tiny_config(model_type, level))
+                model = model_class(_config_of(model_class, model_type, level))
         except Exception as error:  # whatever a config's own checks or a constructor raise
             problems.append(error)
             continue
