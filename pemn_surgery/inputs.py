@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery.errors import ExampleInputsError
+from pemn_surgery.inputs_by_head import CHOICES, is_for, rules_of_head, takes_one
 from pemn_surgery.inputs_by_type import OF_TYPE, ONE_AT_A_TIME
 from pemn_surgery.inputs_transformers import (
     ALWAYS,
@@ -38,11 +39,12 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
 
     Args:
         model: The model; its weights, buffers and mode are left as they are.
-        batch: Number of examples; one for the types whose forward takes no more.
+        batch: Number of examples; one for the types and heads whose forward takes no more, such
+            as a classifier of texts without a padding token.
 
     Returns:
-        Keyword arguments for ``model(**inputs)``: float32 and int64 tensors on the CPU, equal
-        for every call. The global random state is left alone.
+        Keyword arguments for ``model(**inputs)``: float32, int64 and bool tensors on the CPU,
+        equal for every call. The global random state is left alone.
 
     Raises:
         ExampleInputsError: The model has no configuration to read, or its forward needs an
@@ -51,8 +53,7 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
     unwrap = getattr(model, "get_base_model", None)  # a PeftModel's forward tells nothing
     base: Any = unwrap() if callable(unwrap) else model
     if isinstance(getattr(getattr(base, "config", None), "model_type", None), str):
-        batch = 1 if base.config.model_type in ONE_AT_A_TIME else batch
-        return _transformers_inputs(Asked(base, batch, _arguments(base)))
+        return _transformers_inputs(base, batch)
     timm_config = getattr(base, "pretrained_cfg", None) or getattr(base, "default_cfg", None)
     if isinstance(timm_config, Mapping) and timm_config.get("input_size"):
         return _timm_inputs(base, timm_config, batch)
@@ -102,9 +103,22 @@ def _first_channels(model: nn.Module, config: Mapping[str, Any]) -> int | None:
 # ------------------------------------------------------------------------------------ transformers
 
 
-def _transformers_inputs(asked: Asked) -> dict[str, Any]:
+def _transformers_inputs(model: Any, batch: int) -> dict[str, Any]:
+    if model.config.model_type in ONE_AT_A_TIME or takes_one(model):
+        batch = 1
+    if not is_for(model, "MultipleChoice"):
+        return _make(Asked(model, batch, _arguments(model)))
+    made = _make(Asked(model, batch * CHOICES, _arguments(model)))
+    return {name: _in_choices(value, batch) for name, value in made.items()}
+
+
+def _in_choices(value: Any, batch: int) -> Any:
+    return value.unflatten(0, (batch, CHOICES)) if isinstance(value, Tensor) else value
+
+
+def _make(asked: Asked) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    makers = {**MAKERS, **OF_TYPE.get(asked.kind, {})}
+    makers = {**MAKERS, **rules_of_head(asked), **OF_TYPE.get(asked.kind, {})}
     for name in _wanted(asked):
         maker = makers.get(name)
         if maker is not None and name not in made:
@@ -113,7 +127,9 @@ def _transformers_inputs(asked: Asked) -> dict[str, Any]:
     if "input_ids" not in made:
         if makers["attention_mask"] is MAKERS["attention_mask"]:
             made.pop("attention_mask", None)  # of the text, which is not there
-    elif makers["input_ids"] is MAKERS["input_ids"]:  # else a type's own rule has put them there
+    elif "input_ids" not in OF_TYPE.get(
+        asked.kind, {}
+    ):  # else a type's own rule has put them there
         for sense in SENSES:
             _add_placeholders(asked, made, sense)
     _refuse_missing(asked, made)
@@ -134,7 +150,7 @@ def _refuse_missing(asked: Asked, made: dict[str, Any]) -> None:
 def _wanted(asked: Asked) -> list[str]:
     """Return the arguments to make: required ones, the main one, and what makes the model whole."""
     required = [name for name, needed in asked.arguments.items() if needed]
-    also = [*ALWAYS, *OF_TYPE.get(asked.kind, {})]
+    also = [*ALWAYS, *rules_of_head(asked), *OF_TYPE.get(asked.kind, {})]
     for sense in SENSES:
         encode = method(asked.model, f"get_{sense}_features")
         also += _required_of(encode) if encode is not None else []

@@ -4,139 +4,43 @@ A maker for an argument of a type replaces the general one; None: the argument i
 """
 
 import torch
-from torch import Tensor
 
+from pemn_surgery import inputs_of_few as few
 from pemn_surgery.inputs_transformers import (
     FRAMES,
     GRID,
-    TARGET_LENGTH,
     TEXT_LENGTH,
-    Asked,
     Maker,
+    half_of_patches,
     image_list,
     image_shape,
     ones,
     patches,
     text,
     video,
-    vision_of,
 )
 
-CODEC_SAMPLES = 9600  # divisible by the codecs' hops
-STEPS = TARGET_LENGTH
-ONE_AT_A_TIME = ("tvp",)  # types whose forward takes a batch of one only
-
-
-def _mono(asked: Asked) -> Tensor:
-    """Return waveforms (batch, one channel, samples)."""
-    return asked.normal(asked.batch, 1, CODEC_SAMPLES)
-
-
-def _square_patches(asked: Asked) -> Tensor:
-    """Return patches (batch x patches, channels, height, width)."""
-    side = vision_of(asked.config).patch_size
-    return patches(asked).reshape(-1, 3, side, side)
-
-
-def _patch_row(asked: Asked) -> Tensor:
-    """Return all patches of all images side by side (1, channels, height, patches x width)."""
-    side = vision_of(asked.config).patch_size
-    return asked.normal(1, 3, side, side * asked.batch * GRID[1] * GRID[2])
-
-
-def _merged_patches(asked: Asked) -> Tensor:
-    """Return squares of 2 x 2 patches (batch x squares, height, width, channels)."""
-    side = 2 * vision_of(asked.config).patch_size
-    return asked.normal(asked.batch * GRID[1] * GRID[2], side, side, 3)
-
-
-def _sizes(asked: Asked) -> Tensor:
-    return torch.tensor([GRID[1:]] * asked.batch)
-
-
-def _latents(asked: Asked) -> Tensor:
-    """Return what a codec decodes (batch, width, steps)."""
-    return asked.normal(asked.batch, asked.number("hidden_size"), STEPS)
-
-
-def _codebook_rows(asked: Asked) -> Tensor:
-    """Return ids of each codebook of each example (batch x codebooks, steps)."""
-    return text(asked, STEPS).repeat(asked.number("num_codebooks", default=4), 1)
-
-
-def _timm_video(asked: Asked, frames: int = 4) -> Tensor:
-    """Return videos of the size that the timm network inside was built for."""
-    embeds = (getattr(part, "patch_embed", None) for part in asked.model.modules())
-    side = next(size for embed in embeds if (size := getattr(embed, "img_size", None)))
-    return asked.normal(asked.batch, frames, 3, *side)
-
-
-def _prompted_video(asked: Asked) -> Tensor:
-    """Return videos of the one size and length that a learned frame of pixels is laid over."""
-    side = asked.config.max_img_size
-    return asked.normal(asked.batch, asked.config.num_frames, 3, side, side)
-
-
-def _half_image(asked: Asked) -> Tensor:
-    """Return images that make one of the configuration's size when two are put together."""
-    channels, height, width = image_shape(asked)
-    return asked.normal(asked.batch, channels, height // 2, width)
-
-
-def _codes(asked: Asked, name: str) -> Tensor:
-    """Return (batch, steps, codebooks) ids of an audio codec."""
-    return asked.integers(0, 20, asked.batch, STEPS, asked.number(name))
-
-
-def _image_pair(asked: Asked) -> Tensor:
-    """Return pairs of images to match (batch, 2, channels, height, width)."""
-    return asked.normal(asked.batch, 2, 3, 128, 128).abs()
-
-
-def _question(asked: Asked) -> Tensor:
-    """Return a text with a question token, which this type asks for (batch, length)."""
-    found = text(asked)
-    found[:, 1] = asked.config.question_token_id
-    return found
-
-
-def _flattened_patches(asked: Asked) -> Tensor:
-    """Return row, column and pixels of each patch (batch, patches, 2 + pixels)."""
-    places = asked.integers(1, 9, asked.batch, 16, 2).float()
-    pixels = asked.normal(asked.batch, 16, asked.number("patch_embed_hidden_size"))
-    return torch.cat([places, pixels], dim=-1)
-
-
-def _forecast_past(asked: Asked, width: int | None = None) -> Tensor:
-    length = asked.config.context_length + max(asked.config.lags_sequence)
-    return asked.normal(asked.batch, length, *(() if width is None else (width,)))
-
-
-def _categories(asked: Asked) -> Tensor | None:
-    count = asked.config.num_static_categorical_features
-    return 0 * ones(asked, count) if count else None
-
-
-def _image_places_and_text(asked: Asked) -> Tensor:
-    """Return a text after the places of one image, as many as it has patches."""
-    vision = vision_of(asked.config.vlm_config)
-    count = (vision.image_size // vision.patch_size) ** 2
-    places = torch.full((asked.batch, count), asked.config.vlm_config.image_token_id)
-    return torch.cat([places, text(asked)], dim=1)
+ONE_AT_A_TIME = ("tvp", "jev")  # types whose forward takes a batch of one only
 
 
 _FORECAST: dict[str, Maker] = {
-    "past_values": _forecast_past,
-    "past_time_features": lambda asked: _forecast_past(asked, asked.config.num_time_features),
-    "past_observed_mask": lambda asked: torch.ones_like(_forecast_past(asked)),
+    "past_values": few.forecast_past,
+    "past_time_features": lambda asked: few.forecast_past(asked, asked.config.num_time_features),
+    "past_observed_mask": lambda asked: torch.ones_like(few.forecast_past(asked)),
     "future_values": lambda asked: asked.normal(asked.batch, asked.config.prediction_length),
     "future_time_features": lambda asked: asked.normal(
         asked.batch, asked.config.prediction_length, asked.config.num_time_features
     ),
-    "static_categorical_features": _categories,
+    "static_categorical_features": few.categories,
 }
 
 Rules = dict[str, Maker | None]
+
+_TILED: Rules = {  # one image an example, in four tiles
+    "pixel_values": lambda asked: asked.normal(asked.batch, 1, 4, *image_shape(asked)),
+    "aspect_ratio_ids": lambda asked: ones(asked, 1),
+    "aspect_ratio_mask": lambda asked: ones(asked, 1, 4),
+}
 
 
 def _each(kinds: str, **rules: Maker | None) -> dict[str, Rules]:
@@ -146,14 +50,16 @@ def _each(kinds: str, **rules: Maker | None) -> dict[str, Rules]:
 OF_TYPE: dict[str, Rules] = {
     # images: videos under the name of images, several images, pairs, patches in other shapes
     **_each("timesformer videomae vivit xclip", pixel_values=video),
-    "tvp": {"pixel_values": _prompted_video},
+    "tvp": {"pixel_values": few.prompted_video},
     **_each(
         "idefics2 idefics3 smolvlm modernvbert ultravbert colmodernvbert", pixel_values=image_list
     ),
-    **_each("efficientloftr lightglue superglue", pixel_values=_image_pair),
-    **_each("kimi_k25 kimi_k25_vision paddleocr_vl", pixel_values=_square_patches),
-    **_each("inkling2 inkling2_vision", pixel_values=_merged_patches),
-    **_each("minicpm_ocr_vision minicpmv4_7_vision", pixel_values=_patch_row, target_sizes=_sizes),
+    **_each("efficientloftr lightglue superglue", pixel_values=few.image_pair),
+    **_each("kimi_k25 kimi_k25_vision paddleocr_vl", pixel_values=few.square_patches),
+    **_each("inkling2 inkling2_vision", pixel_values=few.merged_patches),
+    **_each(
+        "minicpm_ocr_vision minicpmv4_7_vision", pixel_values=few.patch_row, target_sizes=few.sizes
+    ),
     **_each("neomme molmo2 fuyu nemotron_h_omni", pixel_values=None),  # need places in the text
     **_each("deepseek_ocr2 unlimited_ocr", pixel_values=None),  # two towers, views, separators
     **_each(
@@ -165,15 +71,15 @@ OF_TYPE: dict[str, Rules] = {
     "speech-encoder-decoder": {"input_features": None},
     "musicgen_melody": {
         "input_features": lambda asked: asked.normal(asked.batch, FRAMES, 12),
-        "decoder_input_ids": _codebook_rows,
+        "decoder_input_ids": few.codebook_rows,
     },
-    "pe_audio_video": {"input_values": _mono, "pixel_values_videos": _timm_video},
-    "pe_audio_video_encoder": {"input_values": _mono, "pixel_values_videos": _timm_video},
-    "perception_lm": {"pixel_values": lambda asked: _timm_video(asked, 1)},  # one tile
+    "pe_audio_video": {"input_values": few.mono, "pixel_values_videos": few.timm_video},
+    "pe_audio_video_encoder": {"input_values": few.mono, "pixel_values_videos": few.timm_video},
+    "perception_lm": {"pixel_values": lambda asked: few.timm_video(asked, 1)},  # one tile
     "emu3": {"pixel_values": None},  # a tokenizer of a fixed width makes tokens of images
     "siglip2": {
         "pixel_attention_mask": lambda asked: ones(asked, GRID[1] * GRID[2]),
-        "spatial_shapes": _sizes,
+        "spatial_shapes": few.sizes,
     },
     "depth_pro": {
         "pixel_values": lambda asked: asked.normal(
@@ -182,7 +88,7 @@ OF_TYPE: dict[str, Rules] = {
     },
     "muse_spark": {"input_values": None},  # images need the same placeholders
     "glm_image": {"pixel_values": None, "image_grid_thw": None},  # wants a grid to draw, too
-    **_each("pe_video pe_video_encoder", pixel_values_videos=_timm_video),
+    **_each("pe_video pe_video_encoder", pixel_values_videos=few.timm_video),
     "inkling_mm_model": {"pixel_values": lambda asked: asked.normal(asked.batch, 2, 40, 40, 3)},
     "idefics": {
         "pixel_values": image_list,
@@ -194,10 +100,9 @@ OF_TYPE: dict[str, Rules] = {
     },
     "instructblipvideo": {"pixel_values": lambda asked: image_list(asked).repeat(1, 4, 1, 1, 1)},
     "colqwen2": {"pixel_values": lambda asked: patches(asked).reshape(asked.batch, 64, -1)},
+    "mllama_vision_model": _TILED,
     "mllama": {
-        "pixel_values": lambda asked: asked.normal(asked.batch, 1, 4, *image_shape(asked)),
-        "aspect_ratio_ids": lambda asked: ones(asked, 1),
-        "aspect_ratio_mask": lambda asked: ones(asked, 1, 4),
+        **_TILED,
         "cross_attention_mask": lambda asked: ones(asked, TEXT_LENGTH, 1, 4),
     },
     "gemma4_vision": {
@@ -215,9 +120,14 @@ OF_TYPE: dict[str, Rules] = {
             (torch.arange(80) < asked.number("latent_query_num")).long().repeat(asked.batch, 1)
         ),
     },
-    "flava": {"codebook_pixel_values": lambda asked: asked.normal(asked.batch, 3, 112, 112)},
-    "seggpt": dict.fromkeys(("pixel_values", "prompt_pixel_values", "prompt_masks"), _half_image),
-    "pix2struct": {"flattened_patches": _flattened_patches},
+    "flava": {
+        "codebook_pixel_values": lambda asked: asked.normal(asked.batch, 3, 112, 112),
+        "bool_masked_pos": half_of_patches,
+    },
+    "seggpt": dict.fromkeys(
+        ("pixel_values", "prompt_pixel_values", "prompt_masks"), few.half_image
+    ),
+    "pix2struct": {"flattened_patches": few.flattened_patches},
     "lxmert": {
         "visual_feats": lambda asked: asked.normal(asked.batch, 5, asked.config.visual_feat_dim),
         "visual_pos": lambda asked: asked.normal(asked.batch, 5, asked.config.visual_pos_dim),
@@ -239,19 +149,19 @@ OF_TYPE: dict[str, Rules] = {
         ),
     },
     # audio: a dimension of channels, features of another shape, codes of a codec
-    **_each("mimi mimi_encoder encodec dac xcodec vibevoice_asr", input_values=_mono),
+    **_each("mimi mimi_encoder encodec dac xcodec vibevoice_asr", input_values=few.mono),
     **_each(
         "xcodec2 neucodec",
-        input_values=_mono,
-        input_features=lambda asked: asked.normal(asked.batch, CODEC_SAMPLES // 320, 160),
+        input_values=few.mono,
+        input_features=lambda asked: asked.normal(asked.batch, few.CODEC_SAMPLES // 320, 160),
         input_features_mask=None,
     ),
-    **_each("pe_audio pe_audio_encoder", input_values=_mono),
-    **_each("vibevoice_acoustic_tokenizer higgs_audio_v2_tokenizer", input_values=_mono),
-    **_each("pocket_tts_audio_tokenizer pocket_tts_audio_tokenizer_encoder", input_values=_mono),
-    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": _mono},
-    "vibevoice_acoustic_tokenizer_decoder": {"hidden_states": _latents},
-    **_each("mimi_decoder pocket_tts_audio_tokenizer_decoder", latents=_latents),
+    **_each("pe_audio pe_audio_encoder", input_values=few.mono),
+    **_each("vibevoice_acoustic_tokenizer higgs_audio_v2_tokenizer", input_values=few.mono),
+    **_each("pocket_tts_audio_tokenizer pocket_tts_audio_tokenizer_encoder", input_values=few.mono),
+    "vibevoice_acoustic_tokenizer_encoder": {"hidden_states": few.mono},
+    "vibevoice_acoustic_tokenizer_decoder": {"hidden_states": few.latents},
+    **_each("mimi_decoder pocket_tts_audio_tokenizer_decoder", latents=few.latents),
     "audio-spectrogram-transformer": {
         "input_values": lambda asked: asked.normal(
             asked.batch, asked.config.max_length, asked.config.num_mel_bins
@@ -306,30 +216,53 @@ OF_TYPE: dict[str, Rules] = {
             (asked.batch,), FRAMES * asked.config.audio_config.hop_length
         ),
     },
-    "dia": {"decoder_input_ids": lambda asked: _codes(asked, "num_channels")},
-    "csm": {"input_ids": lambda asked: _codes(asked, "num_codebooks"), "attention_mask": None},
+    **_each("seamless_m4t seamless_m4t_v2", input_features=few.instead_of_text),
+    "speecht5": {
+        "input_values": few.spoken,
+        "decoder_input_values": few.spoken_before,
+        "speaker_embeddings": lambda asked: asked.normal(
+            asked.batch, asked.config.speaker_embedding_dim
+        ),
+    },
+    "dia": {"decoder_input_ids": lambda asked: few.codes(asked, "num_channels")},
+    "csm": {"input_ids": lambda asked: few.codes(asked, "num_codebooks"), "attention_mask": None},
     "kyutai_speech_to_text": {
-        "input_ids": lambda asked: _codes(asked, "num_codebooks").repeat(1, 1, 2)[:, :, :33],
+        "input_ids": lambda asked: few.codes(asked, "num_codebooks").repeat(1, 1, 2)[:, :, :33],
         "attention_mask": None,
     },
-    **_each("musicgen", decoder_input_ids=_codebook_rows),
+    "musicgen": {"decoder_input_ids": few.codebook_rows},
+    **_each(
+        "musicgen_decoder musicgen_melody_decoder", input_ids=few.codebook_rows, attention_mask=None
+    ),
     "voxtral_realtime": {
         "input_features": lambda asked: asked.normal(asked.batch, 128, 8 * TEXT_LENGTH)
     },
     # time
     **_each("autoformer informer time_series_transformer", **_FORECAST),
-    **_each("timesfm timesfm2_5", past_values=lambda asked: list(asked.normal(asked.batch, 64))),
+    **_each("timesfm timesfm2_5", past_values=few.series),
     "decision_transformer": {
-        "states": lambda asked: asked.normal(asked.batch, STEPS, asked.config.state_dim),
-        "actions": lambda asked: asked.normal(asked.batch, STEPS, asked.config.act_dim),
-        "rewards": lambda asked: asked.normal(asked.batch, STEPS, 1),
-        "returns_to_go": lambda asked: asked.normal(asked.batch, STEPS, 1),
-        "timesteps": lambda asked: torch.arange(STEPS).repeat(asked.batch, 1),
-        "attention_mask": lambda asked: ones(asked, STEPS),
+        "states": lambda asked: asked.normal(asked.batch, few.STEPS, asked.config.state_dim),
+        "actions": lambda asked: asked.normal(asked.batch, few.STEPS, asked.config.act_dim),
+        "rewards": lambda asked: asked.normal(asked.batch, few.STEPS, 1),
+        "returns_to_go": lambda asked: asked.normal(asked.batch, few.STEPS, 1),
+        "timesteps": lambda asked: torch.arange(few.STEPS).repeat(asked.batch, 1),
+        "attention_mask": lambda asked: ones(asked, few.STEPS),
     },
     # text
-    "splinter": {"input_ids": _question},
-    "perceiver": {"inputs": text, "input_ids": None},
+    "jev": {  # two questions after one prompt, each with two options
+        "marks": lambda asked: torch.tensor([[4, TEXT_LENGTH - 1]]),
+        "num_options": lambda asked: torch.tensor([[2, 2]]),
+        "question_type_ids": lambda asked: torch.zeros(1, 2, dtype=torch.int64),
+    },
+    "gemma4_unified_assistant": {  # reads what another model has made of the text
+        "input_ids": None,
+        "inputs_embeds": lambda asked: asked.normal(
+            asked.batch, TEXT_LENGTH, 2 * asked.config.backbone_hidden_size
+        ),
+        "shared_kv_states": few.keys_and_values,
+    },
+    "splinter": {"input_ids": few.question},
+    "perceiver": {"inputs": few.perceived, "input_ids": None},
     "muse_glimmer_assistant": {
         "noise_embeds": lambda asked: asked.normal(
             asked.batch, asked.config.block_size, asked.config.hidden_size
@@ -342,14 +275,17 @@ OF_TYPE: dict[str, Rules] = {
     },
     # robots
     "pi0": {
-        "input_ids": _image_places_and_text,
-        "attention_mask": lambda asked: torch.ones_like(_image_places_and_text(asked)),
+        "input_ids": few.image_places_and_text,
+        "attention_mask": lambda asked: torch.ones_like(few.image_places_and_text(asked)),
         "pixel_values": image_list,
-        "pixel_attention_mask": lambda asked: ones(asked, 1),
+        "pixel_attention_mask": lambda asked: ones(asked, 1).bool(),  # older releases index with it
         "state": lambda asked: asked.normal(asked.batch, asked.config.max_state_dim),
         "noise": lambda asked: asked.normal(
             asked.batch, asked.config.chunk_size, asked.config.max_action_dim
         ),
         "timestep": lambda asked: torch.ones(asked.batch),
+        "action_embeds": lambda asked: asked.normal(
+            asked.batch, asked.config.chunk_size, asked.config.dit_config.hidden_size
+        ),
     },
 }

@@ -167,6 +167,16 @@ def video(asked: Asked) -> Tensor:
     return asked.normal(asked.batch, frames, *image_shape(asked))
 
 
+def half_of_patches(asked: Asked) -> Tensor:
+    """Return which patches are hidden: every second one (batch, patches)."""
+    _, height, width = image_shape(asked)
+    side = find(vision_of(asked.config), ("patch_size",), int, 16)
+    count = (height // side) * (width // side)
+    if tubes := asked.number("tubelet_size"):  # of a video: patches of several frames
+        count *= asked.config.num_frames // tubes
+    return (torch.arange(count) % 2 == 1).repeat(asked.batch, 1)
+
+
 # ------------------------------------------------------------------------------------ audio, states
 
 
@@ -220,28 +230,30 @@ SENSES = {
 }
 ALWAYS = (*TEXT, "bbox", *SENSES["image"], *SENSES["audio"])  # made wherever they are taken
 MAKERS: dict[str, Maker] = {
-    "input_ids": text,
-    "qformer_input_ids": text,
+    **dict.fromkeys(("input_ids", "qformer_input_ids"), text),
     "decoder_input_ids": lambda asked: text(asked, TARGET_LENGTH),
-    "attention_mask": ones,
-    "qformer_attention_mask": ones,
+    **dict.fromkeys(("attention_mask", "qformer_attention_mask"), ones),
     "mm_token_type_ids": lambda asked: 0 * ones(asked),
     "bbox": lambda asked: 0 * ones(asked, TEXT_LENGTH, 4),
     "pixel_values": image,
     "pixel_values_videos": video,
-    "image_grid_thw": lambda asked: torch.tensor([GRID] * asked.batch),
-    "grid_thw": lambda asked: torch.tensor([GRID] * asked.batch),
+    **dict.fromkeys(
+        ("image_grid_thw", "grid_thw"), lambda asked: torch.tensor([GRID] * asked.batch)
+    ),
     "spatial_shapes": lambda asked: torch.tensor([GRID[1:]] * asked.batch),
     "pixel_attention_mask": lambda asked: ones(asked, GRID[1] * GRID[2]),
     "image_sizes": image_sizes,
     "high_res_pixel_values": lambda asked: asked.normal(asked.batch, 3, 1024, 1024),
-    "image_merge_sizes": lambda asked: 2 * torch.ones(asked.batch, dtype=torch.int64),
-    "merge_sizes": lambda asked: 2 * torch.ones(asked.batch, dtype=torch.int64),
+    **dict.fromkeys(("image_merge_sizes", "merge_sizes"), lambda asked: 2 * ones(asked)[:, 0]),
     "input_features": spectrogram,
-    "input_features_mask": lambda asked: ones(asked, _frames(asked)),
-    "feature_attention_mask": lambda asked: ones(asked, _frames(asked)),
+    **dict.fromkeys(
+        ("input_features_mask", "feature_attention_mask"), lambda asked: ones(asked, _frames(asked))
+    ),
     "input_values": wave,
     "past_values": past,
+    "past_values_padding": lambda asked: 0 * ones(asked, 64),
+    "freq": lambda asked: torch.zeros(asked.batch, dtype=torch.int64),
+    "bool_masked_pos": half_of_patches,
     "hidden_states": states,
     "inputs_embeds": states,
 }

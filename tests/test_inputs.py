@@ -124,7 +124,8 @@ def check(model, shapes):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     found = tensors(inputs)
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes
-    assert {tensor.dtype for tensor in found.values()} <= {torch.float32, torch.int64}
+    dtypes = {torch.float32, torch.int64, torch.bool}
+    assert {tensor.dtype for tensor in found.values()} <= dtypes
     assert all(torch.equal(found[name], again[name]) for name in found)
     with torch.no_grad():
         model(**inputs)
@@ -165,6 +166,11 @@ def test_placeholders_stand_before_ordinary_tokens():
     places = ids == model.config.image_token_id
     assert places[:, :576].all()
     assert not places[:, 576:].any()
+
+
+def test_a_mask_that_older_releases_index_with_is_bool():
+    mask = example_inputs(transformers_models.build("pi0"))["pixel_attention_mask"]
+    assert torch.equal(mask, torch.ones(B, 1, dtype=torch.bool))
 
 
 def test_training_mode_and_dropout_change_nothing():

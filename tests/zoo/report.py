@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pemn_surgery.report import as_markdown, environment
+from pemn_surgery.report import as_markdown
 from tests.zoo import run
 
 Row = dict[str, Any]
@@ -32,28 +32,48 @@ smaller*), and images of more than 256 pixels a side are made smaller likewise. 
 yet is walked by `python -m tests.zoo run --results docs/results/zoo.jsonl`.
 """
 
+_HEADS = """## Every head of transformers
 
-def write(results: Path, out: Path) -> int:
+A head is a class that one of transformers' Auto mappings names for a model type; a class may be for
+several things. Each is built tiny in a process of its own, `example_inputs` makes its inputs from
+its configuration, its forward runs on them in eval mode, and `plan` sees every use of its weights.
+What does not build asks for packages that are not there, has no forward, or is named for a type
+whose configuration it cannot read. No inputs are made for the trackers of objects in videos, whose
+forward takes a session that keeps what earlier calls found (`inference_session`), and runs under
+`torch.inference_mode`, where nothing can be trained. Repeat it with
+`python -m tests.zoo heads --results docs/results/zoo_heads.jsonl --again all`.
+"""
+
+
+def write(results: Path, heads: Path, out: Path) -> int:
     """Write ``zoo.md`` and the results behind it; return 0."""
-    rows = [row for _, row in sorted(run.read(results).items())]
+    rows, head_rows = _sorted(results), _sorted(heads)
     if not rows:
         message = f"{results} has no results; run `python -m tests.zoo run` first"
         raise SystemExit(message)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results").mkdir(exist_ok=True)
-    lines = [json.dumps({"environment": environment()}), *(json.dumps(_kept(row)) for row in rows)]
-    (out / "results" / "zoo.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (out / "zoo.md").write_text(page(rows), encoding="utf-8")
+    text = page(rows, head_rows, run.environment_of(results), run.environment_of(heads))
+    (out / "results").mkdir(parents=True, exist_ok=True)
+    _keep(results, rows, out / "results" / "zoo.jsonl")
+    if head_rows:
+        _keep(heads, head_rows, out / "results" / "zoo_heads.jsonl")
+    (out / "zoo.md").write_text(text, encoding="utf-8")
     return 0
 
 
-def page(rows: Sequence[Row]) -> str:
+def _sorted(results: Path) -> list[Row]:
+    return [row for _, row in sorted(run.read(results).items())]
+
+
+def _keep(results: Path, rows: Sequence[Row], kept: Path) -> None:
+    lines = [{"environment": run.environment_of(results)}, *(_kept(row) for row in rows)]
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def page(rows: Sequence[Row], head_rows: Sequence[Row], made: Row, heads_made: Row) -> str:
     """Return the page."""
-    made = environment()
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     parts = [
         _INTRO,
-        f"{made['date']}; {versions}.\n",
+        _stamp(made),
         "## In short\n",
         as_markdown(
             ("", "models", "walked", "do not build", "pass", "of those that build"), _totals(rows)
@@ -66,6 +86,7 @@ def page(rows: Sequence[Row]) -> str:
                 for row in _bad(rows)
             ),
         ),
+        *_of_heads(head_rows, heads_made),
         "## Maskable weights that stay\n",
         as_markdown(("reason", "models", "weights", "for example"), _left(rows)),
         "## What was masked\n",
@@ -106,6 +127,45 @@ def page(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
+def _stamp(made: Row) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return f"{made['date']}; {versions}.\n"
+
+
+def _of_heads(rows: Sequence[Row], made: Row) -> list[str]:
+    if not rows:
+        return []
+    return [
+        _HEADS,
+        _stamp(made),
+        as_markdown(
+            ("for", "heads", "do not build", "pass", "of those that build"), _heads_by_task(rows)
+        ),
+        "### Heads that fail, and why\n",
+        as_markdown(
+            ("head", "step", "error"),
+            ([row["name"], row["failed"], _short(row["error"])] for row in _bad(rows)),
+        ),
+    ]
+
+
+def _heads_by_task(rows: Sequence[Row]) -> Iterable[list[Any]]:
+    by_task: dict[str, list[Row]] = {}
+    for row in rows:
+        for task in row["tasks"]:
+            by_task.setdefault(task.replace("_", " ").lower(), []).append(row)
+    for task, ours in [("all", rows), *sorted(by_task.items())]:
+        yield [task, *_counts(ours)]
+
+
+def _counts(rows: Sequence[Row]) -> list[Any]:
+    """Return the numbers of models, of those that do not build, that pass, and their share."""
+    built = [row for row in rows if did_build(row)]
+    passed = sum(not row["failed"] for row in built)
+    share = f"{passed / len(built):.1%}" if built else ""
+    return [len(rows), len(rows) - len(built), passed, share]
+
+
 def coverage(row: Row) -> float:
     """Return the share of masked weights among the maskable."""
     return row["masked"] / row["maskable"] if row.get("maskable") else 0.0
@@ -127,17 +187,7 @@ def _bad(rows: Sequence[Row]) -> list[Row]:
 def _totals(rows: Sequence[Row]) -> Iterable[list[Any]]:
     for library in run.LIBRARIES:
         ours = [row for row in rows if row["library"] == library]
-        built = [row for row in ours if did_build(row)]
-        passed = sum(not row["failed"] for row in built)
-        share = f"{passed / len(built):.1%}" if built else ""
-        yield [
-            library,
-            len(run.names(library)),
-            len(ours),
-            len(ours) - len(built),
-            passed,
-            share,
-        ]
+        yield [library, len(run.names(library)), *_counts(ours)]
 
 
 def _left(rows: Sequence[Row]) -> list[list[Any]]:

@@ -7,14 +7,17 @@ import resource
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from pemn_surgery.report import environment
+
 GIB = 2**30
 
 LIBRARIES = ("timm", "transformers")
+CheckOne = Callable[[str, str, float], dict[str, Any]]  # library, name, GiB -> its row
 
 
 def names(library: str) -> list[str]:
@@ -42,7 +45,7 @@ def walk_one(library: str, name: str, memory: float) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * GIB), int(memory * GIB)))
+    limit_memory(memory)
     result, smaller, kind = Walk(failed="build"), "", ""
     try:
         model, smaller = build(library, name)
@@ -66,15 +69,24 @@ def walk_one(library: str, name: str, memory: float) -> dict[str, Any]:
     }
 
 
+def limit_memory(memory: float) -> None:
+    """Let this process have so many GiB; what asks for more fails."""
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * GIB), int(memory * GIB)))
+
+
 def walk_many(
-    models: Iterable[tuple[str, str]], jobs: int, timeout: float, memory: float
+    models: Iterable[tuple[str, str]],
+    jobs: int,
+    timeout: float,
+    memory: float,
+    check_one: CheckOne = walk_one,
 ) -> Iterator[dict[str, Any]]:
     """Walk models in processes of their own; yield results as they come."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.zoo.preload"])
     with ThreadPoolExecutor(jobs) as pool:
         futures = [
-            pool.submit(_in_process, context, library, name, timeout, memory)
+            pool.submit(_in_process, context, check_one, library, name, timeout, memory)
             for library, name in models
         ]
         try:
@@ -86,10 +98,11 @@ def walk_many(
 
 
 def _in_process(
-    context: Any, library: str, name: str, timeout: float, memory: float
+    context: Any, check_one: CheckOne, library: str, name: str, timeout: float, memory: float
 ) -> dict[str, Any]:
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, library, name, memory), daemon=True)
+    words = (sender, check_one, library, name, memory)
+    process = context.Process(target=_child, args=words, daemon=True)
     start = time.monotonic()
     process.start()
     sender.close()
@@ -109,8 +122,15 @@ def _in_process(
     return {"library": library, "name": name, "failed": "limits", "error": error}
 
 
-def _child(sender: Any, library: str, name: str, memory: float) -> None:
-    sender.send(walk_one(library, name, memory))
+def _child(sender: Any, check_one: CheckOne, library: str, name: str, memory: float) -> None:
+    sender.send(check_one(library, name, memory))
+
+
+def environment_of(path: Path) -> dict[str, Any]:
+    """Return what the last walk of a results file ran on; what runs now, if it does not say."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = [row["environment"] for line in lines if "environment" in (row := json.loads(line))]
+    return found[-1] if found else environment()
 
 
 def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:

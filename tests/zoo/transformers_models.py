@@ -1,22 +1,8 @@
-"""A random tiny model of every model type that transformers' Auto classes know.
-
-    python -m tests.zoo.transformers_models results.jsonl [type ...]
-
-builds each one, makes its example inputs, runs it twice and prints one line a type.
-"""
+"""A random tiny model of every model type and head that transformers' Auto classes know."""
 
 import copy
-import json
-import multiprocessing
 import re
-import resource
-import sys
-import time
-import traceback
-import warnings
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +11,6 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from pemn_surgery.inputs import example_inputs
 from tests.zoo.transformers_settings import CLASSES, COMPOSED, FIRST_LEVEL, SETTINGS
 
 MOST_PARAMETERS = 40_000_000
@@ -64,23 +49,35 @@ def model_types() -> list[str]:
     return list(dict.fromkeys(name for mapping in _mappings().values() for name in mapping))
 
 
-def build(model_type: str, seed: int = 0) -> nn.Module:
-    """Build a random tiny instance of a type's most complete class.
+def heads() -> dict[tuple[str, str], list[str]]:
+    """Return what every class of every type is for, by type and class: "MULTIPLE_CHOICE", ..."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for mapping, by_type in _mappings().items():
+        task = re.sub("^MODEL_(FOR_)?|_?MAPPING_NAMES$", "", mapping) or "BASE"
+        for model_type, names in by_type.items():
+            for name in (names,) if isinstance(names, str) else names:
+                found.setdefault((model_type, name), []).append(task)
+    return found
+
+
+def build(model_type: str, class_name: str = "", *, seed: int = 0) -> nn.Module:
+    """Build a random tiny instance of a type's class.
 
     Args:
         model_type: One of ``model_types()``.
+        class_name: The class; the most complete one of the type, if it is not given.
         seed: Of the random weights; the global random state is left alone.
 
     Returns:
         The model on the CPU, float32, in eval mode.
     """
-    model_class = find_class(model_type)
+    model_class = _class_named(class_name) if class_name else find_class(model_type)
     levels = _levels_that_build(model_type, model_class)
     small = [level for level, parameters in levels if parameters <= MOST_PARAMETERS]
     level = small[0] if small else min(levels, key=lambda pair: pair[1])[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model_class(tiny_config(model_type, level)).float().eval()
+        return model_class(_config_of(model_class, model_type, level)).float().eval()
 
 
 def find_class(model_type: str) -> type[nn.Module]:
@@ -107,6 +104,13 @@ def find_class(model_type: str) -> type[nn.Module]:
     raise LookupError(message)
 
 
+def _class_named(name: str) -> type[nn.Module]:
+    problem = _why_not(name)
+    if problem:
+        raise LookupError(problem)
+    return getattr(transformers, name)
+
+
 def _why_not(name: str) -> str:
     """Return why a class of transformers cannot run, or ""."""
     model_class = getattr(transformers, name, None)
@@ -121,13 +125,21 @@ def _why_not(name: str) -> str:
     return ""
 
 
-def tiny_config(model_type: str, level: str = "widths") -> PreTrainedConfig:
-    """Return a type's default config, shrunk as far as a level says."""
+def _config_of(model_class: type[nn.Module], model_type: str, level: str) -> PreTrainedConfig:
+    """Return a tiny config for a class, which may be for a part of the type alone."""
+    config = tiny_config(model_type, level, model_class.__name__)
+    kind = getattr(model_class, "config_class", None) or PreTrainedConfig
+    return next((part for part in _parts(config) if isinstance(part, kind)), config)
+
+
+def tiny_config(model_type: str, level: str = "widths", class_name: str = "") -> PreTrainedConfig:
+    """Return a type's default config, shrunk as far as a level says, as a class needs it."""
     config = COMPOSED[model_type]() if model_type in COMPOSED else CONFIG_MAPPING[model_type]()
     for part in {id(part): part for part in _parts(config)}.values():
         _shrink(part, LEVELS.index(level))
     _keep_tokens_in_vocabulary(config)
-    for path, value in SETTINGS.get(model_type, {}).items():
+    settings = {**SETTINGS.get(model_type, {}), **SETTINGS.get(class_name, {})}
+    for path, value in settings.items():
         *way, name = path.split(".")
         part = config
         for step in way:
@@ -150,7 +162,7 @@ def _levels_that_build(model_type: str, model_class: type[nn.Module]) -> list[tu
     for level in LEVELS[LEVELS.index(FIRST_LEVEL.get(model_type, LEVELS[0])) :]:
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                model = model_class(tiny_config(model_type, level))
+                model = model_class(_config_of(model_class, model_type, level))
         except Exception as error:  # whatever a config's own checks or a constructor raise
             problems.append(error)
             continue
@@ -369,99 +381,3 @@ def _set(config: PreTrainedConfig, name: str, value: Any) -> None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-SECONDS, BYTES = 300, 8 << 30  # that one type may take
-
-
-def check(model_type: str) -> dict[str, Any]:
-    """Build a type, run it twice on its example inputs and say what happened.
-
-    Returns:
-        The type, its class, its parameters, shapes of its inputs, and "stage": the first of
-        build, inputs and forward that failed (with "error"), or "runs"; "equal" tells whether
-        two runs with the same seed gave the same numbers, "finite" whether all were finite.
-    """
-    result: dict[str, Any] = {"type": model_type, "stage": "build"}
-    start = time.perf_counter()
-    try:
-        model = build(model_type)
-        result["class"] = type(model).__name__
-        result["parameters"] = sum(tensor.numel() for tensor in model.parameters())
-        result["stage"] = "inputs"
-        inputs = example_inputs(model)
-        result["inputs"] = {name: list(getattr(v, "shape", ())) for name, v in inputs.items()}
-        result["stage"] = "forward"
-        first, second = (_tensors_of(_run(model, inputs)) for _ in range(2))
-        result["stage"] = "runs"
-        result["equal"] = all(
-            torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))
-            for one, other in zip(first, second, strict=True)
-        )
-        result["finite"] = all(bool(torch.isfinite(one).all()) for one in first)
-    except Exception as error:
-        result["error"] = f"{type(error).__name__}: {error}"[:400]
-        result["where"] = _where(error)
-    return {**result, "seconds": round(time.perf_counter() - start, 1)}
-
-
-def _run(model: nn.Module, inputs: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return model(**inputs)
-
-
-def _tensors_of(output: Any) -> list[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _where(error: BaseException) -> str:
-    """Return the innermost lines of transformers that an error came through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "/torch/" not in frame.filename]
-    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in ours[-1:-4:-1])
-
-
-def _check_apart(model_type: str) -> dict[str, Any]:
-    """Check a type in a process of its own, with limits on time and memory."""
-    context = multiprocessing.get_context("fork")  # what is imported is imported once
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_send_check, args=(model_type, there))
-    process.start()
-    there.close()
-    try:
-        found = here.recv() if here.poll(SECONDS) else {"error": f"more than {SECONDS} seconds"}
-    except EOFError:
-        found = {"error": "the process died"}
-    process.kill()
-    process.join()
-    return {"type": model_type, "stage": "process", **found}
-
-
-def _send_check(model_type: str, there: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    there.send(check(model_type))
-
-
-def main(path: Path, types: list[str]) -> None:
-    """Check types, one line each, and keep the results; those in the file are not checked again."""
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
-    torch.set_num_threads(1)
-    done = path.read_text().splitlines() if path.exists() else []
-    seen = {json.loads(line)["type"] for line in done}
-    for warm in ("llama", "vit", "whisper", "qwen2_vl"):
-        build(warm)
-    with path.open("a") as file:
-        for model_type in types or model_types():
-            if model_type not in seen:
-                result = _check_apart(model_type)
-                file.write(json.dumps(result) + "\n")
-                file.flush()
-                told = result.get("error", "") or f"equal={result['equal']}"
-                print(model_type, result["stage"], result.get("class", ""), told)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -159,7 +159,7 @@ _DOTS_TEXT = {
     "index_head_dim": 32,
 }
 _MOE = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {  # by type, or by class
     # no default, or one that does not build
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), _FORECAST),
     # a random head under relu may give nothing but zeros; the other kind of head ends in a sigmoid
@@ -319,6 +319,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "intermediate_hook_ids": [1, 0],
         "patch_size": 64,
         "image_model_config.image_size": 64,
+    },
+    # what one class needs that others of its type do not have
+    "Blip2ForImageTextRetrieval": {"qformer_config.use_qformer_text_input": True},
+    "PerceiverForImageClassificationFourier": {"num_cross_attention_heads": 1},
+    "PerceiverForImageClassificationConvProcessing": {"num_cross_attention_heads": 1},
+    "ReformerModelWithLMHead": {"is_decoder": True},
+    # tuples by default, where a configuration that was read from a file has lists
+    "ConvNextBackbone": {"hidden_sizes": [96, 192, 384, 768]},
+    "ConvNextV2Backbone": {"hidden_sizes": [96, 192, 384, 768]},
+    "FocalNetBackbone": {"hidden_sizes": [192, 384, 768, 768]},
+    "T5GemmaEncoderModel": {"is_encoder_decoder": False},
+    "HieraForPreTraining": {
+        "decoder_hidden_size": 64,
+        "decoder_depth": 1,
+        "decoder_num_heads": 4,
+    },
+    "sapiens2": {
+        "head_config.upsample_out_channels": [64, 32],
+        "head_config.upsample_kernel_sizes": [4, 4],
+        "head_config.conv_out_channels": [32],
+        "head_config.conv_kernel_sizes": [1],
     },
     # numbers that have to fit others which the general rules have changed
     **dict.fromkeys(("gemma3", "shieldgemma2"), _SEVEN_BY_SEVEN),
