@@ -208,8 +208,12 @@ class MaskedWeight(nn.Module):
         return all(cast("AdapterMask", self._mask_of(name)).lasts for name in state.names)
 
     def _guarded(self, weight: Tensor) -> Tensor:
-        """Return a weight that refuses to be written to; the layer's own, unmasked, as it is."""
-        return weight if weight is self.own_weight() else read_only(weight, self.target)
+        """Return a weight that refuses to be written to.
+
+        The layer's own, unmasked, stays as it is, and so does one that is a subclass (sharded).
+        """
+        is_made = type(weight) is Tensor and weight is not self.own_weight()
+        return read_only(weight, self.target) if is_made else weight
 
     def read(self) -> Tensor:
         """Return what a reader of the layer's parameter gets: the effective weight."""

@@ -7,7 +7,7 @@ taken, and nothing where a bank fills the weight.
 
 import sys
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -51,7 +51,10 @@ def writing_methods(
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
         if isinstance(value, (MaskedWeight, TaskTensors)) and name in self._modules:
             value.belong_to(self)
-        if not takes(self, name, value, _caller()):
+        caller = _caller()
+        if name in made and places.moves_stored(caller) and _replaces_stored(self, name, value):
+            places.store((self, name), cast("Tensor", value))  # not by way of the getter
+        elif not takes(self, name, value, caller):
             original.__setattr__(self, name, value)
 
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -85,6 +88,11 @@ def _assign(module: nn.Module, name: str, value: Tensor | None, makers: Makers) 
     if makers.masked is not None and value is not None:
         _check_can_be_masked(module, name, makers.masked, value)
     return False
+
+
+def _replaces_stored(module: nn.Module, name: str, value: Any) -> bool:
+    """Tell whether a parameter takes the place of one: FSDP2 does so for every shard."""
+    return isinstance(value, nn.Parameter) and module._parameters.get(name) is not None
 
 
 def _refuse_where_banked(module: nn.Module, name: str, masked: MaskedWeight | None) -> None:
