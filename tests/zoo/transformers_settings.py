@@ -329,6 +329,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # by type, or by class
     "ConvNextBackbone": {"hidden_sizes": [96, 192, 384, 768]},
     "ConvNextV2Backbone": {"hidden_sizes": [96, 192, 384, 768]},
     "FocalNetBackbone": {"hidden_sizes": [192, 384, 768, 768]},
+    "ShieldGemma2ForImageClassification": {"yes_token_index": 5, "no_token_index": 6},
     "T5GemmaEncoderModel": {"is_encoder_decoder": False},
     "HieraForPreTraining": {
         "decoder_hidden_size": 64,
