@@ -46,29 +46,35 @@ def fingerprint_now(
 
 
 def fingerprint_of(
-    layers: Sequence[PemnLayer], held: Mapping[str, Tensor] | None = None
+    layers: Sequence[PemnLayer],
+    held: Mapping[str, Tensor] | None = None,
+    called: Mapping[str, str] | None = None,
 ) -> Fingerprint:
     """Return what identifies the frozen numbers under some weights of one model.
 
     Args:
         layers: What masks the weights.
         held: Whole weights by name, in place of the layers' own.
+        called: Other names of the weights, under which they are identified.
 
     Returns:
         Digits by dtype; empty where values are not at hand.
     """
-    by_name = {layer.target: layer for layer in layers}
+    names = called or {}
+    by_name = {names.get(layer.target, layer.target): layer for layer in layers}
     first = layers[0]
     bank, given = first.bank, held or {}
+    own = {layer.target: layer for layer in layers}
 
     def values() -> Iterable[Tensor]:
         if bank is not None:
-            return bank.prototypes(lambda name: by_name[name].dtype)
-        return (_frozen(by_name[name], given.get(name)) for name in sorted(by_name))
+            return bank.prototypes(lambda name: own[name].dtype)
+        found = (by_name[name] for name in sorted(by_name))
+        return (_frozen(layer, given.get(layer.target)) for layer in found)
 
     return make_fingerprint(
         first.spec,
-        bank.layout if bank is not None else None,
+        bank.layout.renamed(names) if bank is not None else None,
         [(name, tuple(layer.shape)) for name, layer in by_name.items()],
         values,
         as_drawn=not any(_is_no_longer_drawn(layer, given) for layer in layers),
@@ -137,12 +143,16 @@ def gathered(value: Tensor) -> Tensor:
 
 
 def _held(layers: Mapping[str, PemnLayer], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the layers' own weights as a state dict has them, by their names in the model."""
+    """Return the layers' own weights as a state dict has them, by their names in the model.
+
+    While adapters are merged a state dict has what is merged instead.
+    """
     found = {}
     for path, layer in layers.items():
         owner = path.rpartition(".")[0]
         key = f"{owner}.{layer.parameter}" if owner else layer.parameter
-        if layer.bank is None and layer.quantization_backend is None and key in state_dict:
+        is_own = layer.bank is None and layer.quantization_backend is None and not layer.aside
+        if is_own and key in state_dict:
             found[layer.target] = state_dict[key]
     return found
 

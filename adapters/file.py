@@ -53,6 +53,7 @@ __all__ = [
     "decode_held",
     "held_tensors",
     "holds_masks",
+    "ignores_sizes",
     "is_fingerprint_key",
     "is_mask_key",
     "is_reading",
@@ -165,6 +166,12 @@ def decode_held(file: AdapterFile) -> None:
     contents = held.get(file.path)
     if contents is not None and contents.file is file:
         held[file.path] = _decoded(contents)
+
+
+def ignores_sizes() -> bool:
+    """Tell whether the load within `one_reading` leaves out tensors of other sizes."""
+    wish = _wish.get()
+    return wish is not None and wish.ignores_sizes
 
 
 def put_on_base(file: AdapterFile, base: bytes) -> None:

@@ -22,7 +22,7 @@ from peft.utils import save_and_load
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
-from pemn_surgery.adapters.base import fingerprint_now, masked_layers
+from pemn_surgery.adapters.base import fingerprint_now, fingerprint_of, masked_layers
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.config_file import read_json
 from pemn_surgery.adapters.disk import is_there
@@ -35,9 +35,10 @@ from pemn_surgery.adapters.file import (
     holds_masks,
     is_fingerprint_key,
     one_reading,
+    put_on_base,
     read_decoded,
 )
-from pemn_surgery.adapters.fingerprint import check_fingerprint
+from pemn_surgery.adapters.fingerprint import check_fingerprint, short_form
 from pemn_surgery.adapters.manage import to_trainable
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.adapters.state import warn_of_bits
@@ -280,8 +281,16 @@ def _check_base(model: nn.Module, name: str, given: PemnConfig) -> None:
     """Refuse an adapter of another base; of other sizes it is refused when it is put in place."""
     layers = masked_layers(model, name).values()
     sizes = {layer.target: torch.Size(layer.shape).numel() for layer in layers}
-    if given.trained_on and given.file is not None and given.file.masks == sizes:
-        check_fingerprint(given.trained_on, fingerprint_now(model, name), "the given model")
+    file = given.file
+    if not given.trained_on or file is None or file.masks != sizes:
+        return
+    now = fingerprint_now(model, name)
+    if not file.is_renamed:
+        check_fingerprint(given.trained_on, now, "the given model")
+        return
+    as_stored = fingerprint_of(list(layers), called=file.stored_names)
+    check_fingerprint(given.trained_on, as_stored, "the given model")
+    put_on_base(file, short_form(now))
 
 
 def _refuse_without_weights(folder: Path) -> NoReturn:

@@ -27,7 +27,7 @@ from pemn_surgery.adapters.checks import (
     warn_of_low_coverage,
 )
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import KEY_PREFIX
+from pemn_surgery.adapters.file import KEY_PREFIX, ignores_sizes
 from pemn_surgery.adapters.file_checks import check_loader_decodes
 from pemn_surgery.adapters.heads import settle_heads, warn_of_heads
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
@@ -232,7 +232,7 @@ class PemnModel(BaseTuner):
         with undone_on_error(self, config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.target_parameters = asked
-            if config.file is not None:
+            if config.file is not None and not ignores_sizes():
                 shapes = {key: shape for key, (shape, _) in config.file.others.items()}
                 take_sizes(model, adapter_name, shapes)
             graph_surgery.rewrite_graphs(model)
@@ -352,7 +352,9 @@ class PemnModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Check every mask before anything is loaded, and make room for heads of other sizes."""
         loaded = prepare_for_model(state_dict, model, config, adapter_name)
-        take_sizes(model, adapter_name, {key: tuple(value.shape) for key, value in loaded.items()})
+        if not ignores_sizes():
+            shapes = {key: tuple(value.shape) for key, value in loaded.items()}
+            take_sizes(model, adapter_name, shapes)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, loaded)
         if isinstance(getattr(model, "base_model", None), BaseTuner):
             if next(model.parameters(), None) is None:

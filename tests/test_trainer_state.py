@@ -14,7 +14,10 @@ from pemn_surgery.errors import FingerprintError
 from tests import test_trainer as trainers
 from tests.adapters import models
 
-pytestmark = models.ignore_peft_on_transformers
+pytestmark = [
+    models.ignore_peft_on_transformers,
+    pytest.mark.filterwarnings("ignore::pemn_surgery.errors.NoGradientWarning"),  # BERT's pooler
+]
 STEPS, SAVED = 4, 2
 
 with_and_without = pytest.mark.parametrize("callback", [False, True], ids=["bare", "callback"])

@@ -62,7 +62,10 @@ def test_a_cast_turns_no_bit(bank, selector, cast, tmp_path):
     models.assert_same_tensors(scores_of(model), scores)
     assert {name: id(s) for name, s in scores_of(model).items()} == parameters
     model.save_pretrained(str(tmp_path / "after"))
-    again = PeftModel.from_pretrained(models.net(), str(tmp_path / "after"))
+    base = models.net()
+    if bank == "own" and cast == "half and back":  # the base is rounded now
+        base = base.half().float()
+    again = PeftModel.from_pretrained(base, str(tmp_path / "after"))
     models.assert_same_tensors(models.masks(again), masks)
     files = [load_file(tmp_path / when / models.WEIGHTS_FILE) for when in ("before", "after")]
     kept = [{k: v[32:] for k, v in file.items() if k.endswith(".bits")} for file in files]

@@ -182,8 +182,8 @@ HEAD = {"bank": "own", "modules_to_save": ["head"]}
 
 def test_ignore_mismatched_sizes_leaves_a_heads_tensors_as_the_model_has_them(tmp_path):
     model = saved(tmp_path, **HEAD)
-    with pytest.raises(ArchitectureError, match=r"head.*\(4, 8\).*\(7, 8\)"):
-        PeftModel.from_pretrained(other_head(), tmp_path)
+    as_stored = PeftModel.from_pretrained(other_head(), tmp_path)
+    models.assert_equal(models.logits(as_stored), models.logits(model))
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
         loaded = PeftModel.from_pretrained(other_head(), tmp_path, ignore_mismatched_sizes=True)
     models.assert_same_tensors(models.masks(loaded), models.masks(model))
@@ -255,6 +255,6 @@ def test_wishes_are_of_one_call(tmp_path):
     saved(tmp_path, **HEAD)
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
         PeftModel.from_pretrained(other_head(), tmp_path, ignore_mismatched_sizes=True)
-    with pytest.raises(ArchitectureError):
-        PeftModel.from_pretrained(other_head(), tmp_path)
+    loaded = PeftModel.from_pretrained(other_head(), tmp_path)
+    assert loaded.base_model.model.head.modules_to_save["default"].out_features == 4
     assert PemnConfig.from_pretrained(str(tmp_path)).file.wish.ignores_sizes is False
