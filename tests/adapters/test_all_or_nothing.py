@@ -29,7 +29,8 @@ PURE = (
     "planning.py", "slots.py", "owned.py", "roles.py", "request.py", "targets.py", "graph.py",
     "shapes.py", "operators.py", "rng.py", "inputs.py", "inputs_transformers.py", "blocks.py",
     "inputs_by_type.py", "inputs_by_head.py", "inputs_of_few.py",
-    "watcher.py", "origins.py", "matching.py", "undo.py", "errors.py", "bits.py", "graph_modules.py",
+    "watcher.py", "origins.py", "matching.py", "undo.py", "errors.py", "bits.py",
+    "graph_modules.py",
     "whole.py", "config.py", "selector.py", "file.py", "config_file.py", "buckets.py",
 )  # fmt: skip
 STEPS_OF_PEFT = ("tuners_utils.py", "peft_model.py", "other.py", "save_and_load.py")
