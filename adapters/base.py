@@ -18,7 +18,7 @@ from pemn_surgery.adapters.fingerprint import Fingerprint, agree, make_fingerpri
 from pemn_surgery.adapters.layer import PemnLayer, weight_stream
 from pemn_surgery.errors import PemnWarning
 
-_WRAPPED = ("_fsdp_wrapped_module.", "_orig_mod.")
+WRAPPED = ("_fsdp_wrapped_module.", "_orig_mod.")
 
 
 def fingerprint_now(
@@ -113,7 +113,7 @@ def masked_layers(model: nn.Module, adapter_name: str) -> dict[str, PemnLayer]:
     found: dict[str, PemnLayer] = {}
     for name, module in model.named_modules():
         if isinstance(module, PemnLayer) and adapter_name in module.pemn_masks:
-            for wrapper in _WRAPPED:
+            for wrapper in WRAPPED:
                 name = name.replace(wrapper, "")
             found[name] = module
     return found

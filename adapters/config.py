@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +220,15 @@ class PemnConfig(PeftConfig):
             {item.name: copy.deepcopy(getattr(self, item.name)) for item in fields(self)}
         )
         return made
+
+    def save_whole(self, paths: Sequence[str]) -> None:
+        """Note modules that are saved whole from now on: new ones in the place of masked ones.
+
+        Args:
+            paths: Their paths.
+        """
+        if paths:
+            self.__dict__["modules_to_save"] = [*(self.modules_to_save or ()), *paths]
 
     def put_in_force(self) -> None:
         """Hold the settings from now on: an adapter has been made by them."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pemn_surgery import graph_surgery, in_force, layer_groups
 from pemn_surgery.adapters.algebra import CombinationName, add_combination
+from pemn_surgery.adapters.base import gathered
 from pemn_surgery.adapters.checks import (
     check_in_place,
     check_mode,
@@ -43,6 +44,7 @@ from pemn_surgery.adapters.operation import Operation
 from pemn_surgery.adapters.other_methods import check_no_other_method
 from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
+from pemn_surgery.adapters.replaced import new_layers
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
 from pemn_surgery.adapters.whole_modules import check_whole_modules, choosing_layers
 from pemn_surgery.adapters.whole_sizes import take_sizes, told_sizes
@@ -332,10 +334,13 @@ class PemnModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Pack scores into bits."""
+        new = new_layers(model, config, adapter_name, state_dict)
         entries = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return pack_for_file(entries, model, config, adapter_name, state_dict)
+        packed = pack_for_file(entries, model, config, adapter_name, state_dict)
+        packed.update({key: gathered(value) for key, value in new.items()})
+        return packed
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

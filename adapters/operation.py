@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pemn_surgery import bank as banks
 from pemn_surgery import materialise, surgery
+from pemn_surgery.adapter_mask import Parts
 from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.base import offloaded
 from pemn_surgery.adapters.checks import (
@@ -39,6 +40,7 @@ class Operation:
         check_signs(model, plan, config)
         self.config, self.plan = config, plan
         self.done: set[str] = set()
+        self.parts = _parts_of(plan)
         self.modules = dict(base_modules(model))
         check_layers(self.modules, plan)
         self.requantiser = find_requantiser(model)
@@ -76,9 +78,9 @@ class Operation:
             layer = find_masked(module, target.parameter)
             if layer is None:
                 layer = self._operate(target, module)
-            cast("PemnLayer", layer).add_mask(
-                adapter_name, self.config, self.fingerprint, target.density
-            )
+            held = cast("PemnLayer", layer)
+            held.add_mask(adapter_name, self.config, self.fingerprint, target.density)
+            held.mask_of(adapter_name).parts = self.parts
 
     def _operate(self, target: Target, module: nn.Module) -> PemnLayer:
         spec = self.config.bank_spec
@@ -219,3 +221,12 @@ class Operation:
         for module in self.modules.values():
             children = module._modules.values()
             yield from (child for child in children if isinstance(child, PemnLayer))
+
+
+def _parts_of(plan: Plan) -> Parts:
+    owned = (item.name for item in plan.owned if item.saved and not item.tied_to)
+    return Parts(
+        masked=tuple(target.name for target in plan.targets),
+        owned=tuple(owned),
+        whole=tuple(dict.fromkeys(item.path for item in plan.whole)),
+    )

@@ -1,6 +1,7 @@
 """One adapter's mask of one weight: scores while it trains, bits otherwise; or signs and scales."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,6 +13,21 @@ from pemn_surgery.masking import goes_by_pieces, masked, masked_by_pieces, maske
 from pemn_surgery.selector import Selector
 from pemn_surgery.sign_delta import Rows, sign_delta_from_bits
 from pemn_surgery.transforms import can_be_read, untransformed
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one adapter was made of when it was put on a model, by the tensors' names in the base.
+
+    Attributes:
+        masked: Masked weights.
+        owned: Unmasked tensors that the task has its own copy of and saves.
+        whole: Paths of the modules whose tensors are trained and saved whole.
+    """
+
+    masked: tuple[str, ...]
+    owned: tuple[str, ...]
+    whole: tuple[str, ...]
 
 
 class AdapterMask(nn.Module):
@@ -49,6 +65,7 @@ class AdapterMask(nn.Module):
         self.selector = selector
         self.fingerprint = dict(fingerprint or {})
         self.scaled = scaled
+        self.parts: Parts | None = None  # of the adapter, the same for all its masks
         self._verified: tuple[int, int] | None = None  # which bits were checked: id, version
         self.register_parameter("scores", None if scores is None else nn.Parameter(scores))
         self.register_buffer("bits", stored)
