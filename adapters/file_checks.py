@@ -29,7 +29,7 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str], sized: 
     }
     targets = {item.name: _shown_mask(item.weights, item.row_scales) for item in plan.targets}
     others = {
-        _plain(key): _shown(shape, is_float=dtype.is_floating_point)
+        _plain(key): _shown(shape, is_float=dtype.is_floating_point or dtype.is_complex)
         for key, (shape, dtype) in file.others.items()
     }
     shapes = {_plain(key): shape for key, (shape, _) in file.others.items()}
@@ -178,7 +178,8 @@ def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if is_mask_key(key):
             kinds[name.rpartition(".")[0]] = "a mask"
         else:
-            kinds[name] = _shown(tuple(value.shape), is_float=value.is_floating_point())
+            is_float = value.is_floating_point() or value.is_complex()
+            kinds[name] = _shown(tuple(value.shape), is_float=is_float)
     return kinds
 
 

@@ -46,6 +46,7 @@ from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.replaced import new_layers
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
+from pemn_surgery.adapters.storable import check_can_be_stored, warn_of_extra_state
 from pemn_surgery.adapters.whole_modules import check_whole_modules, choosing_layers
 from pemn_surgery.adapters.whole_sizes import take_sizes, told_sizes
 from pemn_surgery.swapping import mark_forward, unmark_forward
@@ -93,9 +94,11 @@ class PemnModel(BaseTuner):
         plan = plan_for(model, peft_config, forward_of(model, peft_config))
         check_whole_modules(model, plan, peft_config, partial(is_saved_whole, peft_config))
         check_targets(plan, peft_config)
+        check_can_be_stored(model, plan)
         if not any(isinstance(module, PemnLayer) for module in model.modules()):
             warn_of_low_coverage(plan, peft_config)
         warn_of_heads(peft_config, model, plan)
+        warn_of_extra_state(model, peft_config)
         if plan.frozen_norms:
             check_mode(model, training=False, why='rest="freeze"')
         self._pending = Operation(model, peft_config, plan)

@@ -26,7 +26,8 @@ def owned_tensors(
         if request.is_saved_whole(path):
             continue
         for name, tensor in _unmasked_tensors(path, module, masked):
-            can_train = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+            has_gradient = tensor.is_floating_point() or tensor.is_complex()
+            can_train = isinstance(tensor, nn.Parameter) and has_gradient
             use = uses.get(id(tensor), GraphUse())
             trained = can_train and _is_trained(module, request, use)
             full = f"{path}.{name}" if path else name
@@ -72,7 +73,7 @@ def _describe_owned(
         path=path,
         tensor=name,
         shape=tuple(tensor.shape),
-        is_float=tensor.is_floating_point(),
+        is_float=tensor.is_floating_point() or tensor.is_complex(),
         nbytes=tensor.numel() * size,
         trained=trained,
         saved=saved,
@@ -101,13 +102,12 @@ def _is_carried(
     """Tell whether a tensor that is not trained has to be saved with the task.
 
     Running statistics move while the task trains. With a generated bank the model is nothing but a
-    seed and this file, so everything random travels; frozen embeddings stay with the base.
+    seed and this file, so everything that a state dict holds travels, of any type: a permutation
+    that was drawn once is an integer buffer. Frozen embeddings stay with the base.
     """
     if "running_mean" in module._buffers and name in module._buffers:
         return request.rest != "freeze" or request.spec.generated
-    if not request.spec.generated or not tensor.is_floating_point():
-        return False
-    return not is_embedding(module, name, use)
+    return request.spec.generated and not is_embedding(module, name, use)
 
 
 def is_idle_counter(module: nn.Module, name: str) -> bool:

@@ -120,6 +120,8 @@ def _describe(
     packed = _quantised_type(tensor)
     if maskable and name in request.quantised:
         problem = request.quantised[name]
+    elif maskable and tensor.is_complex():
+        problem = "is complex"
     elif maskable and packed:
         problem = f"is stored as {packed} (quantised)"
     elif maskable and tensor.numel() == 0:

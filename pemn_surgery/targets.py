@@ -118,7 +118,7 @@ class Owned:
         path: Path of its module.
         tensor: Its name on the module.
         shape: Its shape.
-        is_float: Whether it holds floating-point numbers.
+        is_float: Whether it holds floating-point or complex numbers.
         nbytes: Size of one copy in bytes.
         trained: Whether it is trained; otherwise it moves (statistics) or is only saved.
         saved: Whether it is in the task's file: not a batch counter that nothing reads.
