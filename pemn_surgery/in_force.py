@@ -185,8 +185,22 @@ def follows_compiled() -> bool:
 def use(call: Call) -> Iterator[None]:
     """Let layers be read through a call.
 
-    Within a generator its end may come late, when what it ran in has ended with an error, or from
-    another thread, which collects the generator.
+    Args:
+        call: The call.
+    """
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)  # whatever began inside and was not ended
+
+
+@contextmanager
+def use_in_generator(call: Call) -> Iterator[None]:
+    """Let layers be read through a call, while a generator waits.
+
+    Its end may come late, when what it ran in has ended with an error (torch closes the generator
+    of a checkpoint only in newer releases), or from another thread, which collects the generator.
 
     Args:
         call: The call.

@@ -62,7 +62,7 @@ def _around(
 ) -> Generator[None, None, None]:
     """Let the first run, which happens while the generator waits, be recorded."""
     next(prepared)
-    with in_force.use(call):
+    with in_force.use_in_generator(call):
         yield
     yield from prepared
 
