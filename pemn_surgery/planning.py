@@ -151,7 +151,8 @@ def _left(
         maskable = slot.maskable and not counted
         counted = counted or maskable
         trace = request.trace
-        use = _summary(trace.of(slot.name)) if trace and not slot.is_embedding else ""
+        uses = [use for one in group for use in trace.of(one.name)] if trace else []
+        use = _summary(uses) if trace and not slot.is_embedding else ""
         kind = type(slot.module).__name__
         reached = _is_reached(group, request)
         yield Left(slot.name, kind, slot.shape, maskable, reason, use, reached, slot.is_open)

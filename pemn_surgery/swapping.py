@@ -29,6 +29,7 @@ from pemn_surgery.masked import MaskedWeight, masked_child_name
 from pemn_surgery.places import FSDP, SHARED_MASKS, SHARED_TENSORS
 from pemn_surgery.refusals import refuse_replacing, refusing_methods
 from pemn_surgery.task import TASK_CHILD, TaskTensors
+from pemn_surgery.tying import tying_methods
 from pemn_surgery.unwatched import unwatched_subclass
 from pemn_surgery.writing import Makers, writing_methods
 
@@ -213,6 +214,7 @@ def swapped_class(
         namespace["forward"] = _dense_forward(original)
     if marked:
         namespace["__call__"] = _one_forward(original)
+        namespace.update(tying_methods(original))
     if issubclass(original, nn.RNNBase):
         namespace["_flat_weights"] = _property("_flat_weights", _read_flat_weights)
     for question in layer_groups.QUESTIONS:

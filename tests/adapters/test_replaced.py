@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pemn_surgery import pemnify
-from pemn_surgery.errors import AdapterError, PemnWarning
+from pemn_surgery.errors import AdapterError, MaskedWeightError, PemnWarning
 from tests.adapters import models
 
 BANKS = {
@@ -126,19 +126,49 @@ def test_a_second_adapter_is_saved_as_ever(tmp_path):
     models.assert_equal(again(x), expected)
 
 
-def test_a_resized_untied_language_model_head(tmp_path):
-    def base():
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2))
+def gpt2():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2)).eval()
 
-    model = pemnify(base(), bank="own", tied="untie")
+
+@pytest.mark.parametrize("tied", ["untie", "both"])
+@pytest.mark.parametrize("bank", ["own", "rp", "mp"])
+def test_ties_that_adapters_decide_stay_so(bank, tied, tmp_path):
+    base = gpt2
+    model = pemnify(base(), bank=bank, tied=tied).eval()
     ids = models.tokens()
-    model.get_base_model().resize_token_embeddings(50)
-    model.eval()
     expected = model(input_ids=ids).logits
+    net = model.get_base_model()
+    net.tie_weights()
+    net.init_weights()
+    net.resize_token_embeddings(40)
+    models.assert_equal(model(input_ids=ids).logits, expected)
+    with pytest.raises(MaskedWeightError, match=r"resize_token_embeddings\(50\) would tie"):
+        net.resize_token_embeddings(50)
+    models.assert_equal(model(input_ids=ids).logits, expected)
     model.save_pretrained(str(tmp_path))
-    fresh = base()
+    again = PeftModel.from_pretrained(base(), str(tmp_path)).eval()
+    models.assert_equal(again(input_ids=ids).logits, expected)
+    merged = again.merge_and_unload()
+    assert type(merged) is GPT2LMHeadModel
+    merged.save_pretrained(str(tmp_path / "merged"))
+    dense = GPT2LMHeadModel.from_pretrained(str(tmp_path / "merged")).eval()
+    models.assert_equal(dense(input_ids=ids).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore::pemn_surgery.errors.LowCoverageWarning")
+@pytest.mark.parametrize("bank", ["own", "rp"])
+def test_a_head_that_stays_tied_is_resized_with_its_embedding(bank, tmp_path):
+    model = pemnify(gpt2(), bank=bank).eval()
+    ids = models.tokens()
+    expected = model(input_ids=ids).logits
+    model.get_base_model().tie_weights()
+    models.assert_equal(model(input_ids=ids).logits, expected)
+    model.get_base_model().resize_token_embeddings(50)
+    models.assert_equal(model(input_ids=ids).logits[..., :40], expected)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=True)
+    fresh = gpt2()
     fresh.resize_token_embeddings(50)
     again = PeftModel.from_pretrained(fresh, str(tmp_path)).eval()
-    models.assert_equal(again(input_ids=ids).logits, expected)
+    models.assert_equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
