@@ -57,6 +57,7 @@ _OTHER_BASE = "loads the adapter onto other random weights than it was made for,
 _ALL_ONES = "the first random mask of this convolution of two weights is all ones, without effect"
 _POOLER = "wants a gradient for every mask; its loss does not use the pooler, which is masked too"
 _PICKLE = "saves pickle (safe_serialization=False), which is refused"
+_A_VALUE = "wants the caller's configuration itself; every adapter has a copy of its own"
 _EMPTY_CACHE = "downloads into an empty cache; there is no network here"
 
 TABLE: tuple[Expected, ...] = (
@@ -72,6 +73,7 @@ TABLE: tuple[Expected, ...] = (
         _DTYPES, "test_add_adapter_no_autocast_adapter_dtype", FLOAT_SCORES, "*own-threshold*",
         file="bits", error=ValueError,
     ),
+    Expected(_SAVING, "test_from_pretrained_config_construction", _A_VALUE),
     Expected(_CUSTOM, "test_disable_adapters", _NOT_IDENTITY, "*-topk"),
     Expected(_CUSTOM, "test_disable_adapters_with_merging", _NOT_IDENTITY, "*-topk"),
     *(
