@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.file import is_reading
 from pemn_surgery.undo import undone_on_error
 
 _METHODS = ("__init__", "add_adapter")
@@ -64,7 +65,8 @@ def _all_or_nothing(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _own(item: Any) -> Any:
-    return item.own_copy() if isinstance(item, PemnConfig) else item
+    """Return an adapter's own configuration; who loads with one of theirs gets that, as in PEFT."""
+    return item.own_copy() if isinstance(item, PemnConfig) and not is_reading() else item
 
 
 @contextmanager

@@ -57,7 +57,8 @@ _OTHER_BASE = "loads the adapter onto other random weights than it was made for,
 _ALL_ONES = "the first random mask of this convolution of two weights is all ones, without effect"
 _POOLER = "wants a gradient for every mask; its loss does not use the pooler, which is masked too"
 _PICKLE = "saves pickle (safe_serialization=False), which is refused"
-_A_VALUE = "wants the caller's configuration itself; every adapter has a copy of its own"
+_OTHER_METHOD = "claims another method than the configuration's class has, which is refused"
+_OWN_WORDS = "wants words of PEFT for an unknown task type; wrong options are refused in ours"
 _EMPTY_CACHE = "downloads into an empty cache; there is no network here"
 
 TABLE: tuple[Expected, ...] = (
@@ -73,7 +74,6 @@ TABLE: tuple[Expected, ...] = (
         _DTYPES, "test_add_adapter_no_autocast_adapter_dtype", FLOAT_SCORES, "*own-threshold*",
         file="bits", error=ValueError,
     ),
-    Expected(_SAVING, "test_from_pretrained_config_construction", _A_VALUE),
     Expected(_CUSTOM, "test_disable_adapters", _NOT_IDENTITY, "*-topk"),
     Expected(_CUSTOM, "test_disable_adapters_with_merging", _NOT_IDENTITY, "*-topk"),
     *(
@@ -96,6 +96,8 @@ TABLE: tuple[Expected, ...] = (
         for model in ("Bert", "Roberta")
     ),
     Expected(("config",), "test_from_pretrained_cache_dir", _EMPTY_CACHE, error=ValueError),
+    Expected(("config",), "test_set_attributes", _OTHER_METHOD, error=ConfigError),
+    Expected(("config",), "test_invalid_task_type", _OWN_WORDS),
 )  # fmt: skip
 
 
