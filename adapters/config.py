@@ -14,13 +14,12 @@ from peft.config import PeftConfig
 from pemn_surgery.adapters.config_file import decide, read_json, refuse_file, refuse_option
 from pemn_surgery.adapters.disk import is_there
 from pemn_surgery.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter_file
+from pemn_surgery.adapters.idle import idle_options, refuse_idle
 from pemn_surgery.adapters.options import (
     check_names,
     check_pattern,
     check_values,
-    idle_options,
     refuse,
-    refuse_idle,
     refuse_in_force,
     shown,
 )

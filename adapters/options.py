@@ -1,11 +1,11 @@
-"""What every option of `PemnConfig` may be, and which options another one makes meaningless.
+"""What every option of `PemnConfig` may be.
 
-Two tables: `OPTIONS` has a row for each field, with the words for its error; `IDLE` has a row for
-each way in which a field is never read. A new option gets its rows there, not code elsewhere.
+`OPTIONS` has a row for each field, with the words for its error. A new option gets its row there,
+and in `idle` for each way in which it is never read, not code elsewhere.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from os import PathLike
@@ -17,7 +17,7 @@ from pemn_surgery.bank import BankName, InitName
 from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.request import RestName, TiedName
-from pemn_surgery.selector import TAKES_DENSITY, SelectorName
+from pemn_surgery.selector import SelectorName
 
 _LARGEST = 3.4e38  # of float32
 _MOST_DIGITS = 1000  # Python itself turns no more than 4,300 into text
@@ -40,23 +40,6 @@ class Option:
     is_users: bool = True
 
 
-@dataclass(frozen=True)
-class Idle:
-    """A way in which a field is never read.
-
-    Attributes:
-        option: The field.
-        when: Tells from a configuration, its open fields still None, whether nothing reads it.
-        because: Where it belongs, and what stands against that; braces name fields.
-        in_files: Whether an adapter that is read is refused too, or else taken as it is.
-    """
-
-    option: str
-    when: Callable[[Any], bool]
-    because: str
-    in_files: bool = False
-
-
 def _choice(*choices: Any) -> Option:
     listed = ", ".join(repr(choice) for choice in choices)
     return Option(f"one of {listed}", lambda value: value in choices)
@@ -75,14 +58,14 @@ def _is_whole(value: Any) -> bool:
     return is_int and abs(value) < 10**_MOST_DIGITS
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Tell whether a value is a number that float32 can hold; none is infinite there."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) <= _LARGEST  # not true of NaN
+    is_numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_numeric and abs(value) <= _LARGEST  # not true of NaN
 
 
 def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= 1
+    return is_number(value) and 0 < value <= 1
 
 
 def _is_list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -105,7 +88,7 @@ def _or_none(option: Option) -> Option:
 
 
 _SHARE = Option("a number with 0 < value <= 1 (a share, not a percentage)", _is_share)
-_NUMBER = Option("a finite number", _is_number)
+_NUMBER = Option("a finite number", is_number)
 _WHOLE = Option(f"a whole number of at most {_MOST_DIGITS} digits", _is_whole)
 _FLAG = Option("True or False", _is_flag)
 _TEXT = Option("a string", _is_text)
@@ -155,7 +138,7 @@ OPTIONS: dict[str, Option] = {
     "score_init": _or_none(
         Option(
             "'kaiming_uniform', a finite number",
-            lambda value: value == "kaiming_uniform" if _is_text(value) else _is_number(value),
+            lambda value: value == "kaiming_uniform" if _is_text(value) else is_number(value),
         )
     ),
     "scale": _choice(None, "sqrt_density"),
@@ -190,97 +173,6 @@ OPTIONS: dict[str, Option] = {
 _READ_LATER = {"coding", "modules_to_save", "task_type", "inference_mode", "revision"}
 
 
-def _draws_numbers(config: Any) -> bool:
-    return config.bank_init != "model" and (config.bank_init is not None or config.bank != "own")
-
-
-def _draws_scores(config: Any) -> bool:
-    is_constant = _is_number(config.score_init)
-    by_default = config.score_init is None and config.selector == "threshold"
-    return config.form == "product" and not is_constant and not by_default
-
-
-def _permutes(config: Any) -> bool:
-    return config.permute and config.bank == "rp" and config.ratio != 1
-
-
-_OTHER_BANK = 'it belongs to bank="rp", not bank="{bank}"'
-_SIGNS = 'it belongs to form="product"; signs come from a fine-tuned model'
-
-IDLE: tuple[Idle, ...] = (
-    *(
-        Idle(name, lambda config: config.bank != "rp", _OTHER_BANK, in_files=True)
-        for name in ("ratio", "length", "permute")
-    ),
-    Idle(
-        "ratio",
-        lambda config: config.length is not None,
-        "length={length!r} beside it decides: give one",
-        in_files=True,
-    ),
-    Idle(
-        "permute",
-        lambda config: config.ratio == 1,
-        "a vector of ratio=1 is as long as the largest layer, and only a tiled one is permuted",
-    ),
-    Idle(
-        "scale_fan",
-        lambda config: not _draws_numbers(config),
-        'it belongs to drawn numbers, and bank_init="model" takes the model\'s own',
-        in_files=True,
-    ),
-    Idle(
-        "seed",
-        lambda config: not (_draws_numbers(config) or _draws_scores(config) or _permutes(config)),
-        "frozen numbers are the model's own and no initial score is drawn; batches and new heads "
-        "follow torch.manual_seed",
-    ),
-    Idle(
-        "overall_density",
-        lambda config: config.density != "erk",
-        'it belongs to density="erk"; density={density!r} decides',
-    ),
-    *(
-        Idle(
-            name,
-            lambda config: config.selector not in TAKES_DENSITY,
-            'it belongs to selector="topk", not selector="{selector}"',
-        )
-        for name in ("overall_density", "density_pattern")
-    ),
-    *(
-        Idle(name, lambda config: config.form != "product", _SIGNS)
-        for name in ("overall_density", "density_pattern")
-    ),
-    Idle(
-        "density",
-        lambda config: config.selector not in TAKES_DENSITY and not config.scale_fan,
-        'it belongs to selector="topk" (or to scale_fan=True), not selector="{selector}"',
-    ),
-    Idle("density", lambda config: config.form != "product", _SIGNS),
-    Idle(
-        "threshold",
-        lambda config: config.selector != "threshold",
-        'it belongs to selector="threshold", not selector="{selector}"',
-    ),
-    Idle("threshold", lambda config: config.form != "product", _SIGNS),
-    Idle(
-        "score_init",
-        lambda config: config.selector == "topk" and _is_number(config.score_init),
-        'a number belongs to selector="threshold"; "topk" needs "kaiming_uniform", as equal scores '
-        "have no order",
-        in_files=True,
-    ),
-    Idle("score_init", lambda config: config.form != "product", _SIGNS),
-    Idle(
-        "scale",
-        lambda config: config.form != "product",
-        'it belongs to form="product", not form="{form}", which has its own scales',
-        in_files=True,
-    ),
-)
-
-
 def check_values(values: Mapping[str, Any]) -> None:
     """Refuse values that an option cannot have, each by itself.
 
@@ -293,40 +185,6 @@ def check_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name in OPTIONS and not OPTIONS[name].holds(value):
             refuse(name, value, OPTIONS[name].needed)
-
-
-def idle_options(config: Any, given: Iterable[str], *, is_new: bool) -> dict[str, str]:
-    """Return the options that nothing would read, and why.
-
-    Args:
-        config: Anything with the fields of a configuration; those left open are None.
-        given: The fields that are not as they are by default.
-        is_new: Whether a user gives them; an adapter that is read may have been saved with them.
-    """
-    names = set(given)
-    return {
-        row.option: row.because.format_map(vars(config))
-        for row in IDLE
-        if row.option in names and (is_new or row.in_files) and row.when(config)
-    }
-
-
-def refuse_idle(config: Any, idle: Mapping[str, str]) -> None:
-    """Refuse options that nothing would read.
-
-    Args:
-        config: Where they are given.
-        idle: What `idle_options` returned.
-
-    Raises:
-        ConfigError: If there is one.
-    """
-    for name, because in idle.items():
-        message = (
-            f"PemnConfig got {name}={shown(getattr(config, name))}, which nothing would read: "
-            f"{because}. Leave it out."
-        )
-        raise ConfigError(message)
 
 
 def refuse_in_force(config: Any, name: str, value: Any) -> None:

@@ -35,6 +35,15 @@ class Gated(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+def watched(model, folder, steps):
+    return Trainer(
+        model=model,
+        args=arguments(folder, max_steps=steps),
+        train_dataset=pictures(),
+        callbacks=[PemnCallback()],
+    )
+
+
 IDLE = ["idle.weight", "before.weight", "zero.weight", "faint.weight"]
 
 
@@ -57,12 +66,7 @@ def test_a_drawn_bank_has_no_zeros():
 @pytest.mark.parametrize(("most", "steps"), [(3, 3), (12, 10)])
 def test_the_trainer_warns_once(most, steps, tmp_path):
     model = pemnify(Gated(), bank="own", rest="freeze")
-    trainer = Trainer(
-        model=model,
-        args=arguments(tmp_path, max_steps=most),
-        train_dataset=pictures(),
-        callbacks=[PemnCallback()],
-    )
+    trainer = watched(model, tmp_path, most)
     with pytest.warns(NoGradientWarning) as caught:
         trainer.train()
     said = [str(item.message) for item in caught if item.category is NoGradientWarning]
@@ -88,12 +92,7 @@ class Opening(Gated):
 
 def test_what_opens_after_the_first_step_is_not_warned_of(tmp_path):
     model = pemnify(Opening(), bank="own", target_modules=["open", "head"], rest="norms")
-    trainer = Trainer(
-        model=model,
-        args=arguments(tmp_path, max_steps=3),
-        train_dataset=pictures(),
-        callbacks=[PemnCallback()],
-    )
+    trainer = watched(model, tmp_path, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", NoGradientWarning)
         trainer.train()
@@ -106,12 +105,7 @@ def test_where_every_mask_learns_nothing_is_said(tmp_path):
             return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
     model = pemnify(Plain(), bank="own", target_modules=["open", "head"], rest="freeze")
-    trainer = Trainer(
-        model=model,
-        args=arguments(tmp_path, max_steps=2),
-        train_dataset=pictures(),
-        callbacks=[PemnCallback()],
-    )
+    trainer = watched(model, tmp_path, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", NoGradientWarning)
         trainer.train()
