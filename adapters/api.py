@@ -9,14 +9,14 @@ from torch import nn
 
 from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file_size import frame_bytes
-from pemn_surgery.adapters.heads import settle_heads
-from pemn_surgery.adapters.matching import follow_forward, followed, plan_for
+from pemn_surgery.adapters.files.file_size import frame_bytes
+from pemn_surgery.adapters.injection.heads import settle_heads
+from pemn_surgery.adapters.injection.matching import follow_forward, followed, plan_for
 from pemn_surgery.adapters.names import check_adapter_name
 from pemn_surgery.adapters.options import check_names, check_values
 from pemn_surgery.errors import ConfigError
-from pemn_surgery.targets import Plan
-from pemn_surgery.undo import undone_on_error
+from pemn_surgery.planning.plan import Plan
+from pemn_surgery.surgery.undo import undone_on_error
 
 
 def pemnify(

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pemn_surgery import bank as banks
-from pemn_surgery.adapters.fingerprint import Fingerprint, agree, make_fingerprint
 from pemn_surgery.adapters.layer import PemnLayer, weight_stream
 from pemn_surgery.errors import PemnWarning
+from pemn_surgery.numbers import bank as banks
+from pemn_surgery.numbers.fingerprint import Fingerprint, agree, make_fingerprint
 
 WRAPPED = ("_fsdp_wrapped_module.", "_orig_mod.")
 

@@ -11,7 +11,6 @@ from torch.fx import GraphModule
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.other_methods import check_no_other_method
-from pemn_surgery.bank import BankSpec
 from pemn_surgery.errors import (
     AdapterError,
     AlreadyPemnifiedError,
@@ -22,10 +21,11 @@ from pemn_surgery.errors import (
     NothingToMaskError,
     UnsupportedModelError,
 )
-from pemn_surgery.graph_modules import fixed_modes, graph_modules
-from pemn_surgery.masked import MaskedWeight
-from pemn_surgery.roles import base_modules, is_container
-from pemn_surgery.targets import Plan
+from pemn_surgery.masks.masked_weight import MaskedWeight
+from pemn_surgery.models.graph_modules import fixed_modes, graph_modules
+from pemn_surgery.numbers.bank import BankSpec
+from pemn_surgery.planning.plan import Plan
+from pemn_surgery.planning.roles import base_modules, is_container
 
 _WRAPPERS = (
     "DistributedDataParallel",

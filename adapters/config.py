@@ -11,9 +11,9 @@ from typing import Any, Literal, cast
 
 from peft.config import PeftConfig
 
-from pemn_surgery.adapters.config_file import decide, read_json, refuse_file, refuse_option
-from pemn_surgery.adapters.disk import is_there
-from pemn_surgery.adapters.file import CONFIG, WEIGHTS, AdapterFile, read_adapter_file
+from pemn_surgery.adapters.files.adapter_file import CONFIG, WEIGHTS, AdapterFile, read_adapter_file
+from pemn_surgery.adapters.files.config_file import decide, read_json, refuse_file, refuse_option
+from pemn_surgery.adapters.files.disk import is_there
 from pemn_surgery.adapters.idle import idle_options, refuse_idle
 from pemn_surgery.adapters.options import (
     check_names,
@@ -24,12 +24,12 @@ from pemn_surgery.adapters.options import (
     shown,
 )
 from pemn_surgery.adapters.registry import PEMN
-from pemn_surgery.bank import BankName, BankSpec, InitName, Shape
 from pemn_surgery.bits import CodingName
-from pemn_surgery.densities import ErkName, densities_by_name, erdos_renyi_kernel
 from pemn_surgery.errors import ConfigError
-from pemn_surgery.request import RestName, TiedName
-from pemn_surgery.selector import TAKES_DENSITY, Selector, SelectorName
+from pemn_surgery.masks.selector import TAKES_DENSITY, Selector, SelectorName
+from pemn_surgery.numbers.bank import BankName, BankSpec, InitName, Shape
+from pemn_surgery.planning.densities import ErkName, densities_by_name, erdos_renyi_kernel
+from pemn_surgery.planning.request import RestName, TiedName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
 ScaleName = Literal["sqrt_density"]

@@ -24,9 +24,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from pemn_surgery.adapters.base import fingerprint_now, fingerprint_of, masked_layers
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.config_file import read_json
-from pemn_surgery.adapters.disk import is_there
-from pemn_surgery.adapters.file import (
+from pemn_surgery.adapters.files.adapter_file import (
     CONFIG,
     WEIGHTS,
     AdapterFile,
@@ -38,14 +36,16 @@ from pemn_surgery.adapters.file import (
     put_on_base,
     read_decoded,
 )
-from pemn_surgery.adapters.fingerprint import check_fingerprint, short_form
-from pemn_surgery.adapters.manage import to_trainable
+from pemn_surgery.adapters.files.config_file import read_json
+from pemn_surgery.adapters.files.disk import is_there
+from pemn_surgery.adapters.injection.all_or_nothing import tensors_of
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.adapters.state import warn_of_bits
+from pemn_surgery.adapters.tasks.manage import to_trainable
 from pemn_surgery.adapters.versions import check_versions
-from pemn_surgery.adapters.whole import tensors_of
 from pemn_surgery.errors import AdapterError, AdapterFileError
-from pemn_surgery.undo import undone_on_error
+from pemn_surgery.numbers.fingerprint import check_fingerprint, short_form
+from pemn_surgery.surgery.undo import undone_on_error
 
 PICKLE = "adapter_model.bin"
 

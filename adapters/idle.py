@@ -9,7 +9,7 @@ from typing import Any
 
 from pemn_surgery.adapters.options import is_number, shown
 from pemn_surgery.errors import ConfigError
-from pemn_surgery.selector import TAKES_DENSITY
+from pemn_surgery.masks.selector import TAKES_DENSITY
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from pemn_surgery import bits, in_force, rng, surgery
-from pemn_surgery.adapter_mask import AdapterMask, SignDelta
+from pemn_surgery import bits
 from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.bank import Bank, BankSpec
 from pemn_surgery.buckets import Guide, base_sizes
 from pemn_surgery.errors import NonFiniteScoresError, PemnWarning
-from pemn_surgery.in_force import InForce
-from pemn_surgery.kept import Sources
-from pemn_surgery.masked import MaskedWeight
-from pemn_surgery.roles import rows_of
-from pemn_surgery.selector import Selector, check_finite
-from pemn_surgery.targets import Target
+from pemn_surgery.masks import in_force
+from pemn_surgery.masks.adapter_mask import AdapterMask, SignDelta
+from pemn_surgery.masks.in_force import InForce
+from pemn_surgery.masks.kept import Sources
+from pemn_surgery.masks.masked_weight import MaskedWeight
+from pemn_surgery.masks.selector import Selector, check_finite
+from pemn_surgery.numbers import rng
+from pemn_surgery.numbers.bank import Bank, BankSpec
+from pemn_surgery.planning.plan import Target
+from pemn_surgery.planning.roles import rows_of
+from pemn_surgery.surgery import operate
 
 _LOOK_AT_WEIGHTS = 3  # bits of a frozen number's size that guess a mask (docs/coding.md)
 
@@ -326,9 +329,9 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             merged = self.merged_weight if merge else None
             self.drop_merged()
             if self.quantization_backend is None or merged is None:
-                surgery.restore_parameter(self, merged)
+                operate.restore_parameter(self, merged)
                 return
-            surgery.restore_parameter(self, None)
+            operate.restore_parameter(self, None)
             quantised.store(self.quantization_backend, self.owner, merged)
             for module, name in self.shared_with:
                 module._parameters[name] = self.owner._parameters[self.parameter]

@@ -16,8 +16,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
 from torch import Tensor, nn
 
-from pemn_surgery import graph_surgery, in_force, layer_groups
-from pemn_surgery.adapters.algebra import CombinationName, add_combination
 from pemn_surgery.adapters.base import gathered
 from pemn_surgery.adapters.checks import (
     check_in_place,
@@ -28,29 +26,32 @@ from pemn_surgery.adapters.checks import (
     warn_of_low_coverage,
 )
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import KEY_PREFIX, ignores_sizes
-from pemn_surgery.adapters.file_checks import check_loader_decodes
-from pemn_surgery.adapters.heads import settle_heads, warn_of_heads
-from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
-from pemn_surgery.adapters.matching import (
+from pemn_surgery.adapters.files.adapter_file import KEY_PREFIX, ignores_sizes
+from pemn_surgery.adapters.files.file_checks import check_loader_decodes
+from pemn_surgery.adapters.injection.heads import settle_heads, warn_of_heads
+from pemn_surgery.adapters.injection.matching import (
     forward_of,
     is_excluded,
     is_saved_whole,
     plan_for,
 )
-from pemn_surgery.adapters.mixed_batch import mixed_batches
+from pemn_surgery.adapters.injection.operation import Operation
+from pemn_surgery.adapters.injection.storable import check_can_be_stored, warn_of_extra_state
+from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
 from pemn_surgery.adapters.names import check_adapter_name, saved_whole, without_name
-from pemn_surgery.adapters.operation import Operation
 from pemn_surgery.adapters.other_methods import check_no_other_method
 from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
-from pemn_surgery.adapters.replaced import new_layers
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
-from pemn_surgery.adapters.storable import check_can_be_stored, warn_of_extra_state
-from pemn_surgery.adapters.whole_modules import check_whole_modules, choosing_layers
-from pemn_surgery.adapters.whole_sizes import take_sizes, told_sizes
-from pemn_surgery.swapping import mark_forward, unmark_forward
-from pemn_surgery.undo import undone_on_error
+from pemn_surgery.adapters.tasks.algebra import CombinationName, add_combination
+from pemn_surgery.adapters.tasks.mixed_batch import mixed_batches
+from pemn_surgery.adapters.whole.replaced import new_layers
+from pemn_surgery.adapters.whole.whole_modules import check_whole_modules, choosing_layers
+from pemn_surgery.adapters.whole.whole_sizes import take_sizes, told_sizes
+from pemn_surgery.masks import in_force
+from pemn_surgery.surgery import graphs, layer_groups
+from pemn_surgery.surgery.swapped import mark_forward, unmark_forward
+from pemn_surgery.surgery.undo import undone_on_error
 
 # Who asks without a doubt: transformers' Trainer, for label_smoothing_factor alone.
 _NO_CONFIG = (
@@ -240,7 +241,7 @@ class PemnModel(BaseTuner):
             if config.file is not None and not ignores_sizes():
                 shapes = {key: shape for key, (shape, _) in config.file.others.items()}
                 take_sizes(model, adapter_name, shapes)
-            graph_surgery.rewrite_graphs(model)
+            graphs.rewrite_graphs(model)
             self._added.add(adapter_name)
             config.put_in_force()
             mark_forward(model)
@@ -320,10 +321,10 @@ class PemnModel(BaseTuner):
             check_can_store(self.model)
             if kwargs.get("safe_merge"):
                 self._check_mergeable(kwargs.get("adapter_names"))
-        reads = graph_surgery.graph_reads(self.model)
+        reads = graphs.graph_reads(self.model)
         with _not_taken_for_layers(self.model), told_sizes(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
-        graph_surgery.restore_graphs(reads)
+        graphs.restore_graphs(reads)
         unmark_forward(model)
         return model
 

@@ -14,10 +14,10 @@ from peft.utils import save_and_load
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import MASKS, TENSORS
+from pemn_surgery.adapters.files.adapter_file import MASKS, TENSORS
 from pemn_surgery.errors import AdapterNameError
-from pemn_surgery.masked import masked_child_name
-from pemn_surgery.task import TASK_CHILD
+from pemn_surgery.masks.masked_weight import masked_child_name
+from pemn_surgery.masks.task_tensors import TASK_CHILD
 
 _MOST_BYTES = 255  # of a folder's name, on Linux, macOS and Windows alike
 _SHOWN = 60  # characters of a name in an error

@@ -13,11 +13,11 @@ from typing import Any, NoReturn, get_args
 
 from peft.utils import TaskType
 
-from pemn_surgery.bank import BankName, InitName
 from pemn_surgery.bits import CodingName
 from pemn_surgery.errors import ConfigError
-from pemn_surgery.request import RestName, TiedName
-from pemn_surgery.selector import SelectorName
+from pemn_surgery.masks.selector import SelectorName
+from pemn_surgery.numbers.bank import BankName, InitName
+from pemn_surgery.planning.request import RestName, TiedName
 
 _LARGEST = 3.4e38  # of float32
 _MOST_DIGITS = 1000  # Python itself turns no more than 4,300 into text

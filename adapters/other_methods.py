@@ -13,8 +13,8 @@ from torch import nn
 
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.errors import AlreadyPemnifiedError
-from pemn_surgery.masked import MaskedWeight
-from pemn_surgery.task import TaskTensors
+from pemn_surgery.masks.masked_weight import MaskedWeight
+from pemn_surgery.masks.task_tensors import TaskTensors
 
 
 def check_no_other_method(model: nn.Module) -> None:

@@ -17,11 +17,11 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
-from pemn_surgery.bank import BankSpec
 from pemn_surgery.errors import UnsupportedModelError
-from pemn_surgery.masked import MaskedWeight
-from pemn_surgery.roles import base_modules
-from pemn_surgery.swapping import find_masked
+from pemn_surgery.masks.attached import find_masked
+from pemn_surgery.masks.masked_weight import MaskedWeight
+from pemn_surgery.numbers.bank import BankSpec
+from pemn_surgery.planning.roles import base_modules
 
 Requantiser = Callable[[], Any]
 

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery import bits, codec
-from pemn_surgery.adapter_mask import AdapterMask, SignDelta
-from pemn_surgery.adapters import fingerprint as fingerprints
 from pemn_surgery.adapters.base import (
     fingerprint_now,
     gathered,
@@ -17,7 +15,7 @@ from pemn_surgery.adapters.base import (
 )
 from pemn_surgery.adapters.checkpoints import are_scores_kept
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.file import (
+from pemn_surgery.adapters.files.adapter_file import (
     FINGERPRINT,
     KEY_PREFIX,
     MASKS,
@@ -30,8 +28,10 @@ from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.bits import StoredMask
 from pemn_surgery.buckets import BaseGuide, Guide
 from pemn_surgery.errors import ArchitectureError, PemnWarning
-from pemn_surgery.layer_groups import base_name
-from pemn_surgery.selector import check_finite
+from pemn_surgery.masks.adapter_mask import AdapterMask, SignDelta
+from pemn_surgery.masks.selector import check_finite
+from pemn_surgery.numbers import fingerprint as fingerprints
+from pemn_surgery.surgery.layer_groups import base_name
 
 StateDict = dict[str, Tensor]
 

@@ -6,10 +6,10 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from pemn_surgery import surgery
 from pemn_surgery.adapters.layer import PemnTunerLayer
-from pemn_surgery.targets import Owned
-from pemn_surgery.task import TaskTensors, TensorSet
+from pemn_surgery.masks.task_tensors import TaskTensors, TensorSet
+from pemn_surgery.planning.plan import Owned
+from pemn_surgery.surgery import operate
 
 
 class PemnTaskLayer(PemnTunerLayer, TaskTensors):
@@ -89,7 +89,7 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         self.aside.put_back()
-        surgery.restore_tensors(self, keep_active=merge)
+        operate.restore_tensors(self, keep_active=merge)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
         take_back_flips,
         to_trainable,
     )
-    from pemn_surgery.adapters.task_inference import TaskGuess, infer_task
+    from pemn_surgery.adapters.tasks.inference import TaskGuess, infer_task
     from pemn_surgery.gradients import masks_without_gradient
-    from pemn_surgery.masked import keep_weights
+    from pemn_surgery.masks.masked_weight import keep_weights
     from pemn_surgery.trainer import PemnCallback, for_trainer
 
 __version__ = "0.1.0"
@@ -44,9 +44,9 @@ _HOMES = {
     "compare_adapters": "pemn_surgery.adapters",
     "from_finetuned": "pemn_surgery.adapters",
     "measure_errors": "pemn_surgery.adapters",
-    "TaskGuess": "pemn_surgery.adapters.task_inference",
-    "infer_task": "pemn_surgery.adapters.task_inference",
-    "keep_weights": "pemn_surgery.masked",
+    "TaskGuess": "pemn_surgery.adapters.tasks.inference",
+    "infer_task": "pemn_surgery.adapters.tasks.inference",
+    "keep_weights": "pemn_surgery.masks.masked_weight",
     "masks_without_gradient": "pemn_surgery.gradients",
     "PemnCallback": "pemn_surgery.trainer",
     "for_trainer": "pemn_surgery.trainer",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pemn_surgery import rng
+from pemn_surgery.numbers import rng
 from pemn_surgery.symbols import Model
 
 Array = Any  # of numpy; its element type is in the docstrings

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from pemn_surgery import buckets, context, entropy
 from pemn_surgery.buckets import BaseGuide, Guide, Table
 from pemn_surgery.deflate import CodeError
+from pemn_surgery.numbers.rng import KEY_BYTES
 from pemn_surgery.packed import cut_off
-from pemn_surgery.rng import KEY_BYTES
 from pemn_surgery.symbols import Model
 from pemn_surgery.words import WordModel
 

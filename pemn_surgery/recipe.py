@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from pemn_surgery import report
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.report import tables as report
 
 if sys.version_info >= (3, 11):
     import tomllib

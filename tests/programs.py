@@ -23,8 +23,8 @@ from peft import PeftModel
 from torch import nn
 
 from pemn_surgery import PemnConfig, bits, pemnify
-from pemn_surgery.adapters.manage import to_trainable
-from pemn_surgery.masked import keep_weights
+from pemn_surgery.adapters.tasks.manage import to_trainable
+from pemn_surgery.masks.masked_weight import keep_weights
 from tests.adapters import models
 
 MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pemn_surgery import bits, buckets, codec, rng
+from pemn_surgery import bits, buckets, codec
 from pemn_surgery.errors import MaskFormatError
+from pemn_surgery.numbers import rng
 from tests import oracles, reader
 from tests.stored import (
     as_bytes,

@@ -11,10 +11,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pemn_surgery import bits, buckets, codec, context, deflate, entropy, rng
+from pemn_surgery import bits, buckets, codec, context, deflate, entropy
 from pemn_surgery.adapters import PemnConfig
 from pemn_surgery.adapters.layer import initial_scores
 from pemn_surgery.errors import MaskFormatError
+from pemn_surgery.numbers import rng
 from tests import oracles, reader
 from tests.stored import (
     as_bytes,

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from pemn_surgery import bits, codec, report
+from pemn_surgery import bits, codec
 from pemn_surgery import recipe as recipes
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.report import tables as report
 from tests import reader
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "mask_compression"

@@ -12,7 +12,7 @@ from pemn_surgery.errors import ConfigError
 
 if TYPE_CHECKING:
     from pemn_surgery.adapters.config import PemnConfig
-    from pemn_surgery.adapters.file import AdapterFile
+    from pemn_surgery.adapters.files.adapter_file import AdapterFile
 
 
 def add_command(
@@ -110,7 +110,7 @@ def read_adapter(text: str) -> tuple["PemnConfig", "AdapterFile"]:
             masks.
         HubError: If the hub does not give it.
     """
-    from pemn_surgery.adapters.opening import open_adapter
+    from pemn_surgery.adapters.files.opening import open_adapter
 
     return open_adapter(adapter_folder(text))
 

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pemn_surgery import report
 from pemn_surgery.commands.common import (
     adapter_folder,
     add_adapter,
@@ -16,9 +15,10 @@ from pemn_surgery.commands.common import (
     add_json,
     print_json,
 )
+from pemn_surgery.report import tables
 
 if TYPE_CHECKING:
-    from pemn_surgery.adapters.compare import Comparison, Overlap
+    from pemn_surgery.adapters.files.compare import Comparison, Overlap
 
 _COLUMNS = ("weight", "weights", "first", "second", "Jaccard", "chance", "alike")
 
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from pemn_surgery.adapters.compare import compare_adapters
+    from pemn_surgery.adapters.files.compare import compare_adapters
 
     found = compare_adapters(adapter_folder(parsed.first), adapter_folder(parsed.second))
     if parsed.plot is not None:
@@ -53,7 +53,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _table(found: "Comparison", title: str) -> Table:
     rows = [_cells(overlap) for overlap in (*found.overlaps, found.total)]
-    shown = report.table(escape(title), _COLUMNS, rows)
+    shown = tables.table(escape(title), _COLUMNS, rows)
     alone = f"{len(found.only_first)} masks in the first alone, {len(found.only_second)} in the "
     bases = "the same base" if found.same_base else "DIFFERENT bases"
     shown.caption = (
@@ -91,4 +91,4 @@ def _plot(path: Path, found: "Comparison") -> None:
         "Jaccard index": [overlap.jaccard for overlap in found.overlaps],
         "by chance": [overlap.chance for overlap in found.overlaps],
     }
-    report.profile(path, names, series, "Jaccard index", "overlap by layer")
+    tables.profile(path, names, series, "Jaccard index", "overlap by layer")

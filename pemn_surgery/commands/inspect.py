@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from pemn_surgery import report
 from pemn_surgery.commands.common import (
     add_adapter,
     add_command,
@@ -15,6 +14,7 @@ from pemn_surgery.commands.common import (
     print_json,
     read_adapter,
 )
+from pemn_surgery.report import tables
 
 
 def add(commands: Any) -> None:
@@ -44,7 +44,7 @@ def _run(parsed: argparse.Namespace) -> int:
     ]
     if parsed.plot is not None:
         series = {str(parsed.adapter): [mask["density"] for mask in masks]}
-        report.profile(parsed.plot, [*file.masks], series, "share of ones", "densities by layer")
+        tables.profile(parsed.plot, [*file.masks], series, "share of ones", "densities by layer")
     if parsed.json:
         settings = config.to_dict()
         print_json({"config": settings, "bytes": file.nbytes, "masks": masks}, default=sorted)
@@ -54,7 +54,7 @@ def _run(parsed: argparse.Namespace) -> int:
         (mask["name"], f"{mask['weights']:,}", _shown_density(mask), mask["coding"])
         for mask in masks
     ]
-    shown = report.table(escape(str(parsed.adapter)), columns, rows)
+    shown = tables.table(escape(str(parsed.adapter)), columns, rows)
     total = sum(file.masks.values())
     shown.caption = (
         f"bank {config.bank}, {config.bank_init}, seed {config.seed}; {len(masks)} masks of "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pemn_surgery.commands.common import first_line
 from pemn_surgery.errors import ConfigError, ExportError
-from pemn_surgery.inputs import example_inputs
+from pemn_surgery.models.inputs.examples import example_inputs
 
 GRAPH = "model.onnx"
 Size = tuple[int, int]  # height and width of an image in pixels

@@ -5,12 +5,12 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, get_args
 
-from pemn_surgery.bank import BankName, InitName
 from pemn_surgery.commands.building import Wanted, add_model, build_without_weights
 from pemn_surgery.commands.common import add_command, add_json, first_line, print_json
 from pemn_surgery.errors import ConfigError, PemnError
-from pemn_surgery.request import RestName, TiedName
-from pemn_surgery.selector import SelectorName
+from pemn_surgery.masks.selector import SelectorName
+from pemn_surgery.numbers.bank import BankName, InitName
+from pemn_surgery.planning.request import RestName, TiedName
 
 if TYPE_CHECKING:
     from pemn_surgery.adapters import PemnConfig

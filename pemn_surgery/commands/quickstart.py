@@ -26,16 +26,16 @@ def add(commands: Any) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from pemn_surgery import quickstart
+    from pemn_surgery.commands import quickstart_run
 
-    with quickstart.new_progress() as progress:
-        result = quickstart.run(parsed.out, parsed.epochs, parsed.seed, progress)
+    with quickstart_run.new_progress() as progress:
+        result = quickstart_run.run(parsed.out, parsed.epochs, parsed.seed, progress)
     verified = result["verified_in_new_process"]
     if parsed.json:
         print_json(result)
     else:
         console = Console()
-        console.print(quickstart.table(result))
+        console.print(quickstart_run.table(result))
         found = "equal bit for bit" if verified else "NOT EQUAL"
         console.print(f"Both mask adapters reloaded in a new process: logits {found}.")
         console.print(

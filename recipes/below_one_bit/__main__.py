@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pemn_surgery import report
 from pemn_surgery.recipe import Recipe, load
 from pemn_surgery.recipe_cli import exit_code
+from pemn_surgery.report import tables as report
 
 FOLDER = Path(__file__).resolve().parent
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pemn_surgery import report
+from pemn_surgery.report import tables as report
 
 Summary = dict[str, Any]
 

@@ -18,8 +18,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pemn_surgery import pemnify, quickstart
+from pemn_surgery import pemnify
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.commands import quickstart_run as quickstart
 from pemn_surgery.recipe import Recipe, load
 
 LARGE = 1e3  # a score that stays among the largest

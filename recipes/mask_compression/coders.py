@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pemn_surgery import bits, codec
-from pemn_surgery.adapters.file import MASKS, parameter_name
+from pemn_surgery.adapters.files.adapter_file import MASKS, parameter_name
 from pemn_surgery.errors import RecipeError
 
 Tools = dict[str, Callable[[bytes], bytes]]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pemn_surgery import report
+from pemn_surgery.report import tables as report
 
 FOLDER = Path(__file__).resolve().parent
 BARS = ("gzip", "bz2", "lzma", "lz4", "snappy", "zstd", "brotli", "payload", "bound", "contexts")

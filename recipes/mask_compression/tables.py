@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pemn_surgery import report
+from pemn_surgery.report import tables as report
 
 Row = Mapping[str, Any]
 Cells = list[list[str]]

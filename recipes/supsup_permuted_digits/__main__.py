@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pemn_surgery import report
 from pemn_surgery.recipe import load
 from pemn_surgery.recipe_cli import RecipeCommand
+from pemn_surgery.report import tables as report
 
 FOLDER = Path(__file__).resolve().parent
 

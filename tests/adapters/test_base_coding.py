@@ -6,10 +6,10 @@ from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from pemn_surgery import bits, compare_adapters, from_finetuned, pemnify, recode
-from pemn_surgery.adapters.card import complete_card
-from pemn_surgery.adapters.file import read_adapter_file
+from pemn_surgery.adapters.files.adapter_file import read_adapter_file
+from pemn_surgery.adapters.files.card import complete_card
 from pemn_surgery.adapters.layer import PemnLayer
-from pemn_surgery.cli import main
+from pemn_surgery.commands.cli import main
 from pemn_surgery.errors import FingerprintError, MaskFormatError
 from tests import oracles, reader
 from tests.adapters import models

@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from pemn_surgery import PemnConfig, bits, cli, codec, from_finetuned, pemnify
+from pemn_surgery import PemnConfig, bits, codec, from_finetuned, pemnify
+from pemn_surgery.commands import cli
 from pemn_surgery.errors import ConfigError, MaskFormatError
 from tests import reader
 from tests.adapters import models

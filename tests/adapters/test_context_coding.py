@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pemn_surgery import PemnConfig, bits, codec, pemnify, rng
+from pemn_surgery import PemnConfig, bits, codec, pemnify
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.buckets import Guide
+from pemn_surgery.numbers import rng
 from tests import oracles, reader
 from tests.adapters import coded, models
 from tests.adapters.coded import codings, load, net, size, stored_masks

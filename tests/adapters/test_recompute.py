@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint
 
-from pemn_surgery import PemnConfig, pemnify, recompute
+from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.errors import AdapterError, PemnWarning
+from pemn_surgery.masks import recompute
 from tests.adapters import models
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])

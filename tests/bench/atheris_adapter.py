@@ -20,9 +20,9 @@ from pathlib import Path
 import atheris
 
 READERS = (
-    "adapters.file",
+    "adapters.files.adapter_file",
     "adapters.config",
-    "adapters.config_file",
+    "adapters.files.config_file",
     "bits",
     "codec",
     "codes",

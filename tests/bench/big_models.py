@@ -213,8 +213,8 @@ def held_bytes(model: Any) -> dict[str, int]:
     """Return the bytes of all tensors that a model holds, each storage once, by kind."""
     from torch import nn
 
-    from pemn_surgery.adapter_mask import AdapterMask
-    from pemn_surgery.bank import Bank
+    from pemn_surgery.masks.adapter_mask import AdapterMask
+    from pemn_surgery.numbers.bank import Bank
 
     kinds = {AdapterMask: "bits", Bank: "bank", nn.Embedding: "embeddings"}
     held = dict.fromkeys((*kinds.values(), "others"), 0)

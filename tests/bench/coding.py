@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pemn_surgery import bits, buckets, codec, codes, deflate, entropy, odds, rng
-from pemn_surgery.report import environment, table
+from pemn_surgery import bits, buckets, codec, codes, deflate, entropy, odds
+from pemn_surgery.numbers import rng
+from pemn_surgery.report.tables import environment, table
 
 DENSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.93, 0.94, 0.95, 0.975, 0.99)
 WEIGHTS = (10_000, 100_000, 1_000_000, 10_000_000)

@@ -19,9 +19,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from pemn_surgery import bits, codec
-from pemn_surgery.adapters.file import parameter_name
+from pemn_surgery.adapters.files.adapter_file import parameter_name
 from pemn_surgery.buckets import BaseGuide, base_sizes
-from pemn_surgery.report import environment, table
+from pemn_surgery.report.tables import environment, table
 from tests.bench.coding import entropy_of, timed
 
 HEADERS = {"bits": bits.HEADER_BYTES, "entropy": 36, "context": 37, "base": 37}

@@ -25,7 +25,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from pemn_surgery import PemnConfig, pemnify
-from pemn_surgery.report import environment, table
+from pemn_surgery.report.tables import environment, table
 
 MODEL = "vit_base_patch16_224"
 WEIGHTS = "adapter_model.safetensors"

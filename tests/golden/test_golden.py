@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from pemn_surgery import __version__
-from pemn_surgery.adapters.file import WEIGHTS, read_adapter_file
+from pemn_surgery.adapters.files.adapter_file import WEIGHTS, read_adapter_file
 from pemn_surgery.adapters.layer import PemnLayer
 from tests.golden import cases
 from tests.golden.make import FOLDER, digest

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from pemn_surgery.report import as_text, table
+from pemn_surgery.report.tables import as_text, table
 from tests.peft_suite import expected, report, run
 from tests.peft_suite.cases import SUITES
 

@@ -55,7 +55,7 @@ def _steps(model_type: str, class_name: str, row: dict[str, Any]) -> Iterator[st
     import torch
 
     from pemn_surgery import plan
-    from pemn_surgery.inputs import example_inputs
+    from pemn_surgery.models.inputs.examples import example_inputs
     from tests.zoo import transformers_models
     from tests.zoo.walk import OPTIONS, check, outputs
 

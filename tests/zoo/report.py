@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pemn_surgery.report import as_markdown
+from pemn_surgery.report.tables import as_markdown
 from tests.zoo import run
 
 Row = dict[str, Any]

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from pemn_surgery.report import environment
+from pemn_surgery.report.tables import environment
 
 GIB = 2**30
 
@@ -40,7 +40,7 @@ def walk_one(library: str, name: str, memory: float) -> dict[str, Any]:
     """Build one model and walk it, in this process, within a limit of memory (GiB)."""
     import torch
 
-    from pemn_surgery.inputs import example_inputs
+    from pemn_surgery.models.inputs.examples import example_inputs
     from tests.zoo.walk import Walk, walk
 
     torch.set_num_threads(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pemn_surgery import plan
-from pemn_surgery.inputs import example_inputs
+from pemn_surgery.models.inputs.examples import example_inputs
 from tests.zoo import run
 from tests.zoo.walk import OPTIONS, TIED, walk
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pemn_surgery import pemnify, plan
-from pemn_surgery.masked import MaskedWeight
+from pemn_surgery.masks.masked_weight import MaskedWeight
 
 OPTIONS = {
     "bank": "own",

@@ -1,0 +1,137 @@
+"""What a task's files will weigh beside the bytes of their tensors, before there is a task.
+
+On a small model the names of the tensors and the configuration, which both files hold, are as long
+as the masks. So a plan counts them: the same configuration and the same header as a save's, with
+zeros where a save has digests.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from torch import Tensor, nn
+
+from pemn_surgery import bits
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.files.adapter_file import KEY_PREFIX, TENSORS, mask_key
+from pemn_surgery.adapters.files.atomic import config_text, header_bytes, sealed_metadata
+from pemn_surgery.masks.task_tensors import TASK_CHILD
+from pemn_surgery.numbers.bank import Shape
+from pemn_surgery.numbers.fingerprint import types_of
+from pemn_surgery.planning.plan import Owned, Plan
+
+_DIGEST = "0" * 16
+
+# safetensors' names, in its own order, which decides the order of tensors in a file.
+_TYPES: dict[torch.dtype, str] = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+_ORDER = list(_TYPES.values())
+
+
+class _Entry(NamedTuple):
+    key: str
+    dtype: str
+    shape: Shape
+    nbytes: int
+
+
+def frame_bytes(plan: Plan, model: nn.Module, config: PemnConfig) -> int:
+    """Return the bytes of a task's two files that are not its tensors'.
+
+    Args:
+        plan: What will be masked and what the task owns.
+        model: The model that it was made for.
+        config: What is asked for, as it is after planning.
+
+    Returns:
+        Size of the weights' header, with the seal in it, and of ``adapter_config.json``. It is
+        exact, unless PEFT shortens ``target_modules``, as it does with twenty names or more.
+    """
+    settings = _settings(plan, model, config)
+    header = header_bytes(_header(plan, model), sealed_metadata(settings))
+    return len(header) + len(config_text(settings).encode())
+
+
+def _settings(plan: Plan, model: nn.Module, config: PemnConfig) -> dict[str, Any]:
+    """Return the ``adapter_config.json`` that saving writes, with zeros for digests."""
+    saved = copy.copy(config)
+    saved.inference_mode = True
+    if isinstance(saved.target_modules, str):
+        _maybe_include_all_linear_layers(saved, model)
+    named = saved.base_model_name_or_path or model.__dict__.get("name_or_path")
+    saved.base_model_name_or_path = named or None
+    saved.fingerprint = dict.fromkeys(_known_types(plan, model), _DIGEST)
+    saved.digest = _DIGEST
+    written = saved.to_dict()
+    if saved.task_type is None:
+        made_of = type(model)
+        library = {"parent_library": made_of.__module__}
+        written["auto_mapping"] = {"base_model_class": made_of.__name__, **library}
+    return {key: list(value) if isinstance(value, set) else value for key, value in written.items()}
+
+
+def _known_types(plan: Plan, model: nn.Module) -> list[str]:
+    if plan.spec.generated:
+        return types_of([])
+    tensors = _tensors(model)
+    return types_of([tensors[item.name].dtype for item in plan.targets if item.name in tensors])
+
+
+def _header(plan: Plan, model: nn.Module) -> dict[str, Any]:
+    entries = sorted(_entries(plan, model), key=lambda one: (-_ORDER.index(one.dtype), one.key))
+    header, place = {}, 0
+    for entry in entries:
+        places = [place, place + entry.nbytes]
+        header[entry.key] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": places,
+        }
+        place += entry.nbytes
+    return header
+
+
+def _entries(plan: Plan, model: nn.Module) -> Iterator[_Entry]:
+    for target in plan.targets:
+        size = bits.packed_bytes(target.weights)
+        yield _Entry(mask_key(target.name, "bits"), "U8", (size,), size)
+        if target.row_scales:
+            scales = target.row_scales
+            yield _Entry(mask_key(target.name, "row_scale"), "F32", (scales,), 4 * scales)
+    tensors = _tensors(model)
+    inside = f"{TASK_CHILD}.{TENSORS}."
+    for items, within in ((plan.owned, inside), (plan.whole, "")):
+        for item in items:
+            if item.saved and not item.tied_to:
+                place = f"{KEY_PREFIX}{item.path}." if item.path else KEY_PREFIX
+                key = f"{place}{within}{item.tensor}"
+                yield _Entry(key, _type_of(item, tensors), item.shape, item.nbytes)
+
+
+def _type_of(item: Owned, tensors: Mapping[str, Tensor]) -> str:
+    """Return the type that a tensor is saved in: its own, or the wider one that it trains in."""
+    held = tensors.get(item.name)
+    count = torch.Size(item.shape).numel()
+    if held is None or held.element_size() * count != item.nbytes:
+        return "F32"
+    return _TYPES[held.dtype]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}

@@ -1,0 +1,1 @@
+"""From a checkpoint that was fine-tuned without masks to an adapter."""

@@ -1,0 +1,306 @@
+"""`from_finetuned`: an adapter at once from a checkpoint that was fine-tuned without masks.
+
+Two ways, for a base weight W and a fine-tuned weight F of the same shape:
+
+"mask": the mask M that minimises ||F - W o M||^2. The sum falls apart into its elements, where
+keeping costs (F - W)^2 and dropping F^2, so M is one where |F - W| <= |F|. Ties (W = 0, or
+F = W / 2) keep the base. With ``scale`` the same mask is used, though it is the nearest only
+without one: the best mask would depend on the factor, which depends on the mask.
+
+"sign_delta": BitDelta (Liu et al. 2024, section 3), W + s (2M - 1) with one s for each output. M is
+one where F > W; ties (F = W) are zero. For any s >= 0 these signs are best, element by element:
+with d = F - W, (d - s)^2 <= (d + s)^2 where d > 0, and the other way round where d < 0. Given them,
+an output's n weights have the error sum (|d| - s)^2 = sum d^2 - 2 s sum |d| + n s^2, whose
+derivative is zero at s = mean |d| and whose second derivative 2n is positive; mean |d| >= 0 agrees
+with the signs. So both are the L2 optimum, and what is left is n (mean d^2 - (mean |d|)^2).
+
+Everything else that differs - norms and their statistics, biases, embeddings, tables - becomes the
+task's own tensors, exactly (`PemnConfig.carried`).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NoReturn, cast, get_args
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from pemn_surgery import bits
+from pemn_surgery.adapters.api import make_config, pemnify
+from pemn_surgery.adapters.checks import check_fresh, check_model
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.files.adapter_file import FINGERPRINT, KEY_PREFIX, TENSORS, mask_key
+from pemn_surgery.adapters.finetuned.errors import tensors_differ
+from pemn_surgery.adapters.injection.heads import settle_heads
+from pemn_surgery.adapters.injection.matching import follow_forward, plan_for
+from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.quantised import quantised_weights
+from pemn_surgery.adapters.state import scores_from_mask
+from pemn_surgery.adapters.task_layer import PemnTaskLayer
+from pemn_surgery.errors import (
+    ConfigError,
+    FinetunedMismatchError,
+    MetaTensorError,
+    UnsupportedModelError,
+)
+from pemn_surgery.masks.adapter_mask import SignDelta
+from pemn_surgery.masks.sign_delta import Rows
+from pemn_surgery.masks.task_tensors import TASK_CHILD
+from pemn_surgery.numbers import fingerprint as fingerprints
+from pemn_surgery.planning.plan import Plan
+
+MethodName = Literal["mask", "sign_delta"]
+
+# Fields of PemnConfig that follow from the method.
+_DECIDED = ("bank", "bank_init", "selector", "form", "inference_mode", "carried")
+
+
+def from_finetuned(
+    base: nn.Module,
+    finetuned: nn.Module | Mapping[str, Tensor],
+    method: MethodName = "mask",
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    inputs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> PeftModel:
+    """Give a base an adapter that makes it as nearly a fine-tuned model as masks on it can.
+
+    The base is rewritten in place, as by `pemnify`; its values and the fine-tuned model's stay. How
+    near it comes says `measure_errors`.
+
+    Args:
+        base: The model that was fine-tuned, as it was before.
+        finetuned: The fine-tuned model, or its state dict: same names, same shapes. Types may
+            differ; what the task owns is rounded to the base's.
+        method: "mask" (base weights kept or dropped) or "sign_delta" (the sign of each change, and
+            a float scale for each output).
+        adapter_name: Name of the task.
+        is_trainable: Whether to train on: scores that choose the same masks, or the scales beside
+            signs that stay (BitDelta's scale distillation), and what ``rest`` says.
+        inputs: As in `pemnify`.
+        **options: Fields of `PemnConfig` that choose what is masked and what the task owns:
+            ``target_modules``, ``exclude_modules``, ``rest``, ``tied``, ``modules_to_save``...;
+            for "mask" also ``scale``.
+
+    Returns:
+        The PEFT model; its masks are bits unless they are to be trained.
+
+    Raises:
+        ConfigError: If an option cannot have its value, or follows from the method.
+        FinetunedMismatchError: If names, shapes or ties differ, or a weight is not finite.
+        MetaTensorError: If a tensor of either model has no values.
+        UnsupportedModelError: If a model is not a plain module, or the base is quantised.
+        AlreadyPemnifiedError: If the base carries adapters already.
+        NothingToMaskError: If no weight would be masked.
+    """
+    config = _config(method, options, is_trainable=is_trainable)
+    check_model(base)
+    check_fresh(base)
+    _check_not_quantised(base, config)
+    before = base.state_dict()
+    state = _with_ties(before, _state_of(finetuned))
+    _check_pair(before, state)
+    settle_heads(config, base)
+    plan = plan_for(base, config, follow_forward(base, config, inputs))
+    _check_values(plan, before, state)
+    covered = {name for target in plan.targets for name in (target.name, *target.tied)}
+    covered |= {item.name for item in plan.whole}
+    new = set(config.carried or ())
+    config.carried = [
+        name
+        for name, value in before.items()
+        if name not in covered and (name in new or tensors_differ(value, state[name]))
+    ]
+    model = pemnify(base, config, adapter_name=adapter_name)
+    set_peft_model_state_dict(model, dict(_entries(model, state, adapter_name)), adapter_name)
+    return model
+
+
+def nearest_mask(base: Tensor, finetuned: Tensor) -> Tensor:
+    """Return the mask M that minimises ||F - W o M||^2, one where |F - W| <= |F|.
+
+    Written as 2F / W >= 1, which no rounding can turn: doubling is exact.
+
+    Args:
+        base: Float tensor W, finite.
+        finetuned: Float tensor F of the same shape, finite.
+
+    Returns:
+        Bool tensor of that shape.
+    """
+    base, finetuned = _alike(base, finetuned)
+    twice = 2 * finetuned
+    return torch.where(base > 0, twice >= base, twice <= base) | (base == 0)
+
+
+def nearest_signs(base: Tensor, finetuned: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return M and s that minimise ||F - W - s (2M - 1)||^2, s one number an output.
+
+    Args:
+        base: Float tensor W, finite.
+        finetuned: Float tensor F of the same shape, finite.
+        rows: Where each output's weights lie.
+
+    Returns:
+        M = [F > W], bool of that shape; s = mean |F - W|, float32 of shape (rows.count,).
+    """
+    base, finetuned = _alike(base, finetuned)
+    return finetuned > base, rows.mean((finetuned - base).abs()).float()
+
+
+def _alike(base: Tensor, finetuned: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both on one device in one type, the wider one, and at least float32."""
+    wide = torch.promote_types(torch.promote_types(base.dtype, finetuned.dtype), torch.float32)
+    return base.detach().to(wide), finetuned.detach().to(base.device, wide)
+
+
+def _config(method: str, options: Mapping[str, Any], *, is_trainable: bool) -> PemnConfig:
+    if method not in get_args(MethodName):
+        message = f"from_finetuned got method={method!r}; it needs 'mask' or 'sign_delta'."
+        raise ConfigError(message)
+    decided = [name for name in _DECIDED if name in options]
+    if decided:
+        given = ", ".join(f"{name}={options[name]!r}" for name in decided)
+        message = (
+            f"from_finetuned got {given}; that follows from the method (and is_trainable). Leave "
+            "it out."
+        )
+        raise ConfigError(message)
+    config = make_config(
+        None,
+        {
+            **options,
+            "bank": "own",
+            "selector": "threshold",
+            "form": "product" if method == "mask" else "sign_delta",
+            "inference_mode": not is_trainable,
+        },
+    )
+    config.signs_follow = True
+    return config
+
+
+def _check_not_quantised(base: nn.Module, config: PemnConfig) -> None:
+    names = list(quantised_weights(base, config.bank_spec))
+    if names:
+        message = (
+            f"The base stores {len(names)} weights quantised (first: {names[0]}), so that what "
+            "fine-tuning changed cannot be read from them. Compare the unquantised checkpoints, "
+            "or train masks on this base. Nothing was changed."
+        )
+        raise UnsupportedModelError(message)
+
+
+def _state_of(finetuned: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(finetuned, Mapping):
+        return finetuned
+    check_model(finetuned)
+    check_fresh(finetuned)
+    return finetuned.state_dict()
+
+
+def _with_ties(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with all names of tied tensors, of which safetensors keep one."""
+    present = {_place(value): after[name] for name, value in before.items() if name in after}
+    absent = {name: _place(value) for name, value in before.items() if name not in after}
+    return {**after, **{name: present[at] for name, at in absent.items() if at in present}}
+
+
+def _check_pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Refuse two models that are not of the same parts."""
+    missing, unknown = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
+    if missing or unknown:
+        _refuse(
+            f"lacks {len(missing)} of the base's {len(before)} tensors (first: {missing[:1]}) and "
+            f"has {len(unknown)} that the base has not (first: {unknown[:1]})"
+        )
+    for name, value in before.items():
+        _check_tensors(name, value, after[name])
+    first_of: dict[tuple[Any, ...], str] = {}
+    for name, value in before.items():
+        first = first_of.setdefault(_place(value), name)
+        if tensors_differ(after[first], after[name]):
+            _refuse(f"has two tensors where the base ties {first!r} and {name!r} to one")
+
+
+def _check_tensors(name: str, before: Any, after: Any) -> None:
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        _refuse(f"or the base has {name!r}, which is no tensor, so that no adapter can hold it")
+    shown = [f"{tuple(v.shape)} of {v.dtype}" for v in (before, after)]
+    same_kind = before.is_floating_point() == after.is_floating_point()
+    if before.shape != after.shape or not same_kind:
+        _refuse(f"has {name!r} as {shown[1]}, the base as {shown[0]}")
+    for whose, value in (("base", before), ("fine-tuned model", after)):
+        if value.is_meta:
+            message = (
+                f"{name!r} of the {whose} is on the meta device and has no values to compare. Load "
+                "the checkpoint into memory. Nothing was changed."
+            )
+            raise MetaTensorError(message)
+
+
+def _place(value: Any) -> tuple[Any, ...]:
+    """Return what names of one tensor have in common; those without memory share nothing."""
+    if not isinstance(value, Tensor) or value.numel() == 0 or value.is_meta:
+        return (id(value),)
+    return value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device
+
+
+def _check_values(plan: Plan, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """A comparison with NaN is false, so it would become a mask like any other."""
+    for target in plan.targets:
+        for whose, state in (("the base's", before), ("the fine-tuned", after)):
+            bad = target.weights - int(torch.isfinite(state[target.name]).sum())
+            if bad:
+                _refuse(
+                    "cannot be compared with its base: "
+                    f"{bad} of the {target.weights} values of {whose} {target.name!r} are NaN or "
+                    "infinite"
+                )
+
+
+def _entries(
+    model: PeftModel, state: Mapping[str, Tensor], adapter_name: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a file of the adapter would hold; it is loaded the way files are."""
+    for path, module in model.named_modules():
+        if isinstance(module, PemnLayer):
+            yield from _mask_entries(module, state[module.target], model, adapter_name)
+        elif isinstance(module, PemnTaskLayer):
+            prefix = f"{module.target}." if module.target else ""
+            for name in module.pemn_tensors[adapter_name].state_dict():
+                key = f"{KEY_PREFIX}{prefix}{TASK_CHILD}.{TENSORS}.{name}"
+                yield key, state[f"{prefix}{name}"]
+        elif isinstance(module, ModulesToSaveWrapper):
+            inside = f"{path.removeprefix(KEY_PREFIX)}."
+            names = [name for name in state if name.startswith(inside)]
+            yield from ((KEY_PREFIX + name, state[name]) for name in names)
+
+
+def _mask_entries(
+    layer: PemnLayer, wanted: Tensor, model: PeftModel, adapter_name: str
+) -> Iterator[tuple[str, Tensor]]:
+    mask, base = layer.mask_of(adapter_name), layer.fill()
+    config = cast("PemnConfig", model.peft_config[adapter_name])
+    if isinstance(mask, SignDelta):
+        chosen, scale = nearest_signs(base, wanted, mask.rows)
+        yield mask_key(layer.target, "row_scale"), scale
+    else:
+        chosen = nearest_mask(base, wanted)
+    base = fingerprints.short_form(mask.fingerprint)
+    if mask.scores is not None:
+        yield mask_key(layer.target, "scores"), scores_from_mask(chosen, mask, config)
+        yield mask_key(layer.target, FINGERPRINT), torch.tensor(list(base), dtype=torch.uint8)
+    else:
+        yield mask_key(layer.target, "bits"), bits.pack(chosen, base)
+
+
+def _refuse(problem: str) -> NoReturn:
+    message = (
+        f"The fine-tuned model {problem}. Give a model of the base's class and settings, or its "
+        "state dict with the same names. Nothing was changed."
+    )
+    raise FinetunedMismatchError(message)

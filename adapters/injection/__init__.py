@@ -1,0 +1,1 @@
+"""How an adapter gets into a model: what is matched, checked, then done, all or nothing."""

@@ -1,0 +1,232 @@
+"""One planned injection: everything is checked when it is made, then carried out path by path."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
+
+import torch
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+from pemn_surgery.adapters.base import offloaded
+from pemn_surgery.adapters.checks import (
+    check_in_place,
+    check_same_bank,
+    check_same_targets,
+    check_signs,
+)
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.files.adapter_file import AdapterFile, decode_held, put_on_base
+from pemn_surgery.adapters.files.file_checks import check_can_rename, check_file_fits
+from pemn_surgery.adapters.injection.layer_checks import check_layers
+from pemn_surgery.adapters.layer import PemnLayer, weight_stream
+from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
+from pemn_surgery.adapters.task_layer import PemnTaskLayer
+from pemn_surgery.adapters.whole.whole_sizes import outputs_of
+from pemn_surgery.masks.adapter_mask import Parts
+from pemn_surgery.masks.attached import find_masked, find_task
+from pemn_surgery.numbers import bank as banks
+from pemn_surgery.numbers import fingerprint as fingerprints
+from pemn_surgery.numbers.bank import Bank
+from pemn_surgery.planning.plan import Owned, Plan, Target
+from pemn_surgery.planning.roles import base_modules
+from pemn_surgery.surgery import materialise, operate
+
+
+class Operation:
+    """One planned injection, carried out path by path as PEFT walks over the modules."""
+
+    def __init__(self, model: nn.Module, config: PemnConfig, plan: Plan) -> None:
+        check_signs(model, plan, config)
+        self.config, self.plan = config, plan
+        self.done: set[str] = set()
+        self.parts = _parts_of(plan)
+        self.modules = dict(base_modules(model))
+        check_layers(self.modules, plan)
+        self.requantiser = find_requantiser(model)
+        self.by_path: dict[str, list[Target]] = defaultdict(list)
+        for target in plan.targets:
+            self.by_path[target.path].append(target)
+        self.device = torch.get_default_device()
+        materialise.check_device(self.device)
+        if config.bank != "own" or config.bank_spec.generated:
+            check_in_place(model, "replace them by the bank's")
+        if config.bank == "own" or not config.bank_spec.generated:
+            materialise.check_own_weights(model, plan)
+        if config.file is not None:
+            sized = {item.path for item in plan.whole if outputs_of(self.modules[item.path])}
+            check_file_fits(config.file, plan, set(self._tensor_names()), sized)
+        self.bank = self._find_or_build_bank()
+        self.fingerprint = self._fingerprint()
+        self._check_base()
+        if config.file is not None:
+            decode_held(config.file)
+            self._take_names_of_model(config.file)
+        from_meta = materialise.is_on_meta(model, plan)
+        # Built without memory and not to be trained: nothing is held twice, nothing dense is kept.
+        self.is_lean = from_meta and config.inference_mode
+        if from_meta:
+            materialise.fill_in(model, plan, self.device, self._supply())
+
+    def mask(self, path: str, adapter_name: str) -> None:
+        """Mask every target of one module; the first call also attaches the task's tensors."""
+        if not self.done:
+            self._attach_task(adapter_name)
+        self.done.add(path)
+        for target in self.by_path[path]:
+            module = self.modules[path]
+            layer = find_masked(module, target.parameter)
+            if layer is None:
+                layer = self._operate(target, module)
+            held = cast("PemnLayer", layer)
+            held.add_mask(adapter_name, self.config, self.fingerprint, target.density)
+            held.mask_of(adapter_name).parts = self.parts
+
+    def _operate(self, target: Target, module: nn.Module) -> PemnLayer:
+        spec = self.config.bank_spec
+        if self.bank is None and spec.generated:
+            self._redraw(target, module)
+        backend = self._backend(module, target.parameter)
+        layer = PemnLayer(module, target, spec, self.bank, backend)
+        if target.untied_from:
+            operate.untie_parameter(layer)
+        layer.keeps = not self.is_lean
+        operate.mask_parameter(layer)
+        for name in target.tied:
+            path, _, parameter = name.rpartition(".")
+            operate.share_mask(self.modules[path], parameter, layer)
+        return layer
+
+    def _redraw(self, target: Target, module: nn.Module) -> None:
+        """Give a layer its own numbers from the seed (``bank="own"``)."""
+        weight = cast("nn.Parameter", module._parameters[target.parameter])
+        stream = weight_stream(target.name)
+        drawn = banks.draw(self.config.bank_spec, stream, target.fan_in, target.weights)
+        weight.data = torch.from_numpy(drawn).view(target.shape).to(weight.device, weight.dtype)
+
+    def _attach_task(self, adapter_name: str) -> None:
+        owned: dict[str, list[Owned]] = defaultdict(list)
+        for path in self.plan.frozen_norms:
+            owned[path] = []
+        shared = []
+        for item in self.plan.owned:
+            (shared if item.tied_to else owned[item.path]).append(item)
+        for path, items in owned.items():
+            layer = find_task(self.modules[path]) or self._own(path)
+            operate.own_tensors(layer, tuple(item.tensor for item in items))
+            frozen = path in self.plan.frozen_norms
+            cast("PemnTaskLayer", layer).add_tensors(
+                adapter_name, items, keeps_eval=frozen, shared=self.is_lean
+            )
+        for item in shared:
+            path, _, source = item.tied_to.rpartition(".")
+            owner = cast("PemnTaskLayer", find_task(self.modules[path]))
+            operate.share_tensor(self.modules[item.path], item.tensor, owner, source)
+
+    def _own(self, path: str) -> PemnTaskLayer:
+        return PemnTaskLayer(self.modules[path], path)
+
+    def _find_or_build_bank(self) -> Bank | None:
+        spec = self.config.bank_spec
+        held = list(self._held_layers())
+        for layer in held:
+            check_same_bank(layer.spec, spec)
+        if held and (spec.generated or spec.bank != "own"):
+            check_same_targets({layer.target for layer in held}, self.plan)
+        if spec.bank == "own":
+            return None
+        if held:
+            return held[0].bank
+        layout = cast("banks.Layout", self.plan.layout)
+        largest = max(self.plan.targets, key=lambda target: target.weights)
+        weight = self._weight(largest.name)
+        device = self.device if weight.is_meta else weight.device
+        dtype = banks.common_dtype(self._dtype(target.name) for target in self.plan.targets)
+        return banks.build(layout, self._weight, dtype, device)
+
+    def _supply(self) -> materialise.Supply:
+        """A configuration that names its base was read with an adapter: values will follow."""
+        carried = {item.name for item in (*self.plan.owned, *self.plan.whole) if item.saved}
+        loading = self.config.trained_on is not None
+        return materialise.Supply(loading, carried, verified=self.config.file is not None)
+
+    def _fingerprint(self, names: Mapping[str, str] | None = None) -> fingerprints.Fingerprint:
+        """Return the base's fingerprint, under other names of the weights where they are given."""
+        called = names or {}
+        spec = self.config.bank_spec
+        layout = self.bank.layout.renamed(called) if self.bank else None
+        targets = {called.get(one.name, one.name): one for one in self.plan.targets}
+        shapes = [(name, target.shape) for name, target in targets.items()]
+
+        def frozen_numbers() -> Iterable[Tensor]:
+            if self.bank is not None:
+                return self.bank.prototypes(self._dtype)
+            return (self._values(targets[name].name) for name in sorted(targets))
+
+        return fingerprints.make_fingerprint(spec, layout, shapes, frozen_numbers)
+
+    def _take_names_of_model(self, file: AdapterFile) -> None:
+        """Let a file whose weights were called otherwise be of the base as it is called here."""
+        if file.is_renamed:
+            self.config.trained_on = self.fingerprint
+            put_on_base(file, fingerprints.short_form(self.fingerprint))
+
+    def _check_base(self) -> None:
+        """Refuse masks of another base: the configuration names one, and so does every mask."""
+        given, file = "the given model", self.config.file
+        actual_base = self.fingerprint
+        if file is not None and file.is_renamed:
+            check_can_rename(self.config)
+            actual_base = self._fingerprint(file.stored_names)
+        if self.config.trained_on is not None:
+            fingerprints.check_fingerprint(self.config.trained_on, actual_base, given)
+        stored = self.config.file.stored.values() if self.config.file else ()
+        for mask in stored:
+            expected = fingerprints.from_short_form(mask.base)
+            if expected and actual_base:
+                actual = fingerprints.shorten(actual_base)
+                fingerprints.check_fingerprint(expected, actual, given)
+
+    def _tensor_names(self) -> Iterator[str]:
+        for path, module in self.modules.items():
+            for name in (*module._parameters, *module._buffers):
+                yield f"{path}.{name}" if path else name
+
+    def _weight(self, name: str) -> Tensor:
+        path, _, parameter = name.rpartition(".")
+        return cast("Tensor", self.modules[path]._parameters[parameter])
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """Return a weight's type, also where the bank has replaced it."""
+        path, _, parameter = name.rpartition(".")
+        held = find_masked(self.modules[path], parameter)
+        return self._weight(name).dtype if held is None else cast("PemnLayer", held).dtype
+
+    def _values(self, name: str) -> Tensor:
+        """Return a weight's numbers; of a quantised one what it stands for."""
+        path, _, parameter = name.rpartition(".")
+        module = self.modules[path]
+        held = find_masked(module, parameter)
+        backend = None if held is not None else self._backend(module, parameter)
+        if backend is not None:
+            return dequantised(backend, module, self._weight(name))
+        weight = self._weight(name) if held is None else held.fill()
+        moved = offloaded(module, parameter) if weight.is_meta else None
+        return weight if moved is None else moved
+
+    def _backend(self, module: nn.Module, parameter: str) -> QuantizationBackend | None:
+        return resolve_backend(module, self.requantiser) if parameter == "weight" else None
+
+    def _held_layers(self) -> Iterator[PemnLayer]:
+        for module in self.modules.values():
+            children = module._modules.values()
+            yield from (child for child in children if isinstance(child, PemnLayer))
+
+
+def _parts_of(plan: Plan) -> Parts:
+    owned = (item.name for item in plan.owned if item.saved and not item.tied_to)
+    return Parts(
+        masked=tuple(target.name for target in plan.targets),
+        owned=tuple(owned),
+        whole=tuple(dict.fromkeys(item.path for item in plan.whole)),
+    )

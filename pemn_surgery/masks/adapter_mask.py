@@ -1,0 +1,240 @@
+"""One adapter's mask of one weight: scores while it trains, bits otherwise; or signs and scales."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from pemn_surgery import bits
+from pemn_surgery.errors import MaskNotLoadedError
+from pemn_surgery.masks.product import (
+    goes_by_pieces,
+    masked,
+    masked_by_pieces,
+    masked_straight_through,
+)
+from pemn_surgery.masks.selector import Selector
+from pemn_surgery.masks.sign_delta import Rows, sign_delta_from_bits
+from pemn_surgery.transforms import can_be_read, untransformed
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one adapter was made of when it was put on a model, by the tensors' names in the base.
+
+    Attributes:
+        masked: Masked weights.
+        owned: Unmasked tensors that the task has its own copy of and saves.
+        whole: Paths of the modules whose tensors are trained and saved whole.
+    """
+
+    masked: tuple[str, ...]
+    owned: tuple[str, ...]
+    whole: tuple[str, ...]
+
+
+class AdapterMask(nn.Module):
+    """One adapter's mask of one weight: float scores while it trains, packed bits otherwise.
+
+    Attributes:
+        target: Name of the weight, for errors.
+        shape: Shape of the weight.
+        selector: Chooses the mask from the scores.
+        fingerprint: Identifies the base that the mask belongs to, by dtype.
+        scaled: Whether the masked weight is multiplied by 1 / sqrt(density of the mask).
+        scores: Float parameter of ``shape``, or None.
+        bits: Uint8 buffer, a stored mask (see `bits`), or None; one of the two is set.
+        adds: Whether it adds to a weight rather than multiplies it.
+    """
+
+    adds: ClassVar[bool] = False
+    scores: nn.Parameter | None
+    bits: Tensor | None
+
+    def __init__(
+        self,
+        target: str,
+        shape: tuple[int, ...],
+        selector: Selector,
+        fingerprint: Mapping[str, str] | None = None,
+        *,
+        scaled: bool,
+        scores: Tensor | None = None,
+        stored: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.target = target
+        self.shape = shape
+        self.selector = selector
+        self.fingerprint = dict(fingerprint or {})
+        self.scaled = scaled
+        self.parts: Parts | None = None  # of the adapter, the same for all its masks
+        self._verified: tuple[int, int] | None = None  # which bits were checked: id, version
+        self.register_parameter("scores", None if scores is None else nn.Parameter(scores))
+        self.register_buffer("bits", stored)
+
+    @property
+    def store(self) -> Tensor:
+        """The tensor that decides the mask: scores or bits."""
+        return cast("Tensor", self.scores if self.scores is not None else self.bits)
+
+    @property
+    def stores(self) -> tuple[Tensor, ...]:
+        """All tensors that decide what it does to a weight."""
+        return (self.store,)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether nothing ordinary writes what decides it: a mask that is bits."""
+        return self.scores is None
+
+    def mask(self) -> Tensor:
+        """Return the bool mask of ``shape``.
+
+        Raises:
+            MaskNotLoadedError: If the adapter was prepared for loading and never loaded.
+            MaskFormatError: If the stored mask is damaged.
+        """
+        if self.scores is not None:
+            return self.selector.mask(self.scores)
+        stored = cast("Tensor", self.bits)
+        self._verify(stored)
+        return bits.unpack(stored, self.shape)
+
+    def forward(self, weight: Tensor, *, is_scratch: bool = False) -> Tensor:
+        """Return ``weight`` with this mask (and scale) applied.
+
+        Args:
+            weight: Float tensor of ``shape``: a fill, or what another adapter left of it.
+            is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
+
+        Returns:
+            Tensor of the same shape and dtype. Gradients reach the scores straight through.
+        """
+        if self.scores is None:
+            return self._apply_bits(weight, is_scratch=is_scratch)
+        return masked_straight_through(
+            weight,
+            self.scores,
+            self.mask(),
+            by_magnitude=self.selector.uses_magnitude,
+            scaled=self.scaled,
+        )
+
+    def _apply_bits(self, weight: Tensor, *, is_scratch: bool) -> Tensor:
+        stored = cast("Tensor", self.bits)
+        if not goes_by_pieces(weight, stored):
+            return masked(weight, self.mask(), scaled=self.scaled)
+        self._verify(stored)
+        return masked_by_pieces(weight, stored, scaled=self.scaled, in_place=is_scratch)
+
+    def _verify(self, stored: Tensor) -> None:
+        """Check bits once, whoever has loaded them: transformers passes PEFT's hooks by."""
+        if not can_be_read(stored):
+            return
+        version = 0 if stored.is_inference() else stored._version
+        if self._verified is not None and self._verified == (id(stored), version):
+            return
+        with untransformed():
+            self._verify_now(stored)
+        self._verified = (id(stored), version)
+
+    def _verify_now(self, stored: Tensor) -> None:
+        if not bits.is_loaded(stored):
+            message = (
+                f"The mask of {self.target!r} was never loaded: the adapter file that was read "
+                "has no such mask. Load the adapter again with PeftModel.from_pretrained."
+            )
+            raise MaskNotLoadedError(message)
+        bits.verify(stored, self.target)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "AdapterMask":
+        """Move and widen as ever, but round nothing: it would choose another mask than trained."""
+        return super()._apply(_without_rounding(fn), recurse)
+
+    def set_type(self, dtype: torch.dtype) -> None:
+        """Give scores or scales another type, which casts of the model do not.
+
+        Args:
+            dtype: The type.
+        """
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+    def extra_repr(self) -> str:
+        """Show the selector and what is held."""
+        held = "scores" if self.scores is not None else "bits"
+        return f"{self.selector.name}, {held}, shape={tuple(self.shape)}"
+
+
+class SignDelta(AdapterMask):
+    """One adapter's change of one weight: W + s (2M - 1), M its signs, s a scale for each output.
+
+    The signs are always bits; the scales can be trained.
+
+    Attributes:
+        rows: Where each output's weights lie.
+        row_scale: Float parameter s of shape (rows.count,).
+        is_final: Whether it was made for inference, so that nobody trains the scales, nor averages
+            them into a copy.
+    """
+
+    adds = True
+
+    def __init__(
+        self,
+        target: str,
+        shape: tuple[int, ...],
+        selector: Selector,
+        fingerprint: Mapping[str, str] | None = None,
+        *,
+        rows: Rows,
+        row_scale: Tensor,
+        stored: Tensor,
+        is_final: bool = False,
+    ) -> None:
+        super().__init__(target, shape, selector, fingerprint, scaled=False, stored=stored)
+        self.rows = rows
+        self.is_final = is_final
+        self.row_scale = nn.Parameter(row_scale)
+
+    @property
+    def stores(self) -> tuple[Tensor, ...]:
+        """The signs and the scales."""
+        return (self.store, self.row_scale)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether nothing ordinary writes the scales."""
+        return self.is_final and not self.row_scale.requires_grad
+
+    def forward(self, weight: Tensor, *, is_scratch: bool = False) -> Tensor:
+        """Return ``weight`` changed by plus or minus its output's scale.
+
+        Args:
+            weight: Float tensor of ``shape``: a fill, or what another adapter made of it.
+            is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
+
+        Returns:
+            Tensor of the same shape and dtype. Gradients reach the scales.
+        """
+        stored = self.store
+        self._verify(stored)
+        return sign_delta_from_bits(weight, stored, self.row_scale, self.rows, in_place=is_scratch)
+
+    def extra_repr(self) -> str:
+        """Show what is held."""
+        return f"sign_delta, {self.rows.count} scales, shape={tuple(self.shape)}"
+
+
+def _without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a cast's function, but that what it would round is only moved."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        found = fn(tensor)
+        holds_all = torch.promote_types(tensor.dtype, found.dtype) == found.dtype
+        return found if holds_all else tensor.to(found.device)
+
+    return moved

@@ -1,0 +1,1 @@
+"""Example inputs for any timm or transformers model, from its configuration alone."""

@@ -1,0 +1,123 @@
+"""The unmasked tensors of a plan: which of them every task has its own copy of."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from pemn_surgery.models.graph_modules import GraphUse
+from pemn_surgery.planning.plan import Owned
+from pemn_surgery.planning.request import Request
+from pemn_surgery.planning.roles import base_modules, is_container, is_embedding, is_norm
+
+
+def owned_tensors(
+    model: nn.Module, request: Request, masked: set[str], uses: Mapping[int, GraphUse]
+) -> Iterator[Owned]:
+    """Yield the unmasked tensors that each task has its own copy of.
+
+    Args:
+        model: Any module.
+        request: What is asked for.
+        masked: Names of the weights that are masked.
+        uses: What graphs do with parameters (`uses_in_graphs`).
+    """
+    seen: dict[int, str] = {}
+    for path, module in base_modules(model):
+        if request.is_saved_whole(path):
+            continue
+        for name, tensor in _unmasked_tensors(path, module, masked):
+            has_gradient = tensor.is_floating_point() or tensor.is_complex()
+            can_train = isinstance(tensor, nn.Parameter) and has_gradient
+            use = uses.get(id(tensor), GraphUse())
+            trained = can_train and _is_trained(module, request, use)
+            full = f"{path}.{name}" if path else name
+            carried = full in request.carried or _is_carried(module, name, tensor, request, use)
+            if not (trained or carried):
+                continue
+            first = seen.setdefault(id(tensor), full)
+            tied_to = "" if first == full else first
+            saved = not is_idle_counter(module, name)
+            yield _describe_owned(
+                path, name, tensor, trained=trained, saved=saved, tied_to=tied_to, widened=trained
+            )  # PEFT trains 16-bit tensors of its layers in float32, and saves them so
+
+
+def whole_tensors(model: nn.Module, request: Request) -> Iterator[Owned]:
+    """Yield the tensors of modules that PEFT trains and saves as a whole."""
+    for path, module in base_modules(model):
+        if path and request.is_saved_whole(path):
+            for name, tensor in _unmasked_tensors(path, module, set()):
+                yield _describe_owned(path, name, tensor, trained=True)
+
+
+def frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:
+    """Yield the paths of norms that stay in eval mode while the task trains."""
+    if request.rest == "freeze":
+        for path, module in base_modules(model):
+            if "running_mean" in module._buffers and not request.is_saved_whole(path):
+                yield path
+
+
+def _describe_owned(
+    path: str,
+    name: str,
+    tensor: Tensor,
+    *,
+    trained: bool,
+    saved: bool = True,
+    tied_to: str = "",
+    widened: bool = False,
+) -> Owned:
+    size = max(tensor.element_size(), 4) if widened else tensor.element_size()
+    return Owned(
+        path=path,
+        tensor=name,
+        shape=tuple(tensor.shape),
+        is_float=tensor.is_floating_point() or tensor.is_complex(),
+        nbytes=tensor.numel() * size,
+        trained=trained,
+        saved=saved,
+        tied_to=tied_to,
+    )
+
+
+def _unmasked_tensors(
+    path: str, module: nn.Module, masked: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    hidden = module._non_persistent_buffers_set
+    for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        full = f"{path}.{name}" if path else name
+        if tensor is not None and full not in masked and name not in hidden:
+            yield name, tensor
+
+
+def _is_trained(module: nn.Module, request: Request, use: GraphUse) -> bool:
+    norm = is_norm(module) or use.is_norm
+    return request.rest == "train" or (request.rest == "norms" and norm)
+
+
+def _is_carried(
+    module: nn.Module, name: str, tensor: Tensor, request: Request, use: GraphUse
+) -> bool:
+    """Tell whether a tensor that is not trained has to be saved with the task.
+
+    Running statistics move while the task trains. With a generated bank the model is nothing but a
+    seed and this file, so everything that a state dict holds travels, of any type: a permutation
+    that was drawn once is an integer buffer. Frozen embeddings stay with the base.
+    """
+    if "running_mean" in module._buffers and name in module._buffers:
+        return request.rest != "freeze" or request.spec.generated
+    return request.spec.generated and not is_embedding(module, name, use)
+
+
+def is_idle_counter(module: nn.Module, name: str) -> bool:
+    """Tell whether a tensor is BatchNorm's batch counter, which is read only without a momentum.
+
+    An exported graph has the momentum as a constant; its modules are plain containers.
+
+    Args:
+        module: The module that holds the tensor.
+        name: The tensor's name on it.
+    """
+    has_momentum = getattr(module, "momentum", None) is not None or is_container(module)
+    return name == "num_batches_tracked" and has_momentum

@@ -1,0 +1,205 @@
+"""Making a plan: every weight of a model, what will happen to it and why. Nothing is touched."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from pemn_surgery.models.forward import Trace
+from pemn_surgery.models.graph_modules import uses_in_graphs
+from pemn_surgery.models.watcher import Use
+from pemn_surgery.numbers import bank as banks
+from pemn_surgery.planning.blocks import repeated_blocks
+from pemn_surgery.planning.candidates import Slot, is_named, weight_slots
+from pemn_surgery.planning.owned import frozen_norms, owned_tensors, whole_tensors
+from pemn_surgery.planning.plan import Left, Plan, Target
+from pemn_surgery.planning.request import Request
+from pemn_surgery.planning.roles import (
+    TABLES,
+    base_modules,
+    fan_in_of,
+    is_norm,
+    is_weight,
+    rows_of,
+    scripted_modules,
+)
+
+
+def make_plan(model: nn.Module, request: Request) -> Plan:
+    """Decide what happens to every tensor of a model.
+
+    Args:
+        model: Any module; one that carries masks already is planned as if it did not.
+        request: What is asked for.
+
+    Returns:
+        The plan.
+    """
+    uses = uses_in_graphs(model)
+    slots = list(weight_slots(model, request, uses))
+    targets, left = _sort_out(slots, request)
+    densities = request.densities({target.name: target.shape for target in targets})
+    targets = [replace(target, density=densities.get(target.name)) for target in targets]
+    masked = {name for target in targets for name in (target.name, *target.tied)}
+    layout = None
+    if request.spec.bank != "own" and targets:
+        weights = [(target.name, target.shape, target.fan_in) for target in targets]
+        layout = banks.lay_out(request.spec, weights)
+    return Plan(
+        spec=request.spec,
+        layout=layout,
+        targets=tuple(targets),
+        left=tuple(left),
+        owned=tuple(owned_tensors(model, request, masked, uses)),
+        frozen_norms=tuple(frozen_norms(model, request)),
+        whole=tuple(whole_tensors(model, request)),
+        parameters=_count_parameters(model, slots),
+        blocks=tuple(repeated_blocks(model)),
+        untraced=request.untraced,
+    )
+
+
+def functional_weights(model: nn.Module, trace: Trace) -> list[str]:
+    """Return the raw parameters that a forward multiplies its input with: experts, projections.
+
+    Not among them: weights of layers, which are masked anyway, tables whose rows it looks up, and
+    what it chooses by (routers, codebooks).
+
+    Args:
+        model: The model.
+        trace: Its trace.
+    """
+    modules = dict(base_modules(model))
+    found = []
+    for name in trace.by_name:
+        path, _, parameter = name.rpartition(".")
+        module = modules.get(path)
+        if module is None or is_weight(module, parameter) or isinstance(module, TABLES):
+            continue
+        is_table = trace.looks_up(name) or name in trace.chosen_by
+        if trace.multiplies(name) and not is_table:
+            found.append(name)
+    return found
+
+
+def rewritten_weights(model: nn.Module, trace: Trace) -> list[str]:
+    """Return the weights that a forward changes in place: what it writes would miss the mask.
+
+    Args:
+        model: The model.
+        trace: Its trace.
+    """
+    modules = dict(base_modules(model))
+    names = [name for name in trace.written if name.rpartition(".")[0] in modules]
+    return [name for name in names if not is_norm(modules[name.rpartition(".")[0]])]
+
+
+def _summary(uses: Sequence[Use]) -> str:
+    """Return in a few words what a forward does with a parameter."""
+    counts: Counter[str] = Counter()
+    for use in uses:
+        place = f" at {use.where}" if use.where else ""
+        counts[f"{use.operator}{place}"] += use.count
+    if not counts:
+        return "not reached by the forward"
+    return ", ".join(f"{what} x{n}" if n > 1 else what for what, n in counts.items())
+
+
+def _sort_out(slots: Sequence[Slot], request: Request) -> tuple[list[Target], list[Left]]:
+    by_identity: dict[int, list[Slot]] = {}
+    for slot in slots:
+        by_identity.setdefault(slot.identity, []).append(slot)
+    targets, left = [], []
+    for group in by_identity.values():
+        masked, staying = _split(group, request)
+        if masked:
+            targets.append(_target(group, masked, staying, request))
+        left.extend(_left(group, masked, staying, request))
+    return targets, left
+
+
+def _split(group: Sequence[Slot], request: Request) -> tuple[list[Slot], list[tuple[Slot, str]]]:
+    """Return which holders of one tensor are masked, and which stay and why."""
+    reasons = [_reason(slot, request) for slot in group]
+    free = [slot for slot, reason in zip(group, reasons, strict=True) if not reason]
+    staying = [(slot, reason) for slot, reason in zip(group, reasons, strict=True) if reason]
+    if not staying or not free:
+        return free, staying
+    embeddings_only = all(slot.is_embedding for slot, _ in staying)
+    if request.tied == "both" and embeddings_only:
+        return list(group), []
+    if request.tied == "untie":
+        return free, staying
+    first, why = staying[0]
+    offer = '; see tied="both" and tied="untie"' if embeddings_only else ""
+    tied = [(slot, f"tied to {first.name}, which stays: {why}{offer}") for slot in free]
+    return [], [*staying, *tied]
+
+
+def _left(
+    group: Sequence[Slot],
+    masked: Sequence[Slot],
+    staying: Sequence[tuple[Slot, str]],
+    request: Request,
+) -> Iterator[Left]:
+    """Yield what stays; a tied tensor counts once as maskable, and not if a copy is masked."""
+    counted = bool(masked)
+    order = {slot.name: place for place, slot in enumerate(group)}
+    for slot, reason in sorted(staying, key=lambda item: order[item[0].name]):
+        maskable = slot.maskable and not counted
+        counted = counted or maskable
+        trace = request.trace
+        uses = [use for one in group for use in trace.of(one.name)] if trace else []
+        use = _summary(uses) if trace and not slot.is_embedding else ""
+        kind = type(slot.module).__name__
+        reached = _is_reached(group, request)
+        yield Left(slot.name, kind, slot.shape, maskable, reason, use, reached, slot.is_open)
+
+
+def _is_reached(group: Sequence[Slot], request: Request) -> bool:
+    """Tell whether a forward uses a tensor; where none was followed, it may."""
+    return request.trace is None or any(request.trace.of(slot.name) for slot in group)
+
+
+def _reason(slot: Slot, request: Request) -> str:
+    if slot.problem:
+        return slot.problem
+    if slot.name in request.functional and not slot.path:
+        return ""  # no module's name could choose it
+    return "" if is_named(slot.name, request) else request.reason_to_leave(slot.path)
+
+
+def _target(
+    group: Sequence[Slot],
+    masked: Sequence[Slot],
+    staying: Sequence[tuple[Slot, str]],
+    request: Request,
+) -> Target:
+    first = masked[0]  # tied slots share one tensor, hence one use in a graph
+    traced = request.trace.of if request.trace else lambda name: ()
+    uses = [use for slot in group for use in traced(slot.name)]
+    rows = rows_of(first.module, first.shape)
+    return Target(
+        path=first.path,
+        parameter=first.parameter,
+        kind=first.operator or type(first.module).__name__,
+        shape=first.shape,
+        fan_in=first.fan_in or fan_in_of(first.module, first.shape),
+        tied=tuple(slot.name for slot in masked[1:]),
+        untied_from=staying[0][0].name if staying else "",
+        use=_summary(uses) if request.trace else "",
+        reached=_is_reached(group, request),
+        row_scales=rows.count if request.row_scaled else 0,
+    )
+
+
+def _count_parameters(model: nn.Module, slots: Sequence[Slot]) -> int:
+    counted = {slot.identity: math.prod(slot.shape) for slot in slots}
+    tensors = [tensor for _, m in base_modules(model) for tensor in m._parameters.values()]
+    tensors.extend(tensor for _, m in scripted_modules(model) for tensor in m.parameters())
+    for tensor in tensors:
+        if tensor is not None and not isinstance(tensor, nn.parameter.UninitializedParameter):
+            counted.setdefault(id(tensor), tensor.numel())  # not what it is packed into
+    return sum(counted.values())

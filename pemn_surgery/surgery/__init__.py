@@ -1,0 +1,1 @@
+"""The only room that changes a model: classes, properties, graphs, all or nothing."""

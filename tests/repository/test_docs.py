@@ -1,0 +1,283 @@
+"""Figures in the README are those of committed result files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pemn_surgery import plan
+from pemn_surgery.commands.quickstart_run import network
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = json.loads((ROOT / "docs/results/quickstart.json").read_text(encoding="utf-8"))
+CIFAR = {
+    path.name: json.loads(path.read_text(encoding="utf-8"))
+    for path in (ROOT / "recipes/cifar10_rp/results").glob("*.json")
+}
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+ROWS = [cells(line) for line in README.splitlines() if line.startswith("|")]
+
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+READMES = [ROOT / "README.md", *sorted((ROOT / "recipes").glob("*/README.md"))]
+
+
+def prose(page):
+    """A page without its code, where # begins a comment and brackets are brackets."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.sub(r"`[^`\n]*`|^    .*", "code", text, flags=re.M)
+
+
+def links(page):
+    """The relative links of a page: file ("" is the page itself) and anchor."""
+    found = re.findall(r"\]\(\s*(?!https?:|mailto:)([^)\s]+?)\s*\)", prose(page))
+    return [link.partition("#")[::2] for link in found]
+
+
+def anchors(page):
+    """What the site and GitHub call the headings of a page; a link needs a name of both."""
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    heads = [re.sub(r"[`*]", "", head) for head in re.findall(r"^#+ (.+?)\s*$", text, re.M)]
+    bare = [re.sub(r"[^\w\s-]", "", head).strip().lower() for head in heads]
+    site = {re.sub(r"[-\s]+", "-", head) for head in bare}
+    return site & {re.sub(r"\s", "-", head) for head in bare}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_what_the_site_has(page):
+    """Files of the docs folder, which the site has as they are, and headings of its pages."""
+    for file, anchor in links(page):
+        target = (page.parent / file).resolve() if file else page
+        assert target.is_file(), file
+        assert target.is_relative_to(ROOT / "docs"), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
+    assert "exclude_docs" not in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", READMES, ids=lambda page: page.parent.name)
+def test_links_of_readmes_lead_to_what_the_project_has(page):
+    for file, anchor in links(page):
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
+
+
+def test_there_are_links_and_anchors_to_check():
+    assert len(PAGES) >= 17
+    assert len(READMES) >= 5
+    found = [link for page in PAGES for link in links(page)]
+    assert len(found) > 40
+    assert sum(bool(anchor) for _, anchor in found) >= 10
+    assert {file for file, _ in links(ROOT / "docs/format.md")} >= {"results/load.json"}
+    assert {"words-of-16-weights", "at-run-time"} < anchors(ROOT / "docs/format.md")
+
+
+def test_every_page_is_in_the_index_and_in_the_menu():
+    names = {page.name for page in PAGES}
+    listed = [file for file, _ in links(ROOT / "docs/index.md")]
+    assert sorted(listed) == sorted(names - {"index.md"})
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    assert sorted(re.findall(r"^  - (\S+\.md)$", menu, re.M)) == sorted(names)
+
+
+def test_quickstart_table():
+    dense = {o["task"]: o["nbytes"] for o in QUICKSTART["outcomes"] if o["method"] == "dense"}
+    outcomes = QUICKSTART["outcomes"]
+    assert len(outcomes) == 6
+    for outcome in outcomes:
+        row = [
+            outcome["task"],
+            outcome["method"],
+            f"{100 * outcome['accuracy']:.2f} %",
+            f"{outcome['nbytes']:,}",
+            f"{dense[outcome['task']] / outcome['nbytes']:.1f} x",
+        ]
+        assert row in [found[:5] for found in ROWS], row
+
+
+def test_a_mask_adapter_is_one_bit_a_weight_and_its_other_tensors():
+    made = plan(network(0), bank="rp", ratio=QUICKSTART["ratio"])
+    sizes = [o["nbytes"] for o in QUICKSTART["outcomes"] if o["method"] == "masks"]
+    assert len(sizes) == 2
+    assert max(sizes) <= made.masked_weights / 8 * 1.02 + made.other_bytes
+
+
+def test_masks_are_within_three_points_of_dense():
+    accuracy = {(o["method"], o["task"]): o["accuracy"] for o in QUICKSTART["outcomes"]}
+    assert QUICKSTART["verified_in_new_process"] is True
+    for task in ("digit", "parity"):
+        assert accuracy["masks", task] > accuracy["dense", task] - 0.03
+
+
+@pytest.mark.parametrize("name", sorted(CIFAR))
+def test_cifar_table(name):
+    result = CIFAR[name]
+    arms = result["arms"]
+    assert set(arms) == {"dense", "masks (rp 1e-2)"}
+    for arm, found in arms.items():
+        row = [
+            result["case"],
+            arm,
+            f"{result['epochs']['run']} of {result['epochs']['paper']}",
+            f"{found['best']['test_accuracy']:.2f} %",
+            f"{found['last']['test_accuracy']:.2f} %",
+            f"{found['bytes']['total']:,}",
+        ]
+        assert row in [listed[:6] for listed in ROWS], row
+
+
+def test_there_are_cifar_results():
+    assert len(CIFAR) >= 1
+
+
+def test_planning_figures():
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "docs/results/planning.json").read_text(encoding="utf-8"))
+    rows = {row["model"]: row for row in result["rows"]}
+    vit, llama = rows["vit_base_patch16_224"], rows["llama 7 B shape, meta"]
+    said = [
+        f"took {vit['plan']:.2f} s for ViT-B beside {vit['meta_forward']:.2f} s",
+        f"{llama['plan']:.2f} s for a 7 B Llama",
+        f"pemnifying ViT-B took {vit['pemnify']:.2f} s",
+    ]
+    shown = " ".join(page.split())
+    for text in said:
+        assert text.replace("0.", ".") in shown, text
+    timed = [row for row in rows.values() if "meta_forward" in row]
+    assert len(timed) == 3
+    assert all(row["plan"] < row["meta_forward"] for row in timed)
+
+
+FINETUNED = json.loads((ROOT / "docs/results/from_finetuned.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", sorted(FINETUNED["cases"]))
+def test_finetuned_table(case):
+    page = (ROOT / "docs/from_finetuned.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    found = FINETUNED["cases"][case]
+    assert len(found["runs"]) == len(FINETUNED["seeds"]) >= 3
+    assert len(found["summary"]) == 8
+    for name, figures in found["summary"].items():
+        accuracy = figures["accuracy"]
+        error = figures.get("error_of_difference")
+        row = [
+            case,
+            name,
+            f"{100 * accuracy['mean']:.1f} ({100 * accuracy['std']:.1f}) %",
+            f"{100 * error['mean']:.1f} %" if error else "",
+            f"{figures['bytes']['mean']:,.0f}",
+        ]
+        assert row in rows, row
+    assert all(
+        figures["others_differing"]["mean"] == 0
+        for figures in found["summary"].values()
+        if "others_differing" in figures
+    )
+
+
+LOAD = json.loads((ROOT / "docs/results/load.json").read_text(encoding="utf-8"))["results"]
+
+
+def test_load_table():
+    page = (ROOT / "docs/format.md").read_text(encoding="utf-8")
+    rows = [cells(line)[1:] for line in page.splitlines() if line.startswith("|")]
+    assert set(LOAD) == {"rp", "own"}
+    for step in ("load_file", "read and check", "load_adapter", "set_adapter"):
+        medians = [LOAD[bank]["steps"][step]["clock_ms"]["median"] for bank in ("rp", "own")]
+        assert [f"{median:.1f}" for median in medians] in rows
+    assert all(bank["masked_weights"] > 86e6 for bank in LOAD.values())
+    assert all(bank["steps"]["load_adapter"]["clock_ms"]["median"] < 300 for bank in LOAD.values())
+
+
+CODING = json.loads((ROOT / "docs/results/coding.json").read_text(encoding="utf-8"))
+
+
+def test_coding_tables():
+    page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    found = {(row["weights"], row["density"]): row for row in CODING["rows"]}
+    densities = (0.5, 0.6, 0.7, 0.8, 0.9, 0.93, 0.94, 0.95, 0.975, 0.99)
+    counts = (10_000, 100_000, 1_000_000, 10_000_000)
+    assert set(found) == {(weights, density) for weights in counts for density in densities}
+    for weights in counts:
+        sizes = [f"{found[weights, density]['size_to_entropy']:.4f}" for density in densities]
+        assert [f"{weights:,}", *sizes] in rows
+    for density in densities:
+        speeds = []
+        for way in ("encode", "decode"):
+            figures = found[10_000_000, density][way]
+            low, high = figures["mb_per_s_quartiles"]
+            speeds += [f"{figures['mb_per_s']:.0f} ({low:.0f}-{high:.0f})"]
+            speeds += [f"{figures['times_numpy']:.1f}"]
+        assert [str(density), *speeds] in rows
+    assert all(row["size_to_entropy"] <= 1.01 for row in CODING["rows"] if row["weights"] >= 10**6)
+    large = [found[10_000_000, density] for density in densities]
+    assert min(row["encode"]["mb_per_s"] for row in large) >= 50
+    assert min(row["decode"]["mb_per_s"] for row in large) >= 150
+
+
+CONTEXT = json.loads((ROOT / "docs/results/context.json").read_text(encoding="utf-8"))["contexts"]
+
+
+def test_context_table():
+    page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    assert len(CONTEXT) == 16
+    for one in CONTEXT:
+        shown = [f"{one['weights']:,}", f"{one['entropy_a_weight']:.2f}"]
+        shown += [f"{one['size_to_entropy']:.4f}"]
+        for way in ("encode", "decode"):
+            low, high = one[way]["mb_per_s_quartiles"]
+            shown += [f"{one[way]['mb_per_s']:.1f} ({low:.1f}-{high:.1f})"]
+        assert shown in rows, shown
+
+
+def test_coding_comparison():
+    page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
+    rows = [cells(line.replace("`", "")) for line in page.splitlines() if line.startswith("|")]
+    ways = {row["way"] for row in CODING["compared"]}
+    assert len(ways) == 10
+    found = {(row["way"], row["density"]): row for row in CODING["compared"]}
+    for way in ways:
+        figures = [found[way, density] for density in (0.6, 0.8, 0.9, 0.975)]
+        shown = [
+            f"{row['size_to_entropy']:.3f}, {row['decode']['mb_per_s']:.0f}" for row in figures
+        ]
+        assert [way, *shown] in rows
+
+
+CODINGS = ["entropy", "context", "base"]
+LEARNED = json.loads((ROOT / "docs/results/learned_masks.json").read_text(encoding="utf-8"))
+
+
+def test_learned_masks_table():
+    """And what is said of it: coded beside their base, all but the tiniest are below the bound."""
+    page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    assert len(LEARNED["rows"]) == 13
+    ratios = {}
+    for one in LEARNED["rows"]:
+        keys = [f"{name}_payload" for name in CODINGS] + CODINGS
+        ratios[one["adapter"]] = {key: one[key] / one["bound"] for key in keys}
+        shown = [
+            one["adapter"].replace("masks_", ""),
+            f"{one['weights']:,}",
+            str(one["masks"]),
+            f"{8 * one['bound'] / one['weights']:.3f}",
+            f"{one['bound']:,.0f}",
+            *(f"{ratios[one['adapter']][key]:.4f}" for key in keys),
+        ]
+        assert shown in rows, shown
+    tiny = ratios.pop("rotation/resnet20-e3-s0/masks_lr10")
+    assert 0.955 < tiny["base_payload"] < 0.965 < 1.3 < tiny["base"]
+    assert all(0.8 < one["base_payload"] < 0.875 for one in ratios.values())
+    assert all(0.87 < one["base"] < 0.98 for one in ratios.values())
