@@ -316,11 +316,11 @@ class PemnConfig(PeftConfig):
             named = getattr(self, name)
             setattr(self, name, named and [file.wish.renamed(one) for one in named])
         if self.density_pattern:
-            names = dict.fromkeys(file.stored_names.values(), ())
+            names = dict.fromkeys(file.called.values(), ())
             old = densities_by_name(names, self.density_pattern)
             self.density_pattern = {
                 f"^{re.escape(name)}": old[stored]
-                for name, stored in file.stored_names.items()
+                for name, stored in file.called.items()
                 if stored in old
             }
 

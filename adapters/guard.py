@@ -219,7 +219,7 @@ def _load_as_stored(
     Bits that are to be trained become scores afterwards; what else trains is left alone.
     """
     file = cast("AdapterFile", config.file)
-    config.keep_scores = len(file.stored) < len(file.masks)
+    config.keep_scores = len(file.headers) < len(file.masks)
     if not options.get("is_trainable") or config.keep_scores or config.form != "product":
         return load(model, **options)
     name = options.get("adapter_name") or "default"
@@ -227,7 +227,7 @@ def _load_as_stored(
     trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     training = model.training
     found = load(model, **{**options, "is_trainable": False})
-    warn_of_bits(len(file.stored))
+    warn_of_bits(len(file.headers))
     to_trainable(model, name)
     model.train(training)
     for parameter, is_trained in trained:
@@ -282,13 +282,13 @@ def _check_base(model: nn.Module, name: str, given: PemnConfig) -> None:
     layers = masked_layers(model, name).values()
     sizes = {layer.target: torch.Size(layer.shape).numel() for layer in layers}
     file = given.file
-    if not given.trained_on or file is None or file.masks != sizes:
+    if not given.trained_on or file is None or file.sizes != sizes:
         return
     now = fingerprint_now(model, name)
     if not file.is_renamed:
         check_fingerprint(given.trained_on, now, "the given model")
         return
-    as_stored = fingerprint_of(list(layers), called=file.stored_names)
+    as_stored = fingerprint_of(list(layers), called=file.called)
     check_fingerprint(given.trained_on, as_stored, "the given model")
     put_on_base(file, short_form(now))
 

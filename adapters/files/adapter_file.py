@@ -251,7 +251,7 @@ def _read(path: Path) -> Contents:
     wish = _wish.get() or Wish()
     file = sort_out(path, nbytes, tensors, stored, sealed, wish)
     seen = {wish.renamed(key): value for key, value in tensors.items()}
-    return Contents(file, seen, frozenset(file.coded))
+    return Contents(file, seen, frozenset(mask_key(name, "bits") for name in file.coded))
 
 
 def _decoded(contents: Contents) -> Contents:
@@ -259,7 +259,7 @@ def _decoded(contents: Contents) -> Contents:
     tensors, file = dict(contents.tensors), contents.file
     for key in contents.coded:
         tensors[key] = codec.decode(tensors[key], key)
-        file.count(key, tensors[key])
+        file.masks[parameter_name(key)].count(tensors[key])
     return Contents(file, tensors)
 
 

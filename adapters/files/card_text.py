@@ -114,9 +114,9 @@ def _density(config: PemnConfig) -> str:
 
 
 def _measured(file: AdapterFile) -> dict[str, str]:
-    weights = sum(file.masks.values())
-    ones = sum(file.ones.values())
-    counted = len(file.ones) == len(file.masks)  # not scores, nor masks coded beside the base
+    weights, counts = sum(file.sizes.values()), file.ones
+    ones = sum(counts.values())
+    counted = len(counts) == len(file.masks)  # not scores, nor masks coded beside the base
     density = {"density": f"{ones / weights:.4f} ({ones:,} ones)"} if counted else {}
     return {
         "masks": f"{len(file.masks):,} of {weights:,} weights",

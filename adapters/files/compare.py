@@ -106,7 +106,7 @@ def compare_adapters(first: str | Path, second: str | Path) -> Comparison:
 def _read(folder: str | Path) -> tuple[PemnConfig, _Masks]:
     with one_reading():
         config, file = open_adapter(folder)
-        if not file.stored:
+        if not file.headers:
             message = (
                 f"{str(folder)!r} holds no masks as bits. Give the folder of an adapter that "
                 "save_pretrained made; a Trainer's checkpoint holds scores."
@@ -115,7 +115,7 @@ def _read(folder: str | Path) -> tuple[PemnConfig, _Masks]:
         check_without_base(file)
         tensors = read_decoded(file.path).tensors
     masks = {}
-    for name, weights in file.masks.items():
+    for name, weights in file.sizes.items():
         payload = tensors[mask_key(name, "bits")].numpy()[HEADER_BYTES:].tobytes()
         masks[name] = (weights, int.from_bytes(payload, "little"))
     return config, masks

@@ -51,6 +51,35 @@ class Wish:
         return name
 
 
+@dataclass
+class FileMask:
+    """What an adapter file says of one mask.
+
+    Attributes:
+        weights: Number of weights that it is of.
+        called: What the file calls the masked parameter.
+        header: What the mask's own header says; None where the file holds float scores.
+        row_scales: Number of scales beside it; 0 but for ``form="sign_delta"``.
+        ones: Number of ones, where it is bits or was decoded; `AdapterFile.ones` has all.
+        coded: The mask while it is coded otherwise than beside the base's numbers, else None.
+    """
+
+    weights: int
+    called: str
+    header: StoredMask | None
+    row_scales: int = 0
+    ones: int | None = None
+    coded: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def count(self, mask: Tensor) -> None:
+        """Count the ones of this mask, now decoded.
+
+        Args:
+            mask: What `bits.pack` returned.
+        """
+        self.ones, self.coded = bits.count_ones(mask), None
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """What an adapter file holds.
@@ -58,37 +87,47 @@ class AdapterFile:
     Attributes:
         path: The file.
         nbytes: Its size.
-        masks: Number of weights of each masked parameter, by the parameter's name.
-        counted: Number of ones of each mask that is bits or was decoded; `ones` has all.
-        coded: Coded masks that were not, by key.
-        stored: What the header of each mask says; empty where the file holds float scores.
+        masks: What it says of each masked parameter, by the parameter's name.
         others: Shape and dtype of every other tensor, by key.
-        scales: Number of row scales beside each mask; empty but for ``form="sign_delta"``.
         sealed: The configuration that the file was saved with, as in ``adapter_config.json``;
             None where the file has no seal.
         wish: What the loading method was asked to see otherwise than it is stored.
-        stored_names: What the file calls the masked parameters, by the names that it is seen under.
     """
 
     path: Path
     nbytes: int
-    masks: Mapping[str, int]
-    counted: dict[str, int] = field(repr=False)
-    coded: dict[str, Tensor] = field(repr=False, compare=False)
-    stored: Mapping[str, StoredMask]
+    masks: Mapping[str, FileMask]
     others: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    scales: Mapping[str, int]
     sealed: Mapping[str, Any] | None
     wish: Wish = Wish()
-    stored_names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of weights of each masked parameter, by the parameter's name."""
+        return {name: mask.weights for name, mask in self.masks.items()}
+
+    @property
+    def headers(self) -> dict[str, StoredMask]:
+        """What each mask's own header says; empty where the file holds float scores."""
+        return {name: mask.header for name, mask in self.masks.items() if mask.header}
+
+    @property
+    def called(self) -> dict[str, str]:
+        """What the file calls the masked parameters, by the names that it is seen under."""
+        return {name: mask.called for name, mask in self.masks.items()}
 
     @property
     def is_renamed(self) -> bool:
         """Whether a masked parameter is called otherwise than in the file."""
-        return any(name != stored for name, stored in self.stored_names.items())
+        return any(name != mask.called for name, mask in self.masks.items())
 
     @property
-    def ones(self) -> Mapping[str, int]:
+    def coded(self) -> dict[str, Tensor]:
+        """The masks that are coded still, but for those beside the base's numbers, by name."""
+        return {name: mask.coded for name, mask in self.masks.items() if mask.coded is not None}
+
+    @property
+    def ones(self) -> dict[str, int]:
         """Number of ones of each mask, but float scores and those coded beside the base.
 
         Coded masks are decoded when this is asked for, if they were not for a load.
@@ -97,19 +136,9 @@ class AdapterFile:
             MaskFormatError: If a coded mask is damaged, or asks for too much memory.
         """
         check_room(self)
-        for key, tensor in [*self.coded.items()]:
-            self.count(key, codec.decode(tensor, key))
-        return {name: self.counted[name] for name in self.masks if name in self.counted}
-
-    def count(self, key: str, mask: Tensor) -> None:
-        """Count the ones of a mask that is decoded.
-
-        Args:
-            key: The mask's key.
-            mask: What `bits.pack` returned.
-        """
-        self.counted[parameter_name(key)] = bits.count_ones(mask)
-        self.coded.pop(key, None)
+        for name, tensor in self.coded.items():
+            self.masks[name].count(codec.decode(tensor, mask_key(name, "bits")))
+        return {name: mask.ones for name, mask in self.masks.items() if mask.ones is not None}
 
 
 def mask_key(name: str, kind: str) -> str:
@@ -154,9 +183,9 @@ def check_room(file: AdapterFile) -> None:
     Raises:
         MaskFormatError: If it asks for more.
     """
-    if not file.coded:
+    coded = {name: header for name, header in file.headers.items() if name in file.coded}
+    if not coded:
         return
-    coded = {parameter_name(key): file.stored[parameter_name(key)] for key in file.coded}
     decoding = max(codec.room(mask) for mask in coded.values())
     needed = sum(bits.packed_bytes(mask.weights) for mask in coded.values()) + decoding
     most = _ROOM + _ROOM_A_BYTE * file.nbytes
@@ -201,32 +230,38 @@ def sort_out(
         wish: What is asked for; the keys above are those of the file.
     """
     names = _renamed_keys(path, tensors, wish)
-    masked = (key for key in tensors if is_mask_key(key))
-    stored_names = {parameter_name(names[key]): parameter_name(key) for key in masked}
-    tensors = {names[key]: value for key, value in tensors.items()}
-    stored = {names[key]: value for key, value in stored.items()}
-    masks, counted, coded, others, scales = {}, {}, {}, {}, {}
+    masks, others = {}, {}
     for key, tensor in tensors.items():
-        name = parameter_name(key)
+        name = parameter_name(names[key])
         if not is_mask_key(key):
-            others[key] = (tuple(tensor.shape), tensor.dtype)
-        elif key.endswith(".row_scale"):
-            scales[name] = tensor.numel()
-        elif is_fingerprint_key(key):
-            continue
-        elif name in masks:
+            others[names[key]] = (tuple(tensor.shape), tensor.dtype)
+        elif name in masks and _holds_choice(key):
             _refuse_second(path, name)
-        else:
-            masks[name] = stored[key].weights if key in stored else tensor.numel()
-    for key, header in stored.items():
-        if header.coding == "bits":
-            counted[parameter_name(key)] = bits.count_ones(tensors[key])
-        elif header.coding != "base":  # that takes the base
-            coded[key] = tensors[key]
-    headers = {parameter_name(key): header for key, header in stored.items()}
-    return AdapterFile(
-        path, nbytes, masks, counted, coded, headers, others, scales, sealed, wish, stored_names
-    )
+        elif _holds_choice(key):
+            masks[name] = _file_mask(parameter_name(key), tensor, stored.get(key))
+    for key in filter(_holds_scales, tensors):
+        name = parameter_name(names[key])
+        if name in masks:
+            masks[name].row_scales = tensors[key].numel()
+    return AdapterFile(path, nbytes, masks, others, sealed, wish)
+
+
+def _holds_choice(key: str) -> bool:
+    """Tell whether a key is that of a mask's bits or scores."""
+    return is_mask_key(key) and not (_holds_scales(key) or is_fingerprint_key(key))
+
+
+def _holds_scales(key: str) -> bool:
+    return is_mask_key(key) and key.endswith(".row_scale")
+
+
+def _file_mask(called: str, tensor: Tensor, header: StoredMask | None) -> FileMask:
+    if header is None:
+        return FileMask(tensor.numel(), called, None)
+    if header.coding == "bits":
+        return FileMask(header.weights, called, header, ones=bits.count_ones(tensor))
+    coded = None if header.coding == "base" else tensor  # that takes the base
+    return FileMask(header.weights, called, header, coded=coded)
 
 
 def _renamed_keys(path: Path, keys: Iterable[str], wish: Wish) -> dict[str, str]:

@@ -24,9 +24,7 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str], sized: 
     Raises:
         ArchitectureError: If names or sizes of masks or of other tensors differ.
     """
-    masks = {
-        name: _shown_mask(weights, file.scales.get(name, 0)) for name, weights in file.masks.items()
-    }
+    masks = {name: _shown_mask(mask.weights, mask.row_scales) for name, mask in file.masks.items()}
     targets = {item.name: _shown_mask(item.weights, item.row_scales) for item in plan.targets}
     others = {
         _plain(key): _shown(shape, is_float=dtype.is_floating_point or dtype.is_complex)
@@ -49,7 +47,7 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str], sized: 
     if not differing:
         return
     message = (
-        f"The adapter masks {len(masks)} tensors of {sum(file.masks.values())} weights and has "
+        f"The adapter masks {len(masks)} tensors of {sum(file.sizes.values())} weights and has "
         f"{len(others)} others; the model has {len(targets)} of {plan.masked_weights} to mask. "
         f"{len(differing)} differ ({'; '.join(differing[:3])}{'; ...' * (len(differing) > 3)}). "
         f"Build the model that the adapter was trained for{_remedy(file)}"
@@ -117,7 +115,7 @@ def check_without_base(file: AdapterFile) -> None:
     Raises:
         MaskFormatError: If a mask is coded beside the base's weights.
     """
-    beside = [name for name, header in file.stored.items() if header.coding == "base"]
+    beside = [name for name, header in file.headers.items() if header.coding == "base"]
     if beside:
         message = (
             f"{len(beside)} of the {len(file.masks)} masks in {str(file.path)!r} are coded beside "

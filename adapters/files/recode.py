@@ -118,7 +118,7 @@ def _check_coding(coding: Any, folder: str | Path) -> None:
 
 
 def _check_keeps_scores(file: AdapterFile, folder: Path, place: Path) -> None:
-    scores = len(file.masks) - len(file.stored)
+    scores = len(file.masks) - len(file.headers)
     if scores and folder.resolve() == place.resolve():
         message = (
             f"{str(folder)!r} holds float scores of {scores} masks, a training to be resumed; "

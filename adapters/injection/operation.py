@@ -177,11 +177,11 @@ class Operation:
         actual_base = self.fingerprint
         if file is not None and file.is_renamed:
             check_can_rename(self.config)
-            actual_base = self._fingerprint(file.stored_names)
+            actual_base = self._fingerprint(file.called)
         if self.config.trained_on is not None:
             fingerprints.check_fingerprint(self.config.trained_on, actual_base, given)
-        stored = self.config.file.stored.values() if self.config.file else ()
-        for mask in stored:
+        headers = file.headers.values() if file is not None else ()
+        for mask in headers:
             expected = fingerprints.from_short_form(mask.base)
             if expected and actual_base:
                 actual = fingerprints.shorten(actual_base)

@@ -33,14 +33,15 @@ def add(commands: Any) -> None:
 
 def _run(parsed: argparse.Namespace) -> int:
     config, file = read_adapter(parsed.adapter)
+    ones = file.ones
     masks = [
         {
             "name": name,
-            "weights": weights,
-            "density": _share(file.ones.get(name), weights),
-            "coding": file.stored[name].coding if name in file.stored else "scores",
+            "weights": mask.weights,
+            "density": _share(ones.get(name), mask.weights),
+            "coding": mask.header.coding if mask.header else "scores",
         }
-        for name, weights in file.masks.items()
+        for name, mask in file.masks.items()
     ]
     if parsed.plot is not None:
         series = {str(parsed.adapter): [mask["density"] for mask in masks]}
@@ -55,7 +56,7 @@ def _run(parsed: argparse.Namespace) -> int:
         for mask in masks
     ]
     shown = tables.table(escape(str(parsed.adapter)), columns, rows)
-    total = sum(file.masks.values())
+    total = sum(file.sizes.values())
     shown.caption = (
         f"bank {config.bank}, {config.bank_init}, seed {config.seed}; {len(masks)} masks of "
         f"{total:,} weights, {len(file.others)} other tensors, {file.nbytes:,} bytes; "

@@ -49,7 +49,7 @@ def recode_adapter(parsed: argparse.Namespace) -> int:
     folder = adapter_folder(parsed.adapter)
     out = _place(parsed, folder)
     after = recode(folder, parsed.coding, out)
-    weights = sum(after.masks.values())
+    weights = sum(after.sizes.values())
     if parsed.json:
         sizes = {"bytes": after.nbytes, "bytes_before": before.nbytes, "weights": weights}
         print_json({"adapter": str(out), "coding": parsed.coding, **sizes})

@@ -154,7 +154,7 @@ def test_files_alone_are_refused_by_name(act, tmp_path):
 def test_inspect_and_card_count_no_ones_of_them(tmp_path, capsys):
     save(tmp_path)
     file = read_adapter_file(tmp_path / models.WEIGHTS_FILE)
-    beside = {name for name, header in file.stored.items() if header.coding == "base"}
+    beside = {name for name, header in file.headers.items() if header.coding == "base"}
     assert len(beside) >= 2
     assert set(file.ones) == set(file.masks) - beside
     assert main(["inspect", str(tmp_path)]) == 0

@@ -45,7 +45,7 @@ class Loads:
         made.save_pretrained(str(folder))
         torch.manual_seed(0)
         self.model = PeftModel.from_pretrained(timm.create_model(MODEL), str(folder))
-        self.weights = sum(file(folder).masks.values())
+        self.weights = sum(file(folder).sizes.values())
         self.nbytes = (folder / WEIGHTS).stat().st_size
 
     def steps(self) -> dict[str, Callable[[], Any]]:

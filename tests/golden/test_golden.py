@@ -62,7 +62,7 @@ def test_there_are_stored_adapters_of_every_kind():
 )
 def test_stored_adapters_hold_masks_of_all_codings(case, codings):
     file = read_adapter_file(FOLDER / "0.1" / case / WEIGHTS)
-    assert {header.coding for header in file.stored.values()} == codings
+    assert {header.coding for header in file.headers.values()} == codings
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_read_adapter_file(saved):
     model = load(folder)
     chosen = models.masks(model)
     assert file.nbytes == path.stat().st_size
-    assert dict(file.masks) == {"0.weight": 108, "3.weight": 1024}
+    assert dict(file.sizes) == {"0.weight": 108, "3.weight": 1024}
     assert dict(file.ones) == {name: int(mask.sum()) for name, mask in chosen.items()}
     assert set(file.others) == set(load_file(path)) - {
         key for key in load_file(path) if "masks" in key

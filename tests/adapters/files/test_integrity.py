@@ -538,7 +538,7 @@ def test_one_altered_byte_is_named_or_harmless(case, data):
 def test_the_fuzzer_damages_every_coding(case):
     for name, whole in case.whole.items():
         (case.folder / name).write_bytes(whole)
-    stored = PemnConfig.from_pretrained(str(case.folder)).file.stored
+    stored = PemnConfig.from_pretrained(str(case.folder)).file.headers
     found = {mask.coding for mask in stored.values()}
     assert found == {case.coding, "entropy", "bits"}
     assert {*fuzz.BANKS, "bits"} == set(get_args(CodingName))

@@ -42,7 +42,7 @@ def test_pack_and_unpack_keep_everything(tmp_path):
     before = content(tmp_path / "bits")
     assert len(before) > 20
     packed = recode(tmp_path / "bits", "entropy", tmp_path / "small")
-    assert {mask.coding for mask in packed.stored.values()} == {"entropy"}
+    assert {mask.coding for mask in packed.headers.values()} == {"entropy"}
     assert packed.nbytes == (tmp_path / "small" / models.WEIGHTS_FILE).stat().st_size
     assert packed.nbytes < (tmp_path / "bits" / models.WEIGHTS_FILE).stat().st_size * 0.75
     assert content(tmp_path / "small") == before

@@ -147,8 +147,8 @@ def test_without_a_model_a_file_must_be_worth_what_it_asks_for(kind, door, tmp_p
 def test_the_configuration_of_such_a_file_is_read_and_its_masks_are_not(tmp_path):
     put(tmp_path, bomb("runs"))
     file = PemnConfig.from_pretrained(str(tmp_path)).file
-    assert file.masks["conv2.weight"] == BOMBS["runs"][2]
-    assert file.stored["conv2.weight"].coding == "entropy"
+    assert file.sizes["conv2.weight"] == BOMBS["runs"][2]
+    assert file.headers["conv2.weight"].coding == "entropy"
 
 
 @pytest.mark.parametrize("coding", ["entropy", "context"])
