@@ -2,6 +2,7 @@
 
     from pemn_surgery import pemnify, plan, PemnConfig, PemnCallback
 
+Everything that the documents tell users to import is here, wherever its file lies (`docs/api.md`).
 Names are imported when they are first used, so that ``import pemn_surgery`` does not import
 transformers, timm or PEFT. PEFT knows masks as soon as both are imported, in either order
 (`pemn_surgery.late`).
@@ -14,63 +15,92 @@ from pemn_surgery import errors
 from pemn_surgery.late import register_with_peft
 
 if TYPE_CHECKING:
-    from pemn_surgery.adapters import (
-        PemnConfig,
-        compare_adapters,
-        from_finetuned,
-        measure_errors,
-        pemnify,
-        plan,
-        recode,
-        rename_adapter,
-        take_back_flips,
-        to_trainable,
-    )
+    from pemn_surgery.adapters.api import pemnify, plan
+    from pemn_surgery.adapters.config import PemnConfig
+    from pemn_surgery.adapters.files.card import complete_card
+    from pemn_surgery.adapters.files.compare import Comparison, Overlap, compare_adapters
+    from pemn_surgery.adapters.files.recode import recode
+    from pemn_surgery.adapters.finetuned.convert import from_finetuned, nearest_mask, nearest_signs
+    from pemn_surgery.adapters.finetuned.errors import ErrorReport, WeightError, measure_errors
+    from pemn_surgery.adapters.model import PemnModel
+    from pemn_surgery.adapters.tasks.flips import Flips, take_back_flips
     from pemn_surgery.adapters.tasks.inference import TaskGuess, infer_task
+    from pemn_surgery.adapters.tasks.manage import rename_adapter, to_trainable
+    from pemn_surgery.adapters.tasks.mixed_batch import GroupValues
     from pemn_surgery.gradients import masks_without_gradient
     from pemn_surgery.masks.masked_weight import keep_weights
+    from pemn_surgery.models.forward import Trace, trace
+    from pemn_surgery.models.inputs.examples import example_inputs
+    from pemn_surgery.models.watcher import Use
+    from pemn_surgery.planning.blocks import Block, repeated_blocks
+    from pemn_surgery.planning.plan import Left, Owned, Plan, Target
     from pemn_surgery.trainer import PemnCallback, for_trainer
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "pemnify": "pemn_surgery.adapters",
-    "plan": "pemn_surgery.adapters",
-    "PemnConfig": "pemn_surgery.adapters",
-    "recode": "pemn_surgery.adapters",
-    "rename_adapter": "pemn_surgery.adapters",
-    "take_back_flips": "pemn_surgery.adapters",
-    "to_trainable": "pemn_surgery.adapters",
-    "compare_adapters": "pemn_surgery.adapters",
-    "from_finetuned": "pemn_surgery.adapters",
-    "measure_errors": "pemn_surgery.adapters",
-    "TaskGuess": "pemn_surgery.adapters.tasks.inference",
-    "infer_task": "pemn_surgery.adapters.tasks.inference",
-    "keep_weights": "pemn_surgery.masks.masked_weight",
-    "masks_without_gradient": "pemn_surgery.gradients",
-    "PemnCallback": "pemn_surgery.trainer",
-    "for_trainer": "pemn_surgery.trainer",
+_NAMES = {
+    "pemn_surgery.adapters.api": ["pemnify", "plan"],
+    "pemn_surgery.adapters.config": ["PemnConfig"],
+    "pemn_surgery.adapters.files.card": ["complete_card"],
+    "pemn_surgery.adapters.files.compare": ["Comparison", "Overlap", "compare_adapters"],
+    "pemn_surgery.adapters.files.recode": ["recode"],
+    "pemn_surgery.adapters.finetuned.convert": ["from_finetuned", "nearest_mask", "nearest_signs"],
+    "pemn_surgery.adapters.finetuned.errors": ["ErrorReport", "WeightError", "measure_errors"],
+    "pemn_surgery.adapters.model": ["PemnModel"],
+    "pemn_surgery.adapters.tasks.flips": ["Flips", "take_back_flips"],
+    "pemn_surgery.adapters.tasks.inference": ["TaskGuess", "infer_task"],
+    "pemn_surgery.adapters.tasks.manage": ["rename_adapter", "to_trainable"],
+    "pemn_surgery.adapters.tasks.mixed_batch": ["GroupValues"],
+    "pemn_surgery.gradients": ["masks_without_gradient"],
+    "pemn_surgery.masks.masked_weight": ["keep_weights"],
+    "pemn_surgery.models.forward": ["Trace", "trace"],
+    "pemn_surgery.models.inputs.examples": ["example_inputs"],
+    "pemn_surgery.models.watcher": ["Use"],
+    "pemn_surgery.planning.blocks": ["Block", "repeated_blocks"],
+    "pemn_surgery.planning.plan": ["Left", "Owned", "Plan", "Target"],
+    "pemn_surgery.trainer": ["PemnCallback", "for_trainer"],
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Block",
+    "Comparison",
+    "ErrorReport",
+    "Flips",
+    "GroupValues",
+    "Left",
+    "Overlap",
+    "Owned",
     "PemnCallback",
     "PemnConfig",
+    "PemnModel",
+    "Plan",
+    "Target",
     "TaskGuess",
+    "Trace",
+    "Use",
+    "WeightError",
     "__version__",
     "compare_adapters",
+    "complete_card",
     "errors",
+    "example_inputs",
     "for_trainer",
     "from_finetuned",
     "infer_task",
     "keep_weights",
     "masks_without_gradient",
     "measure_errors",
+    "nearest_mask",
+    "nearest_signs",
     "pemnify",
     "plan",
     "recode",
     "rename_adapter",
+    "repeated_blocks",
     "take_back_flips",
     "to_trainable",
+    "trace",
 ]
 
 

@@ -240,7 +240,7 @@ def test_the_committed_page_is_that_of_the_committed_results():
     ran = {(one["suite"], one["file"]) for one in stored["results"]}
     assert ran == {(suite, file) for suite in cases.SUITES for file in expected.FILES}
     assert [one["suite"] for one in stored["results"] if not run.is_clean(one)] == []
-    told = " ".join((models.ROOT / "docs/mechanism.md").read_text().split())
+    told = " ".join((models.ROOT / "docs/guarantees.md").read_text().split())
     *_, scores, bits = report.counts(stored["results"])
     assert f"today {scores[2]:,} tests pass with scores kept and {bits[2]:,} with bits" in told
     assert f"{scores[3]} and {bits[3]} are expected to fail" in told

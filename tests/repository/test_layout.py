@@ -73,21 +73,6 @@ print(sorted(heavy), sorted(set(pemn_surgery.__all__) - set(dir(pemn_surgery))))
     assert models.run_python(code).strip() == "[] []"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "PemnCallback", "PemnConfig", "TaskGuess", "errors", "for_trainer", "from_finetuned",
-        "infer_task", "keep_weights", "masks_without_gradient", "measure_errors", "pemnify", "plan",
-        "rename_adapter", "to_trainable",
-    ],
-)  # fmt: skip
-def test_public_names(name):
-    package = importlib.import_module("pemn_surgery")
-    assert name in package.__all__
-    assert name in dir(package)
-    assert getattr(package, name).__doc__
-
-
 def test_unknown_name_is_an_attribute_error():
     package = importlib.import_module("pemn_surgery")
     with pytest.raises(AttributeError, match="'pemn_surgery' has no attribute 'pemify'"):
