@@ -4,8 +4,9 @@ A layer's class says what its ``weight`` is for. A graph may read parameters its
 and hand them to ``linear`` or ``conv2d``: their modules are then plain containers, as everywhere in
 ``torch.export.export(model, ...).module()``, and only the graph says which of them are weights.
 
-Surgery lets a graph call the child that makes a tensor in place of reading the tensor (`surgery`
-says why). Here both kinds of node count as a read, so that a graph can be planned again.
+Surgery lets a graph call the child that makes a tensor instead of reading the tensor
+(`rewrite_graphs` says why). Here both kinds of node count as a read, so that a graph can be planned
+again.
 """
 
 import math
