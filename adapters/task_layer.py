@@ -8,7 +8,7 @@ from torch import nn
 
 from pemn_surgery.adapters.layer import PemnTunerLayer
 from pemn_surgery.masks.task_tensors import TaskTensors, TensorSet
-from pemn_surgery.planning.plan import Owned
+from pemn_surgery.planning.outcomes import Owned
 from pemn_surgery.surgery import operate
 
 

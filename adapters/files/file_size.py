@@ -20,7 +20,8 @@ from pemn_surgery.adapters.files.atomic import config_text, header_bytes, sealed
 from pemn_surgery.masks.task_tensors import TASK_CHILD
 from pemn_surgery.numbers.bank import Shape
 from pemn_surgery.numbers.fingerprint import types_of
-from pemn_surgery.planning.plan import Owned, Plan
+from pemn_surgery.planning.outcomes import Owned
+from pemn_surgery.planning.plan import Plan
 
 _DIGEST = "0" * 16
 
@@ -94,15 +95,14 @@ def _known_types(plan: Plan, model: nn.Module) -> list[str]:
 
 def _header(plan: Plan, model: nn.Module) -> dict[str, Any]:
     entries = sorted(_entries(plan, model), key=lambda one: (-_ORDER.index(one.dtype), one.key))
-    header, place = {}, 0
+    header, offset = {}, 0
     for entry in entries:
-        places = [place, place + entry.nbytes]
         header[entry.key] = {
             "dtype": entry.dtype,
             "shape": list(entry.shape),
-            "data_offsets": places,
+            "data_offsets": [offset, offset + entry.nbytes],
         }
-        place += entry.nbytes
+        offset += entry.nbytes
     return header
 
 
@@ -118,8 +118,8 @@ def _entries(plan: Plan, model: nn.Module) -> Iterator[_Entry]:
     for items, within in ((plan.owned, inside), (plan.whole, "")):
         for item in items:
             if item.saved and not item.tied_to:
-                place = f"{KEY_PREFIX}{item.path}." if item.path else KEY_PREFIX
-                key = f"{place}{within}{item.tensor}"
+                prefix = f"{KEY_PREFIX}{item.path}." if item.path else KEY_PREFIX
+                key = f"{prefix}{within}{item.tensor}"
                 yield _Entry(key, _type_of(item, tensors), item.shape, item.nbytes)
 
 

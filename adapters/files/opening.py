@@ -25,10 +25,10 @@ def open_adapter(folder: str | Path) -> tuple[PemnConfig, AdapterFile]:
         AdapterFileError: If there is no adapter of masks: nothing, another method's, no weights; or
             a file is truncated or altered.
     """
-    place = Path(folder)
-    if not is_there(place / CONFIG):
-        _refuse(folder, _what_is_there(place))
-    config = _read(place)
+    where = Path(folder)
+    if not is_there(where / CONFIG):
+        _refuse(folder, _what_is_there(where))
+    config = _read(where)
     if not isinstance(config, PemnConfig):
         method = str(getattr(config, "peft_type", None) or "no method").rpartition(".")[2]
         _refuse(folder, f"is an adapter of PEFT's method {method}, which has no masks")
@@ -37,20 +37,20 @@ def open_adapter(folder: str | Path) -> tuple[PemnConfig, AdapterFile]:
     return config, config.file
 
 
-def _read(place: Path) -> Any:
+def _read(where: Path) -> Any:
     try:
-        return PemnConfig.from_pretrained(str(place))
+        return PemnConfig.from_pretrained(str(where))
     except AdapterFileError:
         raise
     except _NO_CONFIGURATION as error:
         said = f"{type(error).__name__}: {error}"
-        _refuse(place, f"has an {CONFIG} that is no adapter's configuration ({said})")
+        _refuse(where, f"has an {CONFIG} that is no adapter's configuration ({said})")
 
 
-def _what_is_there(place: Path) -> str:
-    if place.is_dir():
+def _what_is_there(where: Path) -> str:
+    if where.is_dir():
         return f"has no {CONFIG}"
-    return "is a file" if place.exists() else "does not exist"
+    return "is a file" if where.exists() else "does not exist"
 
 
 def _refuse(folder: str | Path, problem: str) -> NoReturn:

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.injection.matching import is_saved_whole
 from pemn_surgery.errors import HeadWarning
-from pemn_surgery.planning.plan import Plan, Target
+from pemn_surgery.planning.outcomes import Target
+from pemn_surgery.planning.plan import Plan
 from pemn_surgery.planning.roles import base_modules, is_container
 
 # What PEFT trains and saves whole for a task. For two of the three it says so only after the layers

@@ -194,7 +194,7 @@ def is_saved_whole(config: PemnConfig, path: str) -> bool:
         path: Path of the module.
     """
     parts = path.split(".")
-    above = [".".join(parts[: place + 1]) for place in range(len(parts))]
+    above = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
     ends = tuple(config.modules_to_save or ())
     return any(name.endswith(ends) for name in above)
 

@@ -158,8 +158,8 @@ def _masked_layers(model: nn.Module, adapters: Sequence[str]) -> list[PemnLayer]
 
 def _masks(layer: PemnLayer, adapters: Sequence[str]) -> list[Tensor]:
     held = {name: layer.mask_of(name) for name in adapters if name in layer.pemn_masks}
-    place = next(iter(held.values())).store.device
-    ones = torch.ones(layer.shape, dtype=torch.bool, device=place)
+    device = next(iter(held.values())).store.device
+    ones = torch.ones(layer.shape, dtype=torch.bool, device=device)
     with torch.no_grad():
         return [held[name].mask() if name in held else ones for name in adapters]
 

@@ -43,19 +43,19 @@ class _Pairs:
     Attributes:
         initial: Bool tensor, the mask that training began with.
         mask: Bool tensor, the trained mask.
-        places: Where they lie in the flat weight, int64 of shape (2, pairs).
+        positions: Where they lie in the flat weight, int64 of shape (2, pairs).
         cost: What taking each pair back is expected to add to the loss, float32 of shape (pairs,).
     """
 
     initial: Tensor
     mask: Tensor
-    places: Tensor
+    positions: Tensor
     cost: Tensor
 
     def taken_back(self, count: int) -> Tensor:
         """Return the mask without the first ``count`` pairs of flips."""
-        found, places = self.mask.flatten(), self.places[:, :count].flatten()
-        found = found.scatter(0, places, self.initial.flatten()[places])
+        found, positions = self.mask.flatten(), self.positions[:, :count].flatten()
+        found = found.scatter(0, positions, self.initial.flatten()[positions])
         return found.view(self.mask.shape)
 
 

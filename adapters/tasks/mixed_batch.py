@@ -179,10 +179,10 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _groups(names: Sequence[str]) -> dict[str, list[int]]:
-    """Return the places of every adapter's samples."""
+    """Return the indices of every adapter's samples."""
     groups: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        groups.setdefault(name, []).append(place)
+    for index, name in enumerate(names):
+        groups.setdefault(name, []).append(index)
     return groups
 
 
@@ -209,8 +209,8 @@ def _by_group(model: nn.Module, method: str) -> Callable[..., Any]:
         names, groups = batch.names, batch.groups
         _check_size((args, kwargs), names)
         parts = []
-        for place, (name, rows) in enumerate(groups.items()):
-            own_args, own_kwargs = _take((args, kwargs), names, rows, place)
+        for index, (name, rows) in enumerate(groups.items()):
+            own_args, own_kwargs = _take((args, kwargs), names, rows, index)
             with _group(name, batch.layers):
                 parts.append(plain(*own_args, **own_kwargs))
         padding = _padding(model, kwargs) if method == "generate" else None
@@ -253,7 +253,7 @@ def _first_dimensions(value: Any) -> Iterator[int]:
             yield from _first_dimensions(item)
 
 
-def _take(value: Any, names: tuple[str, ...], rows: list[int], place: int) -> Any:
+def _take(value: Any, names: tuple[str, ...], rows: list[int], index: int) -> Any:
     """Return a group's part of the inputs."""
     if isinstance(value, Tensor):
         is_batch = value.dim() > 0 and value.shape[0] == len(names)
@@ -265,11 +265,11 @@ def _take(value: Any, names: tuple[str, ...], rows: list[int], place: int) -> An
                 f"{value.names}. Keep the order of the samples between calls."
             )
             raise MixedBatchError(message)
-        return value.values[place]
+        return value.values[index]
     if isinstance(value, Mapping):
-        return {key: _take(item, names, rows, place) for key, item in value.items()}
+        return {key: _take(item, names, rows, index) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_take(item, names, rows, place) for item in value)
+        return type(value)(_take(item, names, rows, index) for item in value)
     return value
 
 
@@ -289,13 +289,13 @@ class _Joiner:
 
     Args:
         names: The adapter of each sample.
-        rows: The places of each group's samples.
+        rows: The indices of each group's samples.
         padding: Token that fills up shorter sequences, or None where none may be shorter.
     """
 
     def __init__(self, names: tuple[str, ...], rows: list[list[int]], padding: int | None) -> None:
         self.names, self.rows, self.padding = names, rows, padding
-        order = [place for group in rows for place in group]
+        order = [index for group in rows for index in group]
         self.order = sorted(range(len(order)), key=order.__getitem__)
 
     def join(self, parts: Sequence[Any]) -> Any:
@@ -332,7 +332,7 @@ class _Joiner:
         if not each:
             return torch.cat(list(parts))
         samples = [sample for part in parts for sample in part.split(each)]
-        return torch.cat([samples[place] for place in self.order])
+        return torch.cat([samples[index] for index in self.order])
 
     def _padded(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         is_tokens = all(part.dim() == 2 and not part.is_floating_point() for part in parts)

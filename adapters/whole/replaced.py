@@ -44,11 +44,11 @@ def new_layers(
         return {}
     modules = {_plain(path): (path, module) for path, module in model.named_modules()}
     masked = [name for name in parts.masked if name not in {layer.target for layer in layers}]
-    places = {name.rpartition(".")[0] for name in masked} | _no_longer_whole(modules, parts)
+    paths = {name.rpartition(".")[0] for name in masked} | _no_longer_whole(modules, parts)
     lost = [n for n in parts.owned if n not in _owned(model, adapter_name)]
-    lost = [name for name in lost if name.rpartition(".")[0] not in places]
-    present = {path for path in places if path in modules and _has_tensors(modules[path][1])}
-    _warn_of_gone(adapter_name, places - present)
+    lost = [name for name in lost if name.rpartition(".")[0] not in paths]
+    present = {path for path in paths if path in modules and _has_tensors(modules[path][1])}
+    _warn_of_gone(adapter_name, paths - present)
     _refuse_lost(adapter_name, lost, modules)
     if not present:
         return {}
@@ -126,7 +126,7 @@ def _refuse_lost(
     raise AdapterError(message)
 
 
-def _check_same_bank(layers: list[PemnLayer], places: Collection[str]) -> None:
+def _check_same_bank(layers: list[PemnLayer], paths: Collection[str]) -> None:
     """Refuse where the bank of the weights that are left is another one.
 
     Raises:
@@ -138,7 +138,7 @@ def _check_same_bank(layers: list[PemnLayer], places: Collection[str]) -> None:
     weights = [(layer.target, tuple(layer.shape), layer.fan_in) for layer in layers]
     if banks.lay_out(layers[0].spec, weights) != bank.layout:
         message = (
-            f"{', '.join(sorted(places))} was replaced after masks were put on the model, and "
+            f"{', '.join(sorted(paths))} was replaced after masks were put on the model, and "
             "without it the seed draws another bank for the other weights. Nothing was saved: "
             "merge (model.merge_and_unload()), or replace the layer before masks are put on."
         )

@@ -41,8 +41,8 @@ def take_sizes(model: nn.Module, adapter_name: str, shapes: Mapping[str, Shape])
     given = {_plain(key, adapter_name): shape for key, shape in shapes.items()}
     for path, wrapper in model.named_modules():
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
-            for place, layer in wrapper.modules_to_save[adapter_name].named_modules():
-                name = _plain(f"{path}.{place}" if place else path, adapter_name)
+            for below, layer in wrapper.modules_to_save[adapter_name].named_modules():
+                name = _plain(f"{path}.{below}" if below else path, adapter_name)
                 _take_size(layer, name, given)
 
 

@@ -1,12 +1,12 @@
 """Which tensor a name is: for who reads, writes, exports or saves it, or moves what is stored.
 
-A tensor that adapters make or choose has two places under one name, ``module.name``: the module's
-tables (parameters and buffers), where whoever looks without asking finds what is stored, and the
-active adapter.
+A *place* is a module and a name under which it stores a tensor, in its tables of parameters and
+buffers; a tied tensor has several. Where adapters make or choose the tensor, whoever looks into the
+tables without asking finds what is stored, and the active adapter has another one for the name.
 
-* Who reads ``module.name`` gets what is in force (the properties of `swapping`).
+* Who reads ``module.name`` gets what is in force (the properties of a swapped class).
 * Who writes ``module.name = value``, by ``register_parameter`` or ``register_buffer`` too, writes
-  what they would read: the active adapter's tensor, else the stored one (`writing`).
+  what they would read: the active adapter's tensor, else the stored one (its methods).
 * Who exports - ``named_parameters`` and ``state_dict``, under the base's names - finds what is
   stored: the base; while adapters are merged what is in force, and the base is set `Aside`.
 * Who saves an adapter gets what the adapter holds.
@@ -71,7 +71,7 @@ def store(place: Place, tensor: Tensor | None) -> None:
 
 
 def as_stored(value: Tensor, like: Tensor | None) -> Tensor:
-    """Return a copy of a tensor of the kind, parameter or not, that is stored in its place."""
+    """Return a copy of a tensor of the kind, parameter or not, of what is stored now."""
     values = value.detach().clone()
     is_parameter = like is None or isinstance(like, nn.Parameter)
     return nn.Parameter(values, requires_grad=False) if is_parameter else values

@@ -32,7 +32,7 @@ class Rows:
         outer: Groups, or experts whose inputs come before their outputs.
         summed: Inputs that come before the outputs.
         outputs: Outputs of one group.
-        inner: Inputs (and places of a kernel) that come after the outputs.
+        inner: Inputs (and positions in a kernel) that come after the outputs.
     """
 
     outer: int
@@ -115,7 +115,7 @@ def _changed(weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tensor:
 
 
 def _signed_pieces(stored: Tensor, scale: Tensor, rows: Rows) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield first place, place past the last, and +s or -s of the weights between them."""
+    """Yield first position, position past the last, and +s or -s of the weights between them."""
     for start, height, width, spread in _matrices(scale, rows):
         step = max(_PIECE // width, 1)
         for top in range(0, height, step):
@@ -129,7 +129,7 @@ def _signed_pieces(stored: Tensor, scale: Tensor, rows: Rows) -> Iterator[tuple[
 
 
 def _matrices(scale: Tensor, rows: Rows) -> Iterator[tuple[int, int, int, Tensor]]:
-    """Yield matrices that make up a weight: place, height, width and scales to broadcast."""
+    """Yield matrices that make up a weight: position, height, width, scales to broadcast."""
     if rows.summed == 1:
         yield 0, rows.count, rows.inner, scale.view(-1, 1)
         return

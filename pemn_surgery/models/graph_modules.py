@@ -4,8 +4,9 @@ A layer's class says what its ``weight`` is for. A graph may read parameters its
 and hand them to ``linear`` or ``conv2d``: their modules are then plain containers, as everywhere in
 ``torch.export.export(model, ...).module()``, and only the graph says which of them are weights.
 
-Surgery lets a graph call the child that makes a tensor in place of reading the tensor (`surgery`
-says why). Here both kinds of node count as a read, so that a graph can be planned again.
+Surgery lets a graph call the child that makes a tensor instead of reading the tensor
+(`rewrite_graphs` says why). Here both kinds of node count as a read, so that a graph can be planned
+again.
 """
 
 import math
@@ -19,26 +20,10 @@ from torch.fx import GraphModule, Node
 
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.masks.task_tensors import TaskTensors
-from pemn_surgery.models.operators import LAYERS, PRODUCTS, is_at, is_in_place
+from pemn_surgery.models.operators import is_in_place, look_up, stands_at
 
 # Where surgery keeps the name that a node read, in the node's `meta`. Pickles drop it.
 READ = "pemn_read"
-
-# fmt: off
-_RESHAPES = {
-    "t", "transpose", "permute", "swapaxes", "movedim", "T", "mT", "numpy_T", "view",
-    "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "select",
-    "slice", "narrow", "chunk", "split", "split_with_sizes", "unbind", "getitem",
-}
-# These pass a weight on in (nearly) its own shape: casts, copies, weight standardisation, fusing.
-_KEEPS = {
-    "to", "_to_copy", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous",
-    "clone", "detach", "alias", "reshape_as", "view_as", "batch_norm", "cat",
-}
-_NORMS = {
-    "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "native_layer_norm",
-}
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -232,19 +217,19 @@ def _operator(node: Node) -> str:
 
 
 def _passes_on(user: Node, operator: str, node: Node) -> bool:
-    if operator == "cat":
-        return True
+    known = look_up(operator)
+    if known.kind == "join":
+        return bool(known.passes)
     others = [argument for argument in user.all_input_nodes if argument is not node]
-    allowed = operator in _KEEPS or (operator in _RESHAPES and not others)
+    allowed = bool(known.passes) and not (known.passes == "new" and others)
     return allowed and bool(user.args) and user.args[0] is node
 
 
 def _viewed(user: Node, operator: str, view: Any, whole: Tensor) -> Any:
     """Return what a node that passes a weight on makes of it, on the meta device."""
-    if operator in ("reshape_as", "view_as"):  # the way back, after weight standardisation
-        return whole
-    if operator in _KEEPS:
-        return view
+    passes = look_up(operator).passes
+    if passes != "new":
+        return whole if passes == "whole" else view
     arguments, options = user.args[1:], user.kwargs
     if user.target is getattr:
         return getattr(view, operator)
@@ -256,9 +241,10 @@ def _viewed(user: Node, operator: str, view: Any, whole: Tensor) -> Any:
 
 def _use(user: Node, operator: str, node: Node, view: Any, dims: int) -> GraphUse:
     written = is_in_place(operator) and user.args[0] is node
+    kind = look_up(operator).kind
     use = GraphUse(
-        is_embedding=operator in ("embedding", "embedding_bag"),
-        is_norm=operator in _NORMS,
+        is_embedding=kind == "lookup",
+        is_norm=kind == "norm",
         problem="is written to by its graph" if written else "",
     )
     fan_in = _fan_in(user, operator, node, tuple(view.shape)) if isinstance(view, Tensor) else 0
@@ -270,13 +256,14 @@ def _fan_in(user: Node, operator: str, node: Node, shape: Sequence[int]) -> int:
     """Return what one output sums over where an operator takes a node as its weight, else 0."""
     if operator == "einsum":
         return _einsum_fan_in(user, node, shape)
-    layer = LAYERS.get(operator, ())
-    if is_at(user.args, user.kwargs, node, layer) and len(shape) > 1:
-        return max(math.prod(shape[1:]), 1)
-    left, right = PRODUCTS.get(operator, ((), ()))
-    if is_at(user.args, user.kwargs, node, right):
+    kind, weights, right, *_ = look_up(operator)
+    if stands_at(user.args, user.kwargs, node, right):
         return shape[-2] if len(shape) > 1 else shape[-1]
-    return shape[-1] if is_at(user.args, user.kwargs, node, left) else 0
+    if not stands_at(user.args, user.kwargs, node, weights):
+        return 0
+    if kind == "product":
+        return shape[-1]
+    return max(math.prod(shape[1:]), 1) if len(shape) > 1 else 0
 
 
 def _einsum_fan_in(user: Node, node: Node, shape: Sequence[int]) -> int:

@@ -1,94 +1,138 @@
-"""Torch's operators by name: where their weights stand, and what they do to their arguments.
+"""Torch's operators by name: one table of what each does with its arguments.
 
-The names are those of torch.nn.functional, torch, operator and torch.ops.aten; the places are the
-same in all of them. `graph` meets them while a forward runs, `graph_modules` in a graph's nodes.
+The names are those of torch.nn.functional, torch, operator and torch.ops.aten; arguments stand at
+the same positions in all of them. A forward that is followed meets the operators while it runs
+(`origins`, `watcher`, `shapes`), a graph has them as nodes (`graph_modules`).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-Places = tuple[int | str, ...]
+from torch import Tensor
 
-# Layers: the places, by number and by keyword, of what they multiply their input with. A recurrent
-# operator on packed sequences has one more argument in front.
-LAYERS: dict[str, Places] = {
-    "linear": (1, "weight"),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), (1, "weight")),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (1, "weight")),
-    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), (2, 3, "params")),
-    **dict.fromkeys(
-        ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), (2, 3, "w_ih", "w_hh")
-    ),
-    "bilinear": (2, "weight"),
-    "deform_conv2d": (1, "weight"),
-    "multi_head_attention_forward": (
+from pemn_surgery.models import result_shapes
+
+# Positions of arguments: by number and by keyword.
+Positions = tuple[int | str, ...]
+
+# What an operator makes of its tensors.
+Kind = Literal[
+    "layer",  # multiplies an input with what stands at `weights`: (outputs, inputs, ...)
+    "product",  # multiplies two factors, of which either may be a weight
+    "lookup",  # looks rows up by the ids in an input
+    "norm",  # normalises; a parameter scales or shifts
+    "choice",  # chooses by the values of an input
+    "join",  # joins tensors to one
+    "part",  # takes a part of its first tensor, from where an input may say
+    "form",  # takes its first tensor, and of the second one only the form
+    "filled",  # takes only the form of a tensor; the result's values are known
+    "unfilled",  # takes only the form of a tensor
+    "arithmetic",  # works element by element, or moves elements: all others
+]
+
+
+class Operator(NamedTuple):
+    """What is known of an operator. Tensors that stand nowhere named are inputs or biases.
+
+    Attributes:
+        kind: What it makes of its tensors.
+        weights: Where weights stand; with a product where the left factor does. A product with
+            positions of neither factor takes a weight anywhere.
+        right: Where the right factor of a product stands: (..., inputs, outputs).
+        passes: In what shape a graph passes a weight on behind it: its "own", a "new" one that
+            the operator gives it, or that of the "whole" parameter, which it gets back; "" where
+            the weight's way through a graph ends, so that its use is here.
+        shape: Returns an empty result for its arguments; None where torch has to be asked.
+    """
+
+    kind: Kind = "arithmetic"
+    weights: Positions = ()
+    right: Positions = ()
+    passes: Literal["", "own", "new", "whole"] = ""
+    shape: Callable[..., Tensor | None] | None = None
+
+
+# fmt: off
+_FAMILIES: tuple[tuple[str, Operator], ...] = (
+    # Layers. A recurrent operator on packed sequences has one more argument in front.
+    ("linear", Operator("layer", (1, "weight"), shape=result_shapes.projected)),
+    ("conv1d conv2d conv3d convolution _convolution", Operator("layer", (1, "weight"))),
+    ("conv_transpose1d conv_transpose2d conv_transpose3d", Operator("layer", (1, "weight"))),
+    ("deform_conv2d", Operator("layer", (1, "weight"))),
+    ("bilinear", Operator("layer", (2, "weight"))),
+    ("lstm gru rnn_tanh rnn_relu", Operator("layer", (2, 3, "params"))),
+    ("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", Operator("layer", (2, 3, "w_ih", "w_hh"))),
+    ("multi_head_attention_forward", Operator("layer", (
         *(5, 11, "in_proj_weight", "out_proj_weight"),
         *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
-    ),
-    "_native_multi_head_attention": (5, 7, "qkv_weight", "proj_weight"),
-    "_transformer_encoder_layer_fwd": (3, 5, 14, 16),
-}
+    ))),
+    ("_native_multi_head_attention", Operator("layer", (5, 7, "qkv_weight", "proj_weight"))),
+    ("_transformer_encoder_layer_fwd", Operator("layer", (3, 5, 14, 16))),
+    # Products.
+    ("matmul __matmul__ mm bmm", Operator("product", (0, "self"), (1, "mat2", "other"))),
+    ("addmm baddbmm addbmm", Operator("product", (1, "mat1", "batch1"), (2, "mat2", "batch2"))),
+    ("einsum tensordot inner dot mv addmv __rmatmul__", Operator("product")),
+    ("_grouped_mm grouped_mm chain_matmul multi_dot", Operator("product")),
+    ("scaled_dot_product_attention", Operator(shape=result_shapes.attended)),
+    # Rows, norms, choices.
+    ("embedding embedding_bag", Operator("lookup")),
+    ("layer_norm rms_norm group_norm", Operator("norm", shape=result_shapes.normalised)),
+    ("instance_norm native_layer_norm", Operator("norm")),
+    ("batch_norm", Operator("norm", passes="own", shape=result_shapes.like)),
+    ("topk argmax argmin sort argsort msort multinomial gumbel_softmax", Operator("choice")),
+    # Joins, parts, forms. Weight standardisation and fusing have their weights in these.
+    ("cat", Operator("join", passes="own")),
+    ("concat concatenate stack hstack vstack", Operator("join")),
+    ("select", Operator("part", passes="new")),
+    ("__getitem__ index index_select gather take_along_dim", Operator("part")),
+    ("view_as reshape_as", Operator("form", passes="whole")),
+    ("type_as to", Operator("form", passes="own")),
+    ("expand_as", Operator("form")),
+    ("zeros_like ones_like full_like new_zeros new_ones new_full new_tensor", Operator("filled")),
+    ("empty_like rand_like randn_like new_empty", Operator("unfilled")),
+    # Casts, copies, other views.
+    ("_to_copy float half bfloat16 double type", Operator(passes="own")),
+    ("contiguous clone detach alias", Operator(passes="own")),
+    ("t transpose permute swapaxes movedim T mT numpy_T flatten unflatten", Operator(passes="new")),
+    ("view _unsafe_view reshape squeeze unsqueeze expand", Operator(passes="new")),
+    ("slice narrow chunk split split_with_sizes unbind getitem", Operator(passes="new")),
+    ("gelu", Operator(shape=result_shapes.like)),
+)
+# fmt: on
 
-# Matrix products: either factor may be a weight; the places of the left and of the right one.
-PRODUCTS: dict[str, tuple[Places, Places]] = {
-    **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm"), ((0, "self"), (1, "mat2", "other"))),
-    **dict.fromkeys(("addmm", "baddbmm", "addbmm"), ((1, "mat1", "batch1"), (2, "mat2", "batch2"))),
-}
+_OPERATORS = {name: operator for names, operator in _FAMILIES for name in names.split()}
 
-# Further products, of which some argument may be a weight.
-_OTHER_PRODUCTS = {
-    *("einsum", "tensordot", "inner", "dot", "mv", "addmv", "__rmatmul__"),
-    *("_grouped_mm", "grouped_mm", "chain_matmul", "multi_dot"),
-}
-
-# What joins tensors to one.
-JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
-
-# What looks rows up by the ids in an input.
-LOOKUPS = {"embedding", "embedding_bag"}
-
-# What chooses by the values of an input.
-CHOICES = {"topk", "argmax", "argmin", "sort", "argsort", "msort", "multinomial", "gumbel_softmax"}
-
-# What takes parts of its first tensor, by places that may come from the input.
-TAKES_PARTS = {"__getitem__", "index", "index_select", "gather", "take_along_dim", "select"}
-
-# What takes from its second tensor only the form.
-TAKES_FORM = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
-
-# Factories: they take from a tensor only the form.
-FACTORIES = {
-    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
-    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
-}
-
-
-def is_product(operator: str) -> bool:
-    """Tell whether an operator multiplies an input with a weight."""
-    return operator in LAYERS or operator in PRODUCTS or operator in _OTHER_PRODUCTS
+_OTHER = Operator()
 
 
-def is_in_place(operator: str) -> bool:
+def look_up(name: str) -> Operator:
+    """Return what is known of an operator by its bare name."""
+    return _OPERATORS.get(name, _OTHER)
+
+
+def is_in_place(name: str) -> bool:
     """Tell whether an operator writes into its first argument, by its name."""
-    augmented = operator.startswith("__i") and operator.endswith("__")
+    augmented = name.startswith("__i") and name.endswith("__")
     return (
-        operator in ("__setitem__", "setitem")
-        or (augmented and operator not in ("__int__", "__index__", "__invert__"))
-        or (operator.endswith("_") and not operator.endswith("__"))
+        name in ("__setitem__", "setitem")
+        or (augmented and name not in ("__int__", "__index__", "__invert__"))
+        or (name.endswith("_") and not name.endswith("__"))
     )
 
 
-def is_at(args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Any, places: Places) -> bool:
-    """Tell whether an argument, or an item of a list that is one, stands at one of some places.
+def stands_at(
+    args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Any, positions: Positions
+) -> bool:
+    """Tell whether an argument, or an item of a list that is one, stands at one of some positions.
 
     Args:
-        args: Arguments by place.
-        kwargs: Arguments by keyword.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
         wanted: The very object that is looked for.
-        places: Places and keywords.
+        positions: Where to look.
     """
-    for place, value in [*enumerate(args), *kwargs.items()]:
+    for position, value in [*enumerate(args), *kwargs.items()]:
         values = value if isinstance(value, (list, tuple)) else (value,)
-        if place in places and any(item is wanted for item in values):
+        if position in positions and any(item is wanted for item in values):
             return True
     return False

@@ -13,17 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from pemn_surgery.models.operators import (
-    FACTORIES,
-    JOINS,
-    LAYERS,
-    LOOKUPS,
-    PRODUCTS,
-    TAKES_FORM,
-    TAKES_PARTS,
-    is_at,
-    is_product,
-)
+from pemn_surgery.models.operators import look_up, stands_at
 
 Names = tuple[str, ...]
 
@@ -88,26 +78,27 @@ def step(
 
     Args:
         operator: Its name.
-        args: Its arguments by place.
-        kwargs: Its arguments by keyword.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         tensors: The tensors among them, in order.
         origins: What each of these is made of.
     """
-    if operator in FACTORIES:
+    kind, weights, right, *_ = look_up(operator)
+    if kind in ("filled", "unfilled"):
         return Step((), CONSTANT)
-    if operator in LAYERS:
-        return _layer([is_at(args, kwargs, x, LAYERS[operator]) for x in tensors], origins)
-    if operator in LOOKUPS:
+    if kind == "layer":
+        return _layer([stands_at(args, kwargs, x, weights) for x in tensors], origins)
+    if kind == "lookup":
         return Step([(name, "rows") for name in _all(o.made_of for o in origins)], FED)
-    if is_product(operator):
-        left, right = PRODUCTS.get(operator, ((), ()))
-        places = (*left, *right)
-        factors = [not places or is_at(args, kwargs, x, places) for x in tensors]
-        return _product(factors, origins)
-    if origins and operator in (*TAKES_PARTS, *TAKES_FORM):
+    if kind == "product":
+        factors = (*weights, *right)
+        return _product(
+            [not factors or stands_at(args, kwargs, x, factors) for x in tensors], origins
+        )
+    if kind in ("part", "form") and origins:
         return _first(origins)
     sizes = [x.numel() for x in tensors]
-    return _arithmetic(sizes, origins, joins=operator in JOINS)
+    return _arithmetic(sizes, origins, joins=kind == "join")
 
 
 def unknown_step(origins: Sequence[Origin]) -> Step:

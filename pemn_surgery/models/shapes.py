@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pemn_surgery.models.operators import TAKES_FORM, is_in_place
-
-# Factories whose values are known although they were asked for on the meta device.
-_LIKE = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "new_tensor")
+from pemn_surgery.models.operators import is_in_place, look_up
 
 
 class Call:
@@ -25,28 +22,29 @@ class Call:
     Args:
         func: Torch's function.
         name: Its name.
-        args: Its arguments by place.
-        kwargs: Its arguments by keyword.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
         made_up: What values are that nobody knows.
     """
 
     def __init__(self, func: Any, name: str, args: tuple, kwargs: dict, made_up: int) -> None:
-        self.func, self.name, self.made_up = func, name, made_up
+        self.func, self.made_up = func, made_up
+        self.operator, self.is_in_place = look_up(name), is_in_place(name)
         self.args, self.kwargs = args, kwargs
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        places = [leaf.is_meta for leaf in self.leaves if isinstance(leaf, Tensor)]
-        self.on_meta, self.all_on_meta = any(places), all(places)
+        on_meta = [leaf.is_meta for leaf in self.leaves if isinstance(leaf, Tensor)]
+        self.on_meta, self.all_on_meta = any(on_meta), all(on_meta)
 
     def run(self) -> Any:
         """Return the operator's result."""
-        if not self.on_meta or self.name in _LIKE:
+        if not self.on_meta or self.operator.kind == "filled":
             return self._call(self._move(_device_cpu))
-        if self._has_values() and is_in_place(self.name):
+        if self._has_values() and self.is_in_place:
             return self.leaves[0]  # what it would write has a shape only
-        if self._has_values() and self.name in TAKES_FORM:  # the first tensor keeps its values
+        if self._has_values() and self.operator.kind == "form":  # the first tensor keeps its values
             return self._call(self._as_zeros())
-        form = _FORMS.get(self.name)
-        known = form(*self.args, **self.kwargs) if form is not None and self.all_on_meta else None
+        shape = self.operator.shape if self.all_on_meta else None
+        known = shape(*self.args, **self.kwargs) if shape is not None else None
         if known is not None:
             return known
         problems = []
@@ -55,7 +53,7 @@ class Call:
                 return self._call(prepare())
             except (RuntimeError, NotImplementedError, IndexError, ValueError) as error:
                 problems.append(error)
-        if is_in_place(self.name):
+        if self.is_in_place:
             return self.leaves[0]
         raise problems[0]
 
@@ -73,7 +71,7 @@ class Call:
 
     def _call(self, leaves: Sequence[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        if self.name in _LIKE:
+        if self.operator.kind == "filled":  # though it was asked for on the meta device
             kwargs = {**kwargs, "device": "cpu"}
         return self.func(*args, **kwargs)
 
@@ -96,38 +94,6 @@ class Call:
     def _has_values(self) -> bool:
         first = self.leaves[0]
         return isinstance(first, Tensor) and not first.is_meta
-
-
-def _normalised(x: Tensor, *_: Any, **options: Any) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device="meta")
-
-
-def _standardised(x: Tensor, *_: Any, **options: Any) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _projected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    if weight.dim() != 2 or not x.dim() or x.shape[-1] != weight.shape[1]:
-        return None
-    same = x.dtype == weight.dtype and (bias is None or bias.shape == weight.shape[:1])
-    return x.new_empty((*x.shape[:-1], weight.shape[0])) if same else None
-
-
-def _attended(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor | None:
-    same = query.dim() == key.dim() == value.dim() and key.shape[-2] == value.shape[-2]
-    if not same or query.shape[:-2] != value.shape[:-2] or query.shape[-1] != key.shape[-1]:
-        return None
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
-
-
-# Operators whose result's form is clear from their arguments. Torch finds it in Python, at up to a
-# millisecond a call, most of what a forward on shapes takes. None: torch shall say what is wrong.
-_FORMS: dict[str, Callable[..., Tensor | None]] = {
-    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm"), _normalised),
-    **dict.fromkeys(("batch_norm", "gelu"), _standardised),
-    "linear": _projected,
-    "scaled_dot_product_attention": _attended,
-}
 
 
 def _zeros_for_shapes(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pemn_surgery.models.operators import CHOICES, is_in_place
+from pemn_surgery.models.operators import is_in_place, look_up
 from pemn_surgery.models.origins import CONSTANT, FED, Origin, Role, Step, step, unknown_step
 from pemn_surgery.models.shapes import Call
 
@@ -30,7 +30,7 @@ _functorch: Any = cast("Any", torch._C)._functorch
 
 _TORCH = str(Path(torch.__file__).parent)
 
-# Namespaces of operators whose arguments `operators` knows.
+# Namespaces of operators that the table of `operators` is about.
 _KNOWN = ("aten", "prims", "torchvision")
 
 
@@ -124,8 +124,8 @@ class Watcher(TorchFunctionMode):
 
         Args:
             func: Torch's function or operator.
-            args: Its arguments by place.
-            kwargs: Its arguments by keyword.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
         """
         self._is_busy = True
         try:
@@ -154,7 +154,7 @@ class Watcher(TorchFunctionMode):
             is_own = module == owner or (bool(owner) and module.startswith(f"{owner}."))
             key = (name, operator, role, module, is_own, "" if is_own else _caller())
             self._found[key] = self._found.get(key, 0) + 1
-        if operator in CHOICES:
+        if look_up(operator).kind == "choice":
             self.chosen_by.update(dict.fromkeys(n for o in origins for n in o.products))
 
     def _note_written(self, tensor: Tensor, origin: Origin) -> None:

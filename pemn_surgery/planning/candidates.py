@@ -1,4 +1,8 @@
-"""The parameters that a plan has to say something about, and what each is."""
+"""A plan's candidates: the parameters that a mask could lie on by their shape, and what each is.
+
+A *candidate* is one name of such a parameter. `planner` decides on all names of one tensor together
+and makes `outcomes` of them: a `Target` of those that are masked, a `Left` of each that stays.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,25 +12,39 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pemn_surgery.masks.attached import held_masks
+from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.models.forward import Trace
 from pemn_surgery.models.graph_modules import GraphUse
 from pemn_surgery.numbers.bank import Shape
+from pemn_surgery.planning.layer_kinds import is_weight
 from pemn_surgery.planning.request import Request
 from pemn_surgery.planning.roles import (
     base_modules,
+    full_name,
     is_container,
     is_embedding,
     is_norm,
-    is_weight,
     scripted_modules,
 )
 
-_NO_WEIGHT = "a raw parameter, not the weight of a layer"
-
 
 @dataclass(frozen=True)
-class Slot:
-    """A parameter that a plan has to say something about."""
+class Candidate:
+    """One name of a parameter that a plan has to say something about.
+
+    Attributes:
+        path: Path of its module.
+        parameter: Its name on the module.
+        module: The module.
+        shape: Shape of its values.
+        identity: What all names of one tensor have in common.
+        problem: Why it cannot be masked, or "".
+        maskable: Whether it is a weight, that is counts in the share of masked ones.
+        operator: What a graph does with it, where the module's class does not say.
+        fan_in: Inputs that one output sums over; 0: as the module's class says.
+        is_embedding: Whether it is a table of rows that was not asked for.
+        is_open: Whether nobody has seen what a forward does with it.
+    """
 
     path: str
     parameter: str
@@ -35,20 +53,20 @@ class Slot:
     identity: int
     problem: str
     maskable: bool
-    operator: str = ""  # what a graph does with it, where the module's class does not say
-    fan_in: int = 0  # 0: as the module's class says
-    is_embedding: bool = False  # one that was not asked for
-    is_open: bool = False  # whether nobody has seen what a forward does with it
+    operator: str = ""
+    fan_in: int = 0
+    is_embedding: bool = False
+    is_open: bool = False
 
     @property
     def name(self) -> str:
         """The parameter's name in the model's state dict."""
-        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+        return full_name(self.path, self.parameter)
 
 
-def weight_slots(
+def candidates(
     model: nn.Module, request: Request, uses: Mapping[int, GraphUse]
-) -> Iterator[Slot]:
+) -> Iterator[Candidate]:
     """Yield every parameter of two or more dimensions, masked ones included.
 
     Args:
@@ -57,102 +75,187 @@ def weight_slots(
         uses: What graphs do with parameters (`uses_in_graphs`).
     """
     for path, module in base_modules(model):
-        held = held_masks(module)
         yield from _packed_elsewhere(path, module, request)
+        held = held_masks(module)
         for parameter, tensor in list(module._parameters.items()):
-            child = held.get(parameter)
-            if tensor is None and child is None:
-                continue
-            identity = id(child) if tensor is None else id(tensor)
-            if child is not None:
-                fan_in = child.fan_in
-                yield Slot(path, parameter, module, child.shape, identity, "", True, fan_in=fan_in)
+            if parameter in held:
+                yield _masked(path, parameter, module, held[parameter], tensor)
             elif tensor is not None:
-                use = uses.get(identity, GraphUse())
-                slot = _describe(path, parameter, module, tensor, request, use)
-                if slot is not None:
-                    yield slot
+                use = uses.get(id(tensor), GraphUse())
+                known = _Known(path, parameter, module, tensor, request, use)
+                yield from _candidate(known)
     yield from _scripted(model, request)
 
 
-def _scripted(model: nn.Module, request: Request) -> Iterator[Slot]:
+def _packed_elsewhere(path: str, module: Any, request: Request) -> Iterator[Candidate]:
+    """Yield a quantised weight that no parameter holds: GPTQ and others pack it into buffers."""
+    problem = request.quantised.get(full_name(path, "weight"))
+    if problem is not None and module._parameters.get("weight") is None:
+        shape = (module.out_features, module.in_features)
+        yield Candidate(path, "weight", module, shape, id(module), problem, maskable=True)
+
+
+def _scripted(model: nn.Module, request: Request) -> Iterator[Candidate]:
     """Yield the weights of modules whose code ``torch.jit`` has compiled."""
     problem = "is in a module that torch.jit has compiled, where no mask can act; pemnify first"
     for outer, scripted in scripted_modules(model):
         for inner, tensor in scripted.named_parameters():
-            name = f"{outer}.{inner}" if outer else inner
+            name = full_name(outer, inner)
             path, _, parameter = name.rpartition(".")
             seen = request.trace
-            maskable = tensor.dim() >= 2 and (seen is None or seen.multiplies(name))
             if tensor.dim() >= 2:
+                maskable = seen is None or seen.multiplies(name)
                 shape = tuple(tensor.shape)
-                yield Slot(path, parameter, scripted, shape, id(tensor), problem, maskable)
+                yield Candidate(path, parameter, scripted, shape, id(tensor), problem, maskable)
 
 
-def _packed_elsewhere(path: str, module: Any, request: Request) -> Iterator[Slot]:
-    """Yield a quantised weight that no parameter holds: GPTQ and others pack it into buffers."""
-    problem = request.quantised.get(f"{path}.weight" if path else "weight")
-    if problem is not None and module._parameters.get("weight") is None:
-        shape = (module.out_features, module.in_features)
-        yield Slot(path, "weight", module, shape, id(module), problem, maskable=True)
+def _masked(
+    path: str, parameter: str, module: nn.Module, child: MaskedWeight, tensor: Tensor | None
+) -> Candidate:
+    """Return a weight that has masks already; a bank has taken its tensor away."""
+    identity = id(child) if tensor is None else id(tensor)
+    fan_in = child.fan_in
+    return Candidate(path, parameter, module, child.shape, identity, "", True, fan_in=fan_in)
 
 
-def _describe(
-    path: str, parameter: str, module: nn.Module, tensor: Tensor, request: Request, use: GraphUse
-) -> Slot | None:
-    name = f"{path}.{parameter}" if path else parameter
-    asked = is_named(name, request) or name in request.functional
-    table = is_embedding(module, parameter, use)
-    of_layer = is_weight(module, parameter)
-    in_graph = bool(use.operator) and not use.is_embedding and not of_layer
-    maskable = asked or (table and request.is_named(path)) or of_layer or in_graph
+@dataclass(frozen=True)
+class _Known:
+    """A parameter without masks, and what is known of it.
+
+    Attributes:
+        path: Path of its module.
+        parameter: Its name on the module.
+        module: The module.
+        tensor: The parameter.
+        request: What is asked for.
+        use: What graphs do with it.
+    """
+
+    path: str
+    parameter: str
+    module: nn.Module
+    tensor: Tensor
+    request: Request
+    use: GraphUse
+
+    @property
+    def name(self) -> str:
+        """Its name in the model's state dict."""
+        return full_name(self.path, self.parameter)
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether its own name was given, by the user or by who followed a forward."""
+        return is_named(self.name, self.request) or self.name in self.request.functional
+
+    @property
+    def is_table(self) -> bool:
+        """Whether rows of it are looked up."""
+        return is_embedding(self.module, self.parameter, self.use)
+
+    @property
+    def is_weight_of_layer(self) -> bool:
+        """Whether its module's class says that it is a weight."""
+        return is_weight(self.module, self.parameter)
+
+    @property
+    def is_weight_of_graph(self) -> bool:
+        """Whether nothing but a graph says that it is a weight."""
+        return bool(self.use.operator) and not self.use.is_embedding and not self.is_weight_of_layer
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is to be masked, unless something prevents it."""
+        asked = self.is_asked_for or (self.is_table and self.request.is_named(self.path))
+        return asked or self.is_weight_of_layer or self.is_weight_of_graph
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of its values; packed ones are stored in another."""
+        if self.name in self.request.quantised:
+            layer: Any = self.module
+            return (layer.out_features, layer.in_features)
+        return tuple(self.tensor.shape)
+
+
+def _candidate(known: _Known) -> Iterator[Candidate]:
+    """Yield what a parameter is to a plan; nothing where it is a vector that was not asked for."""
+    names, tensor = (known.path, known.parameter, known.module), known.tensor
     if isinstance(tensor, nn.parameter.UninitializedParameter):
-        return Slot(path, parameter, module, (0,), id(tensor), "has no shape yet (lazy)", maskable)
-    if tensor.dim() < 2 and not maskable:
-        return None
-    shape = _shape(name, module, tensor, request)
-    problem = use.problem if maskable else _why_not(module, parameter, name, request, use)
-    unnamed = table and not maskable
-    if not maskable and not table:
-        maskable = _is_weight_to(request.trace, name)
-    if path.endswith(".parametrizations.weight") and not asked:
-        maskable, problem = True, "is parametrised (weight norm or the like)"
-    packed = _quantised_type(tensor)
-    if maskable and name in request.quantised:
-        problem = request.quantised[name]
-    elif maskable and tensor.is_complex():
-        problem = "is complex"
-    elif maskable and packed:
-        problem = f"is stored as {packed} (quantised)"
-    elif maskable and tensor.numel() == 0:
-        problem = "has no elements"
-    elif maskable and name in request.rewritten:
-        problem = "the forward changes it in place, so that a mask would not last"
-    operator, fan_in = (use.operator, use.fan_in) if in_graph else ("", 0)
-    return Slot(
-        path,
-        parameter,
-        module,
-        shape,
-        id(tensor),
-        problem,
-        maskable,
-        operator=operator,
-        fan_in=fan_in,
-        is_embedding=unnamed,
-        is_open=not maskable and not table and _is_open(module, request),
-    )
+        problem = "has no shape yet (lazy)"
+        yield Candidate(*names, (0,), id(tensor), problem, known.is_wanted)
+    elif tensor.dim() >= 2 or known.is_wanted:
+        maskable, problem = _verdict(known)
+        use = known.use if known.is_weight_of_graph else GraphUse(fan_in=0)
+        yield Candidate(
+            *names,
+            known.shape,
+            id(tensor),
+            problem,
+            maskable,
+            operator=use.operator,
+            fan_in=use.fan_in,
+            is_embedding=known.is_table and not known.is_wanted,
+            is_open=not maskable and not known.is_table and _is_open(known),
+        )
 
 
-def _is_open(module: nn.Module, request: Request) -> bool:
-    return request.unseen and not is_norm(module) and not is_container(module)
+def _is_open(known: _Known) -> bool:
+    module = known.module
+    return known.request.unseen and not is_norm(module) and not is_container(module)
 
 
-def _shape(name: str, module: Any, tensor: Tensor, request: Request) -> Shape:
-    """Return the shape of a weight's values; packed ones are stored in another."""
-    if name in request.quantised:
-        return (module.out_features, module.in_features)
-    return tuple(tensor.shape)
+def _verdict(known: _Known) -> tuple[bool, str]:
+    """Return whether a parameter is a weight that could be masked, and why it stays, or ""."""
+    maskable, problem = _by_role(known)
+    if maskable:
+        problem = known.request.quantised.get(known.name, next(_obstacles(known), problem))
+    return maskable, problem
+
+
+def _by_role(known: _Known) -> tuple[bool, str]:
+    """Return the verdict by what a parameter is, whatever its numbers are."""
+    if known.path.endswith(".parametrizations.weight") and not known.is_asked_for:
+        return True, "is parametrised (weight norm or the like)"
+    if known.is_wanted:
+        return True, known.use.problem
+    if known.is_table:
+        return False, "an embedding, masked only if target_modules names it"
+    trace = known.request.trace
+    named_so = known.parameter == "weight" or known.parameter.startswith("weight_")
+    if trace is None and named_so and not is_container(known.module):
+        return False, f"masks for {type(known.module).__name__} are not available"
+    maskable, what = _to_a_forward(known.name, trace)
+    offer = f"{what}, masked only if target_parameters names it"
+    return maskable, offer if what else "a raw parameter, not the weight of a layer"
+
+
+def _to_a_forward(name: str, seen: Trace | None) -> tuple[bool, str]:
+    """Return whether a raw parameter is a weight to a forward, for all that was seen, and what."""
+    if seen is None:
+        return False, ""
+    if seen.looks_up(name):
+        return False, "a table"
+    unknown, multiplies = seen.unknown_operator(name), seen.multiplies(name)
+    what = "a raw parameter" if multiplies else ""
+    if unknown:
+        what = f"goes into {unknown}, which can do anything with it"
+    if name in seen.chosen_by:
+        what = "a router"
+    return multiplies or bool(unknown), what
+
+
+def _obstacles(known: _Known) -> Iterator[str]:
+    """Yield why no mask can lie on the numbers of a weight."""
+    tensor, packed = known.tensor, _quantised_type(known.tensor)
+    if tensor.is_complex():
+        yield "is complex"
+    if packed:
+        yield f"is stored as {packed} (quantised)"
+    if tensor.numel() == 0:
+        yield "has no elements"
+    if known.name in known.request.rewritten:
+        yield "the forward changes it in place, so that a mask would not last"
 
 
 def _quantised_type(tensor: Tensor) -> str:
@@ -169,34 +272,3 @@ def _quantised_type(tensor: Tensor) -> str:
 def is_named(name: str, request: Request) -> bool:
     """Tell whether a parameter was asked for by the end of its own name."""
     return any(name == item or name.endswith(f".{item}") for item in request.parameters)
-
-
-def _why_not(module: nn.Module, parameter: str, name: str, request: Request, use: GraphUse) -> str:
-    if is_embedding(module, parameter, use):
-        return "an embedding, masked only if target_modules names it"
-    named_so = parameter == "weight" or parameter.startswith("weight_")
-    if request.trace is None and named_so and not is_container(module):
-        return f"masks for {type(module).__name__} are not available"
-    what = _what_it_is(name, request.trace)
-    return f"{what}, masked only if target_parameters names it" if what else _NO_WEIGHT
-
-
-def _what_it_is(name: str, seen: Trace | None) -> str:
-    """Return in words what a raw parameter is to a forward, "" if that is nothing to be masked."""
-    if seen is None:
-        return ""
-    if seen.looks_up(name):
-        return "a table"
-    if name in seen.chosen_by:
-        return "a router"
-    unknown = seen.unknown_operator(name)
-    if unknown:
-        return f"goes into {unknown}, which can do anything with it"
-    return "a raw parameter" if seen.multiplies(name) else ""
-
-
-def _is_weight_to(seen: Trace | None, name: str) -> bool:
-    """Tell whether a forward multiplies an input with a raw parameter, for all that was seen."""
-    if seen is None or seen.looks_up(name):
-        return False
-    return seen.multiplies(name) or bool(seen.unknown_operator(name))

@@ -5,9 +5,15 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from pemn_surgery.models.graph_modules import GraphUse
-from pemn_surgery.planning.plan import Owned
+from pemn_surgery.planning.outcomes import Owned
 from pemn_surgery.planning.request import Request
-from pemn_surgery.planning.roles import base_modules, is_container, is_embedding, is_norm
+from pemn_surgery.planning.roles import (
+    base_modules,
+    full_name,
+    is_container,
+    is_embedding,
+    is_norm,
+)
 
 
 def owned_tensors(
@@ -30,7 +36,7 @@ def owned_tensors(
             can_train = isinstance(tensor, nn.Parameter) and has_gradient
             use = uses.get(id(tensor), GraphUse())
             trained = can_train and _is_trained(module, request, use)
-            full = f"{path}.{name}" if path else name
+            full = full_name(path, name)
             carried = full in request.carried or _is_carried(module, name, tensor, request, use)
             if not (trained or carried):
                 continue
@@ -86,7 +92,7 @@ def _unmasked_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     hidden = module._non_persistent_buffers_set
     for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        full = f"{path}.{name}" if path else name
+        full = full_name(path, name)
         if tensor is not None and full not in masked and name not in hidden:
             yield name, tensor
 

@@ -12,19 +12,16 @@ from pemn_surgery.models.graph_modules import uses_in_graphs
 from pemn_surgery.models.watcher import Use
 from pemn_surgery.numbers import bank as banks
 from pemn_surgery.planning.blocks import repeated_blocks
-from pemn_surgery.planning.candidates import Slot, is_named, weight_slots
+from pemn_surgery.planning.candidates import Candidate, candidates, is_named
+from pemn_surgery.planning.layer_kinds import fan_in_of, is_weight, rows_of
+from pemn_surgery.planning.outcomes import Left, Target
 from pemn_surgery.planning.owned import frozen_norms, owned_tensors, whole_tensors
-from pemn_surgery.planning.plan import Left, Plan, Target
+from pemn_surgery.planning.plan import Plan
 from pemn_surgery.planning.request import Request
-from pemn_surgery.planning.roles import (
-    TABLES,
-    base_modules,
-    fan_in_of,
-    is_norm,
-    is_weight,
-    rows_of,
-    scripted_modules,
-)
+from pemn_surgery.planning.roles import TABLES, base_modules, is_norm, scripted_modules
+
+# A candidate that stays, and why.
+Staying = tuple[Candidate, str]
 
 
 def make_plan(model: nn.Module, request: Request) -> Plan:
@@ -38,8 +35,8 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         The plan.
     """
     uses = uses_in_graphs(model)
-    slots = list(weight_slots(model, request, uses))
-    targets, left = _sort_out(slots, request)
+    found = list(candidates(model, request, uses))
+    targets, left = _sort_out(found, request)
     densities = request.densities({target.name: target.shape for target in targets})
     targets = [replace(target, density=densities.get(target.name)) for target in targets]
     masked = {name for target in targets for name in (target.name, *target.tied)}
@@ -55,7 +52,7 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
         owned=tuple(owned_tensors(model, request, masked, uses)),
         frozen_norms=tuple(frozen_norms(model, request)),
         whole=tuple(whole_tensors(model, request)),
-        parameters=_count_parameters(model, slots),
+        parameters=_count_parameters(model, found),
         blocks=tuple(repeated_blocks(model)),
         untraced=request.untraced,
     )
@@ -100,17 +97,17 @@ def _summary(uses: Sequence[Use]) -> str:
     """Return in a few words what a forward does with a parameter."""
     counts: Counter[str] = Counter()
     for use in uses:
-        place = f" at {use.where}" if use.where else ""
-        counts[f"{use.operator}{place}"] += use.count
+        where = f" at {use.where}" if use.where else ""
+        counts[f"{use.operator}{where}"] += use.count
     if not counts:
         return "not reached by the forward"
     return ", ".join(f"{what} x{n}" if n > 1 else what for what, n in counts.items())
 
 
-def _sort_out(slots: Sequence[Slot], request: Request) -> tuple[list[Target], list[Left]]:
-    by_identity: dict[int, list[Slot]] = {}
-    for slot in slots:
-        by_identity.setdefault(slot.identity, []).append(slot)
+def _sort_out(found: Sequence[Candidate], request: Request) -> tuple[list[Target], list[Left]]:
+    by_identity: dict[int, list[Candidate]] = {}
+    for one in found:
+        by_identity.setdefault(one.identity, []).append(one)
     targets, left = [], []
     for group in by_identity.values():
         masked, staying = _split(group, request)
@@ -120,66 +117,65 @@ def _sort_out(slots: Sequence[Slot], request: Request) -> tuple[list[Target], li
     return targets, left
 
 
-def _split(group: Sequence[Slot], request: Request) -> tuple[list[Slot], list[tuple[Slot, str]]]:
-    """Return which holders of one tensor are masked, and which stay and why."""
-    reasons = [_reason(slot, request) for slot in group]
-    free = [slot for slot, reason in zip(group, reasons, strict=True) if not reason]
-    staying = [(slot, reason) for slot, reason in zip(group, reasons, strict=True) if reason]
+def _split(group: Sequence[Candidate], request: Request) -> tuple[list[Candidate], list[Staying]]:
+    """Return which names of one tensor are masked, and which stay and why."""
+    reasons = [(one, _reason(one, request)) for one in group]
+    free = [one for one, reason in reasons if not reason]
+    staying = [(one, reason) for one, reason in reasons if reason]
     if not staying or not free:
         return free, staying
-    embeddings_only = all(slot.is_embedding for slot, _ in staying)
+    embeddings_only = all(one.is_embedding for one, _ in staying)
     if request.tied == "both" and embeddings_only:
         return list(group), []
     if request.tied == "untie":
         return free, staying
     first, why = staying[0]
     offer = '; see tied="both" and tied="untie"' if embeddings_only else ""
-    tied = [(slot, f"tied to {first.name}, which stays: {why}{offer}") for slot in free]
+    tied = [(one, f"tied to {first.name}, which stays: {why}{offer}") for one in free]
     return [], [*staying, *tied]
 
 
 def _left(
-    group: Sequence[Slot],
-    masked: Sequence[Slot],
-    staying: Sequence[tuple[Slot, str]],
+    group: Sequence[Candidate],
+    masked: Sequence[Candidate],
+    staying: Sequence[Staying],
     request: Request,
 ) -> Iterator[Left]:
     """Yield what stays; a tied tensor counts once as maskable, and not if a copy is masked."""
     counted = bool(masked)
-    order = {slot.name: place for place, slot in enumerate(group)}
-    for slot, reason in sorted(staying, key=lambda item: order[item[0].name]):
-        maskable = slot.maskable and not counted
+    order = {one.name: index for index, one in enumerate(group)}
+    trace, reached = request.trace, _is_reached(group, request)
+    uses = [use for one in group for use in trace.of(one.name)] if trace else []
+    for one, reason in sorted(staying, key=lambda item: order[item[0].name]):
+        maskable = one.maskable and not counted
         counted = counted or maskable
-        trace = request.trace
-        uses = [use for one in group for use in trace.of(one.name)] if trace else []
-        use = _summary(uses) if trace and not slot.is_embedding else ""
-        kind = type(slot.module).__name__
-        reached = _is_reached(group, request)
-        yield Left(slot.name, kind, slot.shape, maskable, reason, use, reached, slot.is_open)
+        use = _summary(uses) if trace and not one.is_embedding else ""
+        kind = type(one.module).__name__
+        yield Left(one.name, kind, one.shape, maskable, reason, use, reached, one.is_open)
 
 
-def _is_reached(group: Sequence[Slot], request: Request) -> bool:
+def _is_reached(group: Sequence[Candidate], request: Request) -> bool:
     """Tell whether a forward uses a tensor; where none was followed, it may."""
-    return request.trace is None or any(request.trace.of(slot.name) for slot in group)
+    return request.trace is None or any(request.trace.of(one.name) for one in group)
 
 
-def _reason(slot: Slot, request: Request) -> str:
-    if slot.problem:
-        return slot.problem
-    if slot.name in request.functional and not slot.path:
+def _reason(candidate: Candidate, request: Request) -> str:
+    if candidate.problem:
+        return candidate.problem
+    if candidate.name in request.functional and not candidate.path:
         return ""  # no module's name could choose it
-    return "" if is_named(slot.name, request) else request.reason_to_leave(slot.path)
+    return "" if is_named(candidate.name, request) else request.reason_to_leave(candidate.path)
 
 
 def _target(
-    group: Sequence[Slot],
-    masked: Sequence[Slot],
-    staying: Sequence[tuple[Slot, str]],
+    group: Sequence[Candidate],
+    masked: Sequence[Candidate],
+    staying: Sequence[Staying],
     request: Request,
 ) -> Target:
-    first = masked[0]  # tied slots share one tensor, hence one use in a graph
+    first = masked[0]  # tied candidates share one tensor, hence one use in a graph
     traced = request.trace.of if request.trace else lambda name: ()
-    uses = [use for slot in group for use in traced(slot.name)]
+    uses = [use for one in group for use in traced(one.name)]
     rows = rows_of(first.module, first.shape)
     return Target(
         path=first.path,
@@ -187,7 +183,7 @@ def _target(
         kind=first.operator or type(first.module).__name__,
         shape=first.shape,
         fan_in=first.fan_in or fan_in_of(first.module, first.shape),
-        tied=tuple(slot.name for slot in masked[1:]),
+        tied=tuple(one.name for one in masked[1:]),
         untied_from=staying[0][0].name if staying else "",
         use=_summary(uses) if request.trace else "",
         reached=_is_reached(group, request),
@@ -195,8 +191,8 @@ def _target(
     )
 
 
-def _count_parameters(model: nn.Module, slots: Sequence[Slot]) -> int:
-    counted = {slot.identity: math.prod(slot.shape) for slot in slots}
+def _count_parameters(model: nn.Module, found: Sequence[Candidate]) -> int:
+    counted = {one.identity: math.prod(one.shape) for one in found}
     tensors = [tensor for _, m in base_modules(model) for tensor in m._parameters.values()]
     tensors.extend(tensor for _, m in scripted_modules(model) for tensor in m.parameters())
     for tensor in tensors:

@@ -11,8 +11,7 @@ value that was there before. What is NaN afterwards has no initialiser: the mode
 was and the error names it.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,18 +21,10 @@ from torch import Tensor, nn
 
 from pemn_surgery.errors import MetaTensorError
 from pemn_surgery.planning.plan import Plan
-from pemn_surgery.planning.roles import base_modules
+from pemn_surgery.planning.roles import base_modules, full_name
+from pemn_surgery.surgery.initialisers import HOW_TO_FILL, INITIALISED, initialise
 from pemn_surgery.surgery.undo import undone_on_error
 
-# In this order: what a layer draws for itself, what timm computes, what a model sets over both.
-_INITIALISERS = (
-    "reset_parameters",
-    "_reset_parameters",
-    "init_non_persistent_buffers",
-    "init_weights",
-)
-# Transformers' mark on modules and tensors that its initialisers shall pass by.
-_DONE = "_is_hf_initialized"
 _LAZY = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 _NAMES_SHOWN = 5
 
@@ -120,27 +111,27 @@ def fill_in(model: nn.Module, plan: Plan, device: torch.device, supply: Supply) 
     """
     masked = {name for target in plan.targets for name in (target.name, *target.tied)}
     missing, others = [], []
-    for place in _places(model):
-        is_missing = place.tensor.is_meta and place.name not in masked
-        (missing if is_missing else others).append(place)
+    for entry in _entries(model):
+        is_missing = entry.tensor.is_meta and entry.name not in masked
+        (missing if is_missing else others).append(entry)
     if supply.loading:
         _check_nothing_is_invented(missing, supply.carried)
     with undone_on_error(model):
         _allocate(missing, device)
         with _hidden(others):
-            _initialise(model, {id(place.module) for place in missing}, device)
+            initialise(model, {id(entry.module) for entry in missing}, device)
         _check_filled(model, missing, supply.carried if supply.verified else set())
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a module holds a tensor; a tied tensor has several places.
+class _Entry:
+    """A tensor in a table of a module; a tied tensor has several entries.
 
     Attributes:
         name: The tensor's name in the model.
         module: The module.
         table: The module's parameters or buffers.
-        key: The tensor's name in it.
+        key: The tensor's name in that.
         tensor: What was there at first.
     """
 
@@ -165,13 +156,12 @@ class _Place:
         return held._version > 0 or held.numel() == 0
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
+def _entries(model: nn.Module) -> Iterator[_Entry]:
     for path, module in base_modules(model):
         for table in (module._parameters, module._buffers):
             for key, tensor in table.items():
                 if tensor is not None and not isinstance(tensor, _LAZY):
-                    name = f"{path}.{key}" if path else key
-                    yield _Place(name, module, cast("Any", table), key, tensor)
+                    yield _Entry(full_name(path, key), module, cast("Any", table), key, tensor)
 
 
 def _masked_on_meta(model: nn.Module, plan: Plan) -> Sequence[str]:
@@ -185,12 +175,12 @@ def _masked_on_meta(model: nn.Module, plan: Plan) -> Sequence[str]:
     return names
 
 
-def _check_nothing_is_invented(missing: Sequence[_Place], carried: Set[str]) -> None:
+def _check_nothing_is_invented(missing: Sequence[_Entry], carried: Set[str]) -> None:
     """Refuse to draw what the adapter was trained with and its file does not hold."""
     names = [
-        place.name
-        for place in missing
-        if place.is_stored and place.tensor.is_floating_point() and place.name not in carried
+        entry.name
+        for entry in missing
+        if entry.is_stored and entry.tensor.is_floating_point() and entry.name not in carried
     ]
     if names:
         message = (
@@ -202,17 +192,17 @@ def _check_nothing_is_invented(missing: Sequence[_Place], carried: Set[str]) -> 
         raise MetaTensorError(message)
 
 
-def _allocate(missing: Sequence[_Place], device: torch.device) -> None:
-    """Put a real tensor into every place: NaN where its type has one; ties stay ties."""
+def _allocate(missing: Sequence[_Entry], device: torch.device) -> None:
+    """Put a real tensor into every entry: NaN where its type has one; ties stay ties."""
     made: dict[int, Tensor] = {}
-    for place in missing:
-        old = place.tensor
+    for entry in missing:
+        old = entry.tensor
         if id(old) not in made:
             made[id(old)] = _like(old, device)
             for key, value in vars(old).items():  # marks that a library has put on the tensor
-                if key != _DONE:
+                if key != INITIALISED:
                     setattr(made[id(old)], key, value)
-        place.table[place.key] = made[id(old)]
+        entry.table[entry.key] = made[id(old)]
 
 
 def _like(old: Tensor, device: torch.device) -> Tensor:
@@ -223,93 +213,34 @@ def _like(old: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _hidden(others: Sequence[_Place]) -> Iterator[None]:
-    """Hold meta tensors in place of these for a while, so that writing changes nothing."""
-    for place in others:
-        if not place.tensor.is_meta and type(place.tensor) in (Tensor, nn.Parameter):
-            empty = torch.empty_like(place.tensor, device="meta")
-            is_parameter = isinstance(place.tensor, nn.Parameter)
-            place.table[place.key] = nn.Parameter(empty, False) if is_parameter else empty
+def _hidden(others: Sequence[_Entry]) -> Iterator[None]:
+    """Hold meta tensors instead of these for a while, so that writing changes nothing."""
+    for entry in others:
+        if not entry.tensor.is_meta and type(entry.tensor) in (Tensor, nn.Parameter):
+            empty = torch.empty_like(entry.tensor, device="meta")
+            is_parameter = isinstance(entry.tensor, nn.Parameter)
+            entry.table[entry.key] = nn.Parameter(empty, False) if is_parameter else empty
     try:
         yield
     finally:
-        for place in others:
-            place.table[place.key] = place.tensor
+        for entry in others:
+            entry.table[entry.key] = entry.tensor
 
 
-def _initialise(model: nn.Module, lacking: Set[int], device: torch.device) -> None:
-    """Run the initialisers of all modules that lack values, children first."""
-    modules = list(base_modules(model))
-    with torch.inference_mode(mode=False), torch.no_grad(), device:
-        for path, module in reversed(modules):
-            if any(id(inner) in lacking for inner in module.modules()):
-                for method in _initialisers(module):
-                    _call(path, module, method)
-        for _, module in modules:
-            module.__dict__.pop(_DONE, None)
-        for path, module in modules:
-            if _is_transformers(module):
-                _call(path, module, cast("Any", type(module)).initialize_weights)
-        for _, module in modules:
-            if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()  # torch's second list of the same parameters
-
-
-def _initialisers(module: nn.Module) -> Iterator[Callable[[nn.Module], Any]]:
-    for name in _INITIALISERS:
-        method = getattr(type(module), name, None)
-        again = name == "init_weights" and _is_transformers(module)
-        if method is not None and not again and _takes_nothing(method):
-            yield method
-
-
-def _is_transformers(module: nn.Module) -> bool:
-    """Tell whether a module is a transformers model, without importing transformers."""
-    return any(base.__name__ == "PreTrainedModel" for base in type(module).__mro__)
-
-
-def _takes_nothing(method: Callable[..., Any]) -> bool:
-    """Tell whether a method can be called with nothing but its module."""
-    try:
-        inspect.signature(method).bind(None)
-    except TypeError:
-        return False
-    return True
-
-
-def _call(path: str, module: nn.Module, method: Callable[[nn.Module], Any]) -> None:
-    try:
-        method(module)
-    except Exception as error:
-        message = (
-            f"{type(module).__name__}.{method.__name__} of {path or 'the model'!r} could not "
-            "compute initial values for tensors on the meta device: "
-            f"{type(error).__name__}: {error}. {_advice()}"
-        )
-        raise MetaTensorError(message) from error
-
-
-def _check_filled(model: nn.Module, missing: Sequence[_Place], given: Set[str]) -> None:
+def _check_filled(model: nn.Module, missing: Sequence[_Entry], given: Set[str]) -> None:
     """Refuse a model with a tensor that no initialiser wrote and no file brings."""
     names = [p.name for p in missing if p.name not in given and not p.has_values()]
     for path, module in base_modules(model):
         for key, value in module.__dict__.items():
             if isinstance(value, Tensor) and value.is_meta:
-                names.append(f"{path}.{key}" if path else key)
+                names.append(full_name(path, key))
     if names:
         message = (
             f"{len(names)} tensors of the model are on the meta device and no initialiser of their "
             f"modules (reset_parameters, init_weights) gives them values: {_listed(names)}. "
-            f"{_advice()}"
+            f"{HOW_TO_FILL}"
         )
         raise MetaTensorError(message)
-
-
-def _advice() -> str:
-    return (
-        "Give them values first, model.load_state_dict(values, assign=True, strict=False), or "
-        "build the model on a real device. Nothing was changed."
-    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """The only place where a model's modules are changed.
 
 A layer keeps being the same object: its class becomes a subclass of its own class with a property
-in place of each tensor that adapters decide (`swapping` makes it). Why not a wrapper, a
+in place of each tensor that adapters decide (`swapped` puts it on). Why not a wrapper, a
 parametrization or a replaced layer: people read ``layer.weight``, subclass ``forward``, keep
 modules in plain lists, test ``isinstance``, name state-dict keys. A property on the class serves
 all of them, and base state-dict keys stay what they were (``docs/mechanism.md`` compares the four

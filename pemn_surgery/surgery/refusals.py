@@ -87,9 +87,9 @@ def refuse(module: nn.Module, problem: str) -> NoReturn:
         MaskedWeightError: Always.
     """
     targets = [child.target for child in module.children() if hasattr(child, "target")]
-    place = f" at {targets[-1]!r}" if targets else ""
+    where = f" at {targets[-1]!r}" if targets else ""
     message = (
-        f"Adapters make tensors of this {type(module).__name__}{place}, and {problem}. It was left "
+        f"Adapters make tensors of this {type(module).__name__}{where}, and {problem}. It was left "
         "as it was. Merge first, model.merge_and_unload(), and do this to the plain model."
     )
     raise MaskedWeightError(message)

@@ -9,10 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pemn_surgery import PemnConfig, pemnify, plan
 from pemn_surgery.masks.kept import one_forward
 from pemn_surgery.masks.masked_weight import MaskedWeight
+from pemn_surgery.masks.sign_delta import Rows
+from pemn_surgery.planning.layer_kinds import rows_of
 
 BANKS = {
     "own": {"bank": "own", "selector": "threshold", "score_init": "kaiming_uniform"},
@@ -192,3 +195,12 @@ def test_a_tied_head_shares_the_mask_of_a_named_embedding(tmp_path):
     merged = model.merge_and_unload()
     assert merged.head.weight is merged.words.weight
     assert torch.equal(merged(TOKENS), expected)
+
+
+@pytest.mark.parametrize("layer", [nn.ConvTranspose1d(4, 6, 3), Conv1D(6, 4), nn.Linear(4, 6)])
+def test_a_vector_that_is_asked_for_is_one_row(layer):
+    """Whatever the layer's weight is like: nothing says which of its numbers are outputs."""
+    found = plan(nn.Sequential(layer), bank="own", target_parameters=["bias"])
+    bias = next(target for target in found.targets if target.name == "0.bias")
+    assert (bias.shape, bias.fan_in) == ((6,), 1)
+    assert rows_of(layer, (6,)) == Rows(1, 1, 1, 6)

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.masks.attached import find_masked, find_task
 from pemn_surgery.masks.kept import one_forward
-from pemn_surgery.surgery.swapped import original_class, swapped_class
+from pemn_surgery.surgery.subclasses import swapped_class
+from pemn_surgery.surgery.swapped import original_class
 from tests import oracles
 
 OWN = {"bank": "own", "bank_init": "kaiming_normal"}

@@ -82,8 +82,8 @@ def text(asked: Asked, length: int = TEXT_LENGTH) -> Tensor:
     size = min(sizes, default=200)  # several parts may have their own vocabulary
     special = set(_special_tokens(asked.config))
     ordinary = [token for token in range(min(size, 1000)) if token not in special] or [0]
-    places = asked.integers(min(4, len(ordinary) - 1), len(ordinary), asked.batch, length)
-    return torch.tensor(ordinary)[places]
+    chosen = asked.integers(min(4, len(ordinary) - 1), len(ordinary), asked.batch, length)
+    return torch.tensor(ordinary)[chosen]
 
 
 def _special_tokens(config: Any) -> Iterator[int]:

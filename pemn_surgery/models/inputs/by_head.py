@@ -57,11 +57,11 @@ def _text_with_an_end(asked: Asked) -> Tensor:
 
 
 def _queries_and_text(asked: Asked) -> Tensor:
-    """Return texts after the places of what an image is asked (batch, queries + length)."""
-    places = torch.full(
+    """Return texts after the tokens of what an image is asked (batch, queries + length)."""
+    queries = torch.full(
         (asked.batch, asked.number("num_query_tokens")), asked.placeholder("image") or 0
     )
-    return torch.cat([places, text(asked)], dim=1)
+    return torch.cat([queries, text(asked)], dim=1)
 
 
 def _pair_of_texts(asked: Asked) -> Tensor:

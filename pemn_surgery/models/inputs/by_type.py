@@ -60,7 +60,7 @@ OF_TYPE: dict[str, Rules] = {
     **_each(
         "minicpm_ocr_vision minicpmv4_7_vision", pixel_values=few.patch_row, target_sizes=few.sizes
     ),
-    **_each("neomme molmo2 fuyu nemotron_h_omni", pixel_values=None),  # need places in the text
+    **_each("neomme molmo2 fuyu nemotron_h_omni", pixel_values=None),  # need its tokens in the text
     **_each("deepseek_ocr2 unlimited_ocr", pixel_values=None),  # two towers, views, separators
     **_each(
         "pp_ocrv5_server_rec pp_ocrv6_small_rec pp_ocrv6_tiny_rec",
@@ -275,8 +275,8 @@ OF_TYPE: dict[str, Rules] = {
     },
     # robots
     "pi0": {
-        "input_ids": few.image_places_and_text,
-        "attention_mask": lambda asked: torch.ones_like(few.image_places_and_text(asked)),
+        "input_ids": few.image_tokens_and_text,
+        "attention_mask": lambda asked: torch.ones_like(few.image_tokens_and_text(asked)),
         "pixel_values": image_list,
         "pixel_attention_mask": lambda asked: ones(asked, 1).bool(),  # older releases index with it
         "state": lambda asked: asked.normal(asked.batch, asked.config.max_state_dim),

@@ -100,9 +100,9 @@ def question(asked: Asked) -> Tensor:
 
 def flattened_patches(asked: Asked) -> Tensor:
     """Return row, column and pixels of each patch (batch, patches, 2 + pixels)."""
-    places = asked.integers(1, 9, asked.batch, 16, 2).float()
+    coordinates = asked.integers(1, 9, asked.batch, 16, 2).float()
     pixels = asked.normal(asked.batch, 16, asked.number("patch_embed_hidden_size"))
-    return torch.cat([places, pixels], dim=-1)
+    return torch.cat([coordinates, pixels], dim=-1)
 
 
 def forecast_past(asked: Asked, width: int | None = None) -> Tensor:
@@ -117,12 +117,12 @@ def categories(asked: Asked) -> Tensor | None:
     return 0 * ones(asked, count) if count else None
 
 
-def image_places_and_text(asked: Asked) -> Tensor:
-    """Return a text after the places of one image, as many as it has patches."""
+def image_tokens_and_text(asked: Asked) -> Tensor:
+    """Return a text after one image's tokens, as many as it has patches."""
     vision = vision_of(asked.config.vlm_config)
     count = (vision.image_size // vision.patch_size) ** 2
-    places = torch.full((asked.batch, count), asked.config.vlm_config.image_token_id)
-    return torch.cat([places, text(asked)], dim=1)
+    image = torch.full((asked.batch, count), asked.config.vlm_config.image_token_id)
+    return torch.cat([image, text(asked)], dim=1)
 
 
 def series(asked: Asked) -> Tensor | list[Tensor]:
