@@ -106,7 +106,8 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--version"])
     assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"pemn-surgery {__version__}\n"
+    said = f"pemn-surgery {__version__}\nkernels: {library.describe()}\n"
+    assert capsys.readouterr().out == said
 
 
 def test_plan_of_a_timm_name(capsys):
