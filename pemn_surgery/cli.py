@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -49,25 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-class _Version(argparse.Action):
-    """Prints the version, and which kernels are in use; torch is imported for nothing else."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, dest, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
-        from pemn_surgery.kernels import library
-
-        print(f"pemn-surgery {__version__}\nkernels: {library.describe()}")  # noqa: T201
-        parser.exit()
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pemn", description="Binary masks on shared frozen weights, for timm and transformers."
     )
-    parser.add_argument("--version", action=_Version, help="versions, and which kernels are used")
-    parser.set_defaults(run=lambda parsed: _print_help(parser))
+    parser.add_argument("--version", action="store_true", help="say it, and what chooses masks")
+    parser.set_defaults(
+        run=lambda parsed: _print_version() if parsed.version else _print_help(parser)
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
@@ -76,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_help(parser: argparse.ArgumentParser) -> int:
     parser.print_help()
+    return 0
+
+
+def _print_version() -> int:
+    from pemn_surgery.kernels import library  # with it comes torch, which only this needs
+
+    sys.stdout.write(f"pemn-surgery {__version__}\nkernels: {library.describe()}\n")
     return 0
 
 

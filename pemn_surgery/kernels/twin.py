@@ -3,6 +3,8 @@
 The magnitudes of floats order like their bits without the sign, so sizes here are integers.
 """
 
+import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,7 +85,7 @@ def _search(words: Array, dropped: int) -> tuple[int, int, int] | None:
         inside = sizes >= low
         below += sizes.size - int(np.count_nonzero(inside))
         inside &= sizes <= high
-        within.append(sizes[inside])
+        within.append(sizes.compress(inside))
     found = np.concatenate(within)
     if not below < dropped <= below + found.size:
         return None
@@ -94,23 +96,29 @@ def _search(words: Array, dropped: int) -> tuple[int, int, int] | None:
 
 
 def _bracket(words: Array, dropped: int) -> tuple[Any, Any]:
-    """Return sizes a little below and above the wanted one, by a sample of 4^k scores.
+    """Return sizes a little below and above the wanted one, by a sample."""
+    places = _sample(words.size)
+    if not places.size:
+        return words.dtype.type(0), _top(words)
+    sample = words[places] & _top(words)
+    middle, slack = dropped * sample.size // words.size, math.isqrt(sample.size) * 7 // 4
+    first, last = max(middle - slack, 0), min(middle + slack, sample.size - 1)
+    sample.partition((first, last))
+    low = sample[first] if middle > slack else words.dtype.type(0)
+    return low, sample[last] if middle + slack < sample.size else _top(words)
 
-    The distances between the sampled ones are uneven, so that rows of a weight mislead none.
+
+@functools.lru_cache(maxsize=64)
+def _sample(weights: int) -> Array:
+    """Return the places of 4^k scores to look at, or of none where there are few.
+
+    The distances between them are uneven, so that the rows of a weight mislead none.
     """
     sides = (1 << k for k in range(7, 3, -1))
-    side = next((s for s in sides if s**6 <= words.size**2 and 4 * s * s <= words.size), 0)
-    if not side:
-        return words.dtype.type(0), _top(words)
-    order = np.arange(side * side, dtype=np.uint64)
-    stride = words.size // order.size
-    jitter = (order * 2654435761 % 2**32 // 256) % stride
-    sample = words[order * stride + jitter] & _top(words)
-    middle, slack = dropped * order.size // words.size, side * 7 // 4
-    places = max(middle - slack, 0), min(middle + slack, order.size - 1)
-    sample.partition(places)
-    low = sample[places[0]] if middle > slack else words.dtype.type(0)
-    return low, sample[places[1]] if middle + slack < order.size else _top(words)
+    side = next((s for s in sides if s**6 <= weights**2 and 4 * s * s <= weights), 0)
+    order = np.arange(side * side, dtype=np.int64)
+    stride = weights // max(order.size, 1)
+    return order * stride + (order * 2654435761 % 2**32 // 256) % max(stride, 1)
 
 
 def _count(words: Array, dropped: int) -> tuple[int, int, int]:
