@@ -191,8 +191,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         if holds_bits:
             weights = int(torch.Size(self.shape).numel())
             start = scores if scores is not None else torch.empty(0)
-            mask = selector.mask_in_little_memory
-            stored = bits.empty(weights) if loading else bits.pack(mask(start))
+            stored = bits.empty(weights) if loading else bits.pack(selector.mask(start))
             scores = None
         return AdapterMask(
             self.target,

@@ -52,8 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pemn", description="Binary masks on shared frozen weights, for timm and transformers."
     )
-    parser.add_argument("--version", action="version", version=f"pemn-surgery {__version__}")
-    parser.set_defaults(run=lambda parsed: _print_help(parser))
+    parser.add_argument("--version", action="store_true", help="say it, and what chooses masks")
+    parser.set_defaults(
+        run=lambda parsed: _print_version() if parsed.version else _print_help(parser)
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
@@ -62,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_help(parser: argparse.ArgumentParser) -> int:
     parser.print_help()
+    return 0
+
+
+def _print_version() -> int:
+    from pemn_surgery.kernels import library  # with it comes torch, which only this needs
+
+    sys.stdout.write(f"pemn-surgery {__version__}\nkernels: {library.describe()}\n")
     return 0
 
 

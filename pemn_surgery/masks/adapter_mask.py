@@ -103,24 +103,24 @@ class AdapterMask(nn.Module):
         self._verify(stored)
         return bits.unpack(stored, self.shape)
 
-    def forward(self, weight: Tensor, *, is_scratch: bool = False) -> Tensor:
+    def forward(
+        self, weight: Tensor, *, is_scratch: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Return ``weight`` with this mask (and scale) applied.
 
         Args:
-            weight: Float tensor of ``shape``: a fill, or what another adapter left of it.
+            weight: Float tensor of ``shape``: a fill, or what another adapter left of it; or one
+                period of a fill that repeats, where there are scores.
             is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
+            dtype: Type that the result is rounded to; None for the weight's.
 
         Returns:
-            Tensor of the same shape and dtype. Gradients reach the scores straight through.
+            Tensor of ``shape``. Gradients reach the scores straight through.
         """
         if self.scores is None:
-            return self._apply_bits(weight, is_scratch=is_scratch)
+            return self._apply_bits(weight, is_scratch=is_scratch).to(dtype or weight.dtype)
         return masked_straight_through(
-            weight,
-            self.scores,
-            self.mask(),
-            by_magnitude=self.selector.uses_magnitude,
-            scaled=self.scaled,
+            weight, self.scores, self.selector, scaled=self.scaled, dtype=dtype
         )
 
     def _apply_bits(self, weight: Tensor, *, is_scratch: bool) -> Tensor:
@@ -210,19 +210,25 @@ class SignDelta(AdapterMask):
         """Whether nothing ordinary writes the scales."""
         return self.is_final and not self.row_scale.requires_grad
 
-    def forward(self, weight: Tensor, *, is_scratch: bool = False) -> Tensor:
+    def forward(
+        self, weight: Tensor, *, is_scratch: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Return ``weight`` changed by plus or minus its output's scale.
 
         Args:
             weight: Float tensor of ``shape``: a fill, or what another adapter made of it.
             is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
+            dtype: Type that the result is rounded to; None for the weight's.
 
         Returns:
-            Tensor of the same shape and dtype. Gradients reach the scales.
+            Tensor of the same shape. Gradients reach the scales.
         """
         stored = self.store
         self._verify(stored)
-        return sign_delta_from_bits(weight, stored, self.row_scale, self.rows, in_place=is_scratch)
+        changed = sign_delta_from_bits(
+            weight, stored, self.row_scale, self.rows, in_place=is_scratch
+        )
+        return changed.to(dtype or weight.dtype)
 
     def extra_repr(self) -> str:
         """Show what is held."""

@@ -19,7 +19,7 @@ class Sources:
     """What one effective weight was made from. It holds the tensors, so that no id is reused."""
 
     def __init__(
-        self, names: tuple[str, ...], mode: tuple[bool, bool], tensors: list[Tensor]
+        self, names: tuple[str, ...], mode: tuple[object, ...], tensors: list[Tensor]
     ) -> None:
         # The aliases keep replaced data from being freed and its address from being used again.
         self.tensors = [(tensor, tensor.detach()) for tensor in tensors]

@@ -40,6 +40,10 @@ _GIVEN = (
 )
 
 
+# Layers that do nothing with their weight but multiply, in autocast's type where that is on.
+_ONLY_MULTIPLY = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d})
+
+
 class MaskedWeight(nn.Module):
     """Makes the effective weight of one parameter of one layer.
 
@@ -168,11 +172,10 @@ class MaskedWeight(nn.Module):
             AttributeError: If the layer has no such weight at the moment, as ``hasattr`` expects.
             MaskedWeightError: If somebody gave the layer a weight while a bank fills it.
         """
-        weight = self.own_weight()
         if self.bank is not None:
-            if weight is not None:
-                raise MaskedWeightError(_GIVEN.format(self.target))
+            self._refuse_given()
             return self.bank(self.shape, self.drawn_dtype)
+        weight = self.own_weight()
         if weight is None:
             message = f"{type(self.owner).__name__!r} object has no attribute {self.parameter!r}"
             raise AttributeError(message)
@@ -228,11 +231,39 @@ class MaskedWeight(nn.Module):
             return self._mix(state.mixture)
         if state.merged_weight is not None:
             return state.merged_weight
-        weight, is_scratch = self.fill(), self._is_fill_new()
-        for name in state.names:
-            weight = self._mask_of(name)(weight, is_scratch=is_scratch)
-            is_scratch = True
-        return weight
+        masks = [cast("AdapterMask", self._mask_of(name)) for name in state.names]
+        if not masks:
+            return self.fill()
+        from_scores = masks[0].scores is not None
+        weight = self._period() if from_scores else self.fill()
+        is_scratch = not from_scores and self._is_fill_new()
+        for mask in masks[:-1]:
+            weight, is_scratch = mask(weight, is_scratch=is_scratch), True
+        rounded = self._autocast_dtype(weight.dtype, weight.device.type)
+        return masks[-1](weight, is_scratch=is_scratch, dtype=rounded)
+
+    def _period(self) -> Tensor:
+        """Return the fill for a mask of scores, which takes numbers that repeat but once."""
+        if self.bank is None:
+            return self.fill()
+        self._refuse_given()
+        return self.bank.period(self.shape, self.drawn_dtype)
+
+    def _refuse_given(self) -> None:
+        if self.own_weight() is not None:
+            raise MaskedWeightError(_GIVEN.format(self.target))
+
+    def _autocast_dtype(self, dtype: torch.dtype, device: str) -> torch.dtype | None:
+        """Return the type that autocast would round a weight of this type to, or None.
+
+        None where the layer may do more with it than what autocast does in that type.
+        """
+        kind = getattr(type(self.owner), "_pemn_original", type(self.owner))
+        if kind not in _ONLY_MULTIPLY or self.shared_with or dtype != torch.float32:
+            return None
+        if is_transformed() or not torch.is_autocast_enabled(device):
+            return None
+        return torch.get_autocast_dtype(device)
 
     def _mask_of(self, name: str) -> nn.Module:
         """Return an adapter's mask, which a call may have found that somebody has since deleted."""
@@ -322,7 +353,9 @@ class MaskedWeight(nn.Module):
         tensors = [tensor for tensor in (base, *stores) if tensor is not None]
         if any(is_untracked(tensor) for tensor in tensors):
             return None
-        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        dtype = self.drawn_dtype or tensors[0].dtype
+        rounded = self._autocast_dtype(dtype, tensors[0].device.type)
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), rounded)
         return Sources(state.names, mode, tensors)
 
 

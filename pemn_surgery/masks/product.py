@@ -1,14 +1,17 @@
 """The values and gradients of W * M * c: a weight, a mask and a scale.
 
-Pure functions of tensors; `masked` puts them on layers.
+Pure functions of tensors; `masked_weight` puts them on layers.
 """
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pemn_surgery import bits
+from pemn_surgery.kernels import product
+from pemn_surgery.masks.selector import Selector
 from pemn_surgery.transforms import is_transformed, takes_functions
 
 # Weights masked at a time where no gradient is needed: a multiple of 8, small beside large layers.
@@ -58,22 +61,45 @@ def masked_by_pieces(weight: Tensor, stored: Tensor, *, scaled: bool, in_place: 
 
 
 def masked_straight_through(
-    weight: Tensor, scores: Tensor, mask: Tensor, *, by_magnitude: bool, scaled: bool
+    weight: Tensor,
+    scores: Tensor,
+    selector: Selector,
+    *,
+    scaled: bool,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return what `masked` returns, with gradients for the scores that the mask was chosen from.
+    """Return what `masked` returns for the mask of scores, with gradients for the scores.
 
     Args:
-        weight: Float tensor W.
-        scores: Float tensor S of the same shape.
-        mask: Bool tensor M of the same shape, chosen from the scores.
-        by_magnitude: Whether it was chosen from |S|: dL/dS = dL/dM * sign(S), else dL/dM.
+        weight: Float tensor W, or one period of it where it repeats (see `spread`).
+        scores: Float tensor S of the shape of W.
+        selector: Chooses the mask M. By magnitude, dL/dS = dL/dM * sign(S), else dL/dM.
         scaled: As in `masked`.
+        dtype: Type that the result is rounded to; None for the weight's.
 
     Returns:
-        Tensor like ``weight``.
+        Tensor like ``scores``, of type ``dtype``.
     """
-    apply = _StraightThrough.apply if takes_functions() else _masked_in_the_open
-    return cast("Tensor", apply(weight, scores, mask, by_magnitude, scaled))
+    wanted = dtype or weight.dtype
+    if takes_functions():
+        made = _StraightThrough.apply(weight, scores, selector, scaled, wanted)
+        return cast("Tensor", made)
+    weight, mask = spread(weight, tuple(scores.shape)), selector.mask(scores)
+    by_magnitude = selector.uses_magnitude
+    return _masked_in_the_open(weight, scores, mask, by_magnitude, scaled).to(wanted)
+
+
+def spread(period: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a weight of this shape whose numbers repeat after a period.
+
+    Args:
+        period: Its first numbers; all of them where it does not repeat.
+        shape: Shape of the weight.
+    """
+    weights = math.prod(shape)
+    if period.numel() >= weights:
+        return period.view(shape)
+    return period.repeat(-(-weights // period.numel()))[:weights].view(shape)
 
 
 def goes_by_pieces(weight: Tensor, stored: Tensor) -> bool:
@@ -112,11 +138,24 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, by_magnitude: bool, scaled: bool
+        ctx: Any,
+        weight: Tensor,
+        scores: Tensor,
+        selector: Selector,
+        scaled: bool,
+        dtype: torch.dtype,
     ) -> Tensor:
-        ctx.weight, ctx.scores, ctx.mask = weight, scores, mask
-        ctx.by_magnitude, ctx.scaled = by_magnitude, scaled
-        return masked(weight, mask, scaled=scaled)
+        ctx.weight, ctx.scores, ctx.selector, ctx.scaled = weight, scores, selector, scaled
+        ctx.by_magnitude = selector.uses_magnitude
+        ctx.needs_mask = scaled or ctx.needs_input_grad[0]
+        chosen = product.choose(weight, scores, selector.rule(scores.numel()), dtype)
+        if chosen is not None:
+            ctx.mask = chosen.mask() if ctx.needs_mask else None
+            scale = float(_scale(torch.tensor(chosen.count()), scores.numel())) if scaled else None
+            return chosen.product(dtype, scale)
+        mask = selector.mask(scores)
+        ctx.mask = mask if ctx.needs_mask else None
+        return masked(spread(weight, tuple(scores.shape)), mask, scaled=scaled).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,7 +163,9 @@ class _StraightThrough(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_grads_in_the_open(ctx, grad), None, None, None
         need_weight, need_scores = ctx.needs_input_grad[:2]
-        grad_weight = masked(grad, ctx.mask, scaled=ctx.scaled) if need_weight else None
+        grad_weight = None
+        if need_weight:
+            grad_weight = masked(grad.to(ctx.weight.dtype), ctx.mask, scaled=ctx.scaled)
         return grad_weight, (_score_grad(ctx, grad) if need_scores else None), None, None, None
 
 
@@ -132,19 +173,33 @@ def _grads_in_the_open(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return dL/dW and dL/dS as a graph that leads on to W, S and dL/d(W M c)."""
     needed = ctx.needs_input_grad[:2]
     inputs = [x for x, need in zip((ctx.weight, ctx.scores), needed, strict=True) if need]
-    again = _masked_in_the_open(ctx.weight, ctx.scores, ctx.mask, ctx.by_magnitude, ctx.scaled)
-    found = iter(torch.autograd.grad(again, inputs, grad, create_graph=True))
+    weight = spread(ctx.weight, tuple(ctx.scores.shape))
+    mask = ctx.selector.mask(ctx.scores) if ctx.mask is None else ctx.mask  # then no matter which
+    again = _masked_in_the_open(weight, ctx.scores, mask, ctx.by_magnitude, ctx.scaled)
+    found = iter(torch.autograd.grad(again.to(grad.dtype), inputs, grad, create_graph=True))
     return tuple(next(found) if need else None for need in needed)
 
 
 def _score_grad(ctx: Any, grad: Tensor) -> Tensor:
     """Return dL/dS. With c = mean(M)^-1/2 not detached, dc/dM = -c^3 / (2n)."""
-    through = (grad * ctx.weight).to(ctx.scores.dtype)
+    pulled = product.pull(grad, ctx.weight, ctx.scores, scaled=ctx.scaled)
+    if pulled is not None:
+        if not ctx.scaled:
+            return pulled.score_grad(ctx.by_magnitude)
+        scale, shift = _scale_and_shift(ctx.mask, torch.tensor(pulled.kept_sum(ctx.mask)))
+        return pulled.score_grad(ctx.by_magnitude, float(scale), float(shift))
+    through = (grad * spread(ctx.weight, tuple(ctx.scores.shape))).to(ctx.scores.dtype)
     if ctx.scaled:
-        scale = _scale(ctx.mask.sum(), ctx.mask.numel())
-        pull = (through * ctx.mask.to(through.dtype)).sum()
-        through = through * scale - pull * scale**3 / (2 * ctx.mask.numel())
+        kept_sum = (through * ctx.mask.to(through.dtype)).sum()
+        scale, shift = _scale_and_shift(ctx.mask, kept_sum)
+        through = through * scale - shift
     return through * ctx.scores.sign() if ctx.by_magnitude else through
+
+
+def _scale_and_shift(mask: Tensor, kept_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Return c, and what its own gradient takes from every dL/dM."""
+    scale = _scale(mask.sum(), mask.numel())
+    return scale, kept_sum * scale**3 / (2 * mask.numel())
 
 
 def _scale(ones: Tensor, weights: int) -> Tensor:

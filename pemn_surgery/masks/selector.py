@@ -3,25 +3,19 @@
 A selector is a pure function of the scores: equal scores give equal masks on every device.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pemn_surgery.errors import NonFiniteScoresError
-from pemn_surgery.transforms import is_transformed
+from pemn_surgery.kernels.selection import Rule, keep_largest
 
 SelectorName = Literal["topk", "threshold"]
 
 # Selectors that are told how many weights to keep.
 TAKES_DENSITY: frozenset[str] = frozenset({"topk"})
-
-# Scores looked at together by `counted_topk_mask`: their temporaries stay in the cache.
-_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -44,11 +38,11 @@ class Selector:
             return topk_mask(scores, self.density)
         return threshold_mask(scores, self.threshold)
 
-    def mask_in_little_memory(self, scores: Tensor) -> Tensor:
-        """Return the same mask of finite float32 scores on the CPU, with one byte a weight."""
+    def rule(self, weights: int) -> Rule:
+        """Return how the kernels choose among so many scores."""
         if self.name == "topk":
-            return counted_topk_mask(scores, self.density)
-        return threshold_mask(scores, self.threshold)
+            return Rule(dropped_count(weights, self.density))
+        return Rule(None, self.threshold)
 
     @property
     def uses_magnitude(self) -> bool:
@@ -65,7 +59,7 @@ def topk_mask(scores: Tensor, density: float) -> Tensor:
     """Drop the ``int((1 - density) * n)`` scores of smallest magnitude (edge-popup, PEMN).
 
     Of equal magnitudes the one with the lower index (row by row) is dropped first, so the number
-    of ones is exact.
+    of ones is exact. NaN counts as larger than infinity; `check_finite` refuses it.
 
     Args:
         scores: Float tensor of any shape.
@@ -74,41 +68,7 @@ def topk_mask(scores: Tensor, density: float) -> Tensor:
     Returns:
         Bool tensor of the scores' shape.
     """
-    dropped = dropped_count(scores.numel(), density)
-    if dropped == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    magnitude = _sortable(scores.detach().reshape(-1).abs())
-    cut = _kth_smallest(magnitude, dropped)
-    keep = magnitude > cut
-    missing = magnitude.numel() - dropped - keep.sum()
-    if is_transformed() or missing > 0:
-        tied = magnitude == cut
-        place_from_end = tied.flip(0).cumsum(0).flip(0)
-        keep = keep | (tied & (place_from_end <= missing))
-    return keep.view(scores.shape)
-
-
-def counted_topk_mask(scores: Tensor, density: float) -> Tensor:
-    """Return `topk_mask` by counting instead of ordering: beside the scores, only the mask is made.
-
-    Magnitudes order like their bits without the sign. Two passes count the upper and the lower
-    half of those bits and so find the cut.
-
-    Args:
-        scores: Contiguous float32 tensor on the CPU, all finite.
-        density: Share of ones.
-
-    Returns:
-        Bool tensor of the scores' shape.
-    """
-    keep = np.ones(scores.numel(), dtype=np.bool_)
-    dropped = dropped_count(scores.numel(), density)
-    if dropped:
-        flat = scores.detach().view(-1).numpy().view(np.uint32)
-        upper, place = _find_rank(_count_upper(flat), dropped)
-        lower, place = _find_rank(_count_lower(flat, upper), place)
-        _drop_up_to((upper << 16) + lower, place, flat, keep)
-    return torch.from_numpy(keep).view(scores.shape)
+    return keep_largest(scores, dropped_count(scores.numel(), density))
 
 
 def threshold_mask(scores: Tensor, threshold: float) -> Tensor:
@@ -141,53 +101,3 @@ def check_finite(scores: Tensor, name: str) -> None:
             "means nothing. Go back to an earlier checkpoint and lower the learning rate."
         )
         raise NonFiniteScoresError(message)
-
-
-def _sortable(values: Tensor) -> Tensor:
-    """Return half-precision values as float32 (exact): selection kernels want it."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _kth_smallest(values: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest value, counted from 1. On CUDA a sort is the faster way."""
-    if values.is_cuda:
-        return values.sort().values[k - 1]
-    return values.kthvalue(k).values
-
-
-def _magnitudes(flat: NDArray[np.uint32]) -> Iterator[tuple[slice, NDArray[np.uint32]]]:
-    """Yield pieces of float32 bits without the sign, and where they lie."""
-    for start in range(0, flat.size, _PIECE):
-        piece = slice(start, start + _PIECE)
-        yield piece, flat[piece] & np.uint32(0x7FFFFFFF)
-
-
-def _count_upper(flat: NDArray[np.uint32]) -> NDArray[np.int64]:
-    counts = np.zeros(1 << 15, dtype=np.int64)
-    for _, magnitude in _magnitudes(flat):
-        counts += np.bincount(magnitude >> 16, minlength=counts.size)
-    return counts
-
-
-def _count_lower(flat: NDArray[np.uint32], upper: int) -> NDArray[np.int64]:
-    counts = np.zeros(1 << 16, dtype=np.int64)
-    for _, magnitude in _magnitudes(flat):
-        lower = magnitude[magnitude >> 16 == upper] & np.uint32(0xFFFF)
-        counts += np.bincount(lower, minlength=counts.size)
-    return counts
-
-
-def _find_rank(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
-    """Return which value has this rank, counted from 1, and its rank among its equals."""
-    totals = counts.cumsum()
-    value = int(np.searchsorted(totals, rank))
-    return value, rank - int(totals[value] - counts[value])
-
-
-def _drop_up_to(cut: int, equals: int, flat: NDArray[np.uint32], keep: NDArray[np.bool_]) -> None:
-    """Drop all below the cut, and the first ``equals`` of those at it."""
-    for piece, magnitude in _magnitudes(flat):
-        keep[piece] = magnitude >= cut
-        first = np.flatnonzero(magnitude == cut)[:equals]
-        keep[piece][first] = False
-        equals -= first.size

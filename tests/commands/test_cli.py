@@ -16,6 +16,7 @@ from transformers import BertForSequenceClassification
 
 from pemn_surgery import PemnConfig, __version__, pemnify, plan
 from pemn_surgery.commands import cli, quickstart_run
+from pemn_surgery.kernels import library
 from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers
@@ -104,10 +105,8 @@ def test_the_documents_have_command_lines():
 
 
 def test_version(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"pemn-surgery {__version__}\n"
+    said = f"pemn-surgery {__version__}\nkernels: {library.describe()}\n"
+    assert run_raw(capsys, "--version") == said
 
 
 def test_plan_of_a_timm_name(capsys):

@@ -224,8 +224,8 @@ def test_two_reads_are_one_tensor():
 
 def test_the_mask_is_chosen_once_for_many_reads(monkeypatch):
     calls = []
-    original = Selector.mask
-    monkeypatch.setattr(Selector, "mask", lambda s, scores: calls.append(1) or original(s, scores))
+    original = Selector.rule
+    monkeypatch.setattr(Selector, "rule", lambda s, count: calls.append(1) or original(s, count))
     layer = layer_with(random((4, 4), 0), trained(random((4, 4), 1)))
     with one_forward():
         for _ in range(12):

@@ -12,7 +12,6 @@ from pemn_surgery.masks import selector
 from pemn_surgery.masks.selector import (
     Selector,
     check_finite,
-    counted_topk_mask,
     threshold_mask,
     topk_mask,
 )
@@ -42,26 +41,6 @@ def test_topk_with_ties(scores, density):
 @given(tensors(ANY), DENSITIES)
 def test_topk_with_any_scores(scores, density):
     oracles.assert_same(topk_mask(scores, density), oracles.topk(scores, density))
-
-
-@pytest.mark.parametrize("piece", [3, 1 << 16])
-@pytest.mark.parametrize("elements", [TIED, ANY], ids=["ties", "any"])
-def test_topk_by_counting(elements, piece):
-    @given(hnp.arrays(np.float32, SHAPES, elements=elements), DENSITIES)
-    def check(values, density):
-        scores = torch.from_numpy(values)
-        oracles.assert_same(counted_topk_mask(scores, density), oracles.topk(scores, density))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selector, "_PIECE", piece)
-        check()
-
-
-@pytest.mark.parametrize("name", ["topk", "threshold"])
-def test_little_memory_chooses_the_same(name):
-    scores = torch.randn(300, 301, generator=torch.Generator().manual_seed(4))
-    chosen = Selector(name, 0.3, 0.1)
-    oracles.assert_same(chosen.mask_in_little_memory(scores), chosen.mask(scores))
 
 
 @given(tensors(TIED), DENSITIES)
@@ -123,23 +102,6 @@ def test_no_gradient_and_no_change():
     assert mask.tolist() == [True, False, True, False]
     assert not threshold_mask(scores, 0.0).requires_grad
     oracles.assert_same(scores.detach(), before)
-
-
-class OnCuda:
-    """Stands in for a CUDA tensor: offers what the sorting path needs and nothing else."""
-
-    is_cuda = True
-
-    def __init__(self, values):
-        self.sort = values.sort
-
-
-@given(hnp.arrays(np.float32, st.integers(1, 40), elements=ANY), st.data())
-def test_kth_smallest(values, data):
-    k = data.draw(st.integers(1, len(values)))
-    expected = torch.tensor(sorted(values.tolist())[k - 1])
-    oracles.assert_same(selector._kth_smallest(torch.from_numpy(values), k), expected)
-    oracles.assert_same(selector._kth_smallest(OnCuda(torch.from_numpy(values)), k), expected)
 
 
 @given(tensors(st.one_of(TIED, ANY)), st.sampled_from([0.0, 0.5, -1.0, 0.005, 3.0]))

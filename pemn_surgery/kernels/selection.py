@@ -1,0 +1,113 @@
+"""Which scores are kept, as two numbers or as a mask; ties go by index, the same everywhere.
+
+Three ways lead to the same mask: compiled code or its twin in numpy for plain tensors in memory, an
+operator that ``torch.compile`` takes as one piece, and a sort for whatever torch transforms or
+records, and on other devices.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pemn_surgery.kernels import library, twin
+from pemn_surgery.kernels.library import Kernels
+from pemn_surgery.transforms import is_transformed, takes_functions
+
+_OF_NUMPY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How scores are chosen.
+
+    Attributes:
+        dropped: How many of the smallest magnitudes are dropped; None for a threshold.
+        above: Without ``dropped``: scores above this number are kept.
+    """
+
+    dropped: int | None
+    above: float = 0.0
+
+
+def keep_largest(scores: Tensor, dropped: int) -> Tensor:
+    """Return the bool mask that drops the ``dropped`` smallest by (magnitude, index).
+
+    NaN counts as larger than infinity.
+
+    Args:
+        scores: Float tensor of any shape.
+        dropped: From 0 to the number of scores.
+    """
+    if dropped == 0:
+        return torch.ones_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+    if torch.compiler.is_compiling() and takes_functions() and not torch.compiler.is_exporting():
+        return cast("Tensor", _keep_largest(scores, dropped))
+    return _keep_now(scores, dropped)
+
+
+def choose(scores: Tensor, rule: Rule, kernels: Kernels) -> library.Choice:
+    """Return which scores are kept, as compiled code reads it.
+
+    Args:
+        scores: Tensor that the library can read.
+        rule: How to choose.
+        kernels: The compiled code.
+    """
+    by_size = rule.dropped is not None
+    above = float(torch.tensor(rule.above, dtype=scores.dtype))  # torch compares in that type
+    chosen = library.Choice(
+        scores.data_ptr(), library.kind(scores), by_size, -1, scores.numel(), above
+    )
+    if rule.dropped:
+        kernels.choose(chosen, scores.numel(), rule.dropped, torch.get_num_threads())
+    return chosen
+
+
+def _keep_now(scores: Tensor, dropped: int) -> Tensor:
+    plain = type(scores) in (Tensor, nn.Parameter) and scores.device.type == "cpu"
+    if is_transformed() or not plain or scores.dtype not in _OF_NUMPY:
+        return _keep_by_sort(scores, dropped)
+    kernels = library.kernels()
+    scores = scores.detach().contiguous()
+    if kernels is None or not library.can_read(scores):
+        words = twin.words_of(scores)
+        return torch.from_numpy(twin.mark(words, *twin.choose(words, dropped))).view(scores.shape)
+    chosen = choose(scores, Rule(dropped), kernels)
+    return mask_of(chosen, scores, kernels)
+
+
+def mask_of(chosen: library.Choice, scores: Tensor, kernels: Kernels) -> Tensor:
+    """Return a choice as a bool mask.
+
+    Args:
+        chosen: What `choose` returned.
+        scores: What it was chosen from.
+        kernels: The compiled code.
+    """
+    mask = torch.empty(scores.shape, dtype=torch.bool)
+    kernels.mark(chosen, scores.numel(), torch.get_num_threads(), mask.data_ptr())
+    return mask
+
+
+def _keep_by_sort(scores: Tensor, dropped: int) -> Tensor:
+    """Return the mask by operations that torch can transform and record, and any device has."""
+    sizes = scores.detach().reshape(-1).abs()
+    cut = sizes.sort().values[dropped - 1]
+    keep, tied = ~(sizes <= cut), sizes == cut  # NaN is kept
+    missing = sizes.numel() - dropped - keep.sum()
+    if is_transformed() or missing > 0:
+        place_from_end = tied.flip(0).cumsum(0).flip(0)
+        keep = keep | (tied & (place_from_end <= missing))
+    return keep.view(scores.shape)
+
+
+@torch.library.custom_op("pemn_surgery::keep_largest", mutates_args=())
+def _keep_largest(scores: Tensor, dropped: int) -> Tensor:
+    return _keep_now(scores, dropped)
+
+
+@_keep_largest.register_fake
+def _(scores: Tensor, dropped: int) -> Tensor:
+    return torch.empty(scores.shape, dtype=torch.bool, device=scores.device)

@@ -1,0 +1,271 @@
+"""What a training step with masks costs beside a dense one, LoRA and masks chosen by a sort.
+
+A step is forward, backward and fused AdamW. All ways of one row run in turn in one process, so that
+whatever else the machine does meets them alike; what counts are ratios to the dense step. With one
+thread the clock is that of the process, which stands still while others run.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pemn_surgery import pemnify
+from pemn_surgery.kernels import library
+from pemn_surgery.masks.selector import dropped_count, topk_mask
+from pemn_surgery.report.tables import environment, table
+from recipes.cifar10_rp.models import convmixer, resnet
+
+DENSITY = 0.5
+
+
+class Sorted(torch.autograd.Function):
+    """Masks by a full sort, as edge-popup's own code chooses them; the gradient passes straight."""
+
+    @staticmethod
+    def forward(ctx: Any, size: Tensor) -> Tensor:
+        out = size.clone()
+        _, order = size.flatten().sort()
+        dropped = dropped_count(size.numel(), DENSITY)
+        flat = out.flatten()
+        flat[order[:dropped]] = 0
+        flat[order[dropped:]] = 1
+        return flat.view(size.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class SortedMask(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.randn_like(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * Sorted.apply(self.scores.abs())
+
+
+def by_sort(model: nn.Module) -> nn.Module:
+    """Put sorted masks on every linear and convolution."""
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.weight.requires_grad_(False)
+            mask = SortedMask(module.weight)
+            parametrize.register_parametrization(module, "weight", mask, unsafe=True)
+    return model
+
+
+def lora(model: nn.Module) -> nn.Module:
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+    grouped = [n for n in names if getattr(model.get_submodule(n), "groups", 1) > 1]
+    targets = [name for name in names if name not in grouped]
+    return get_peft_model(model, LoraConfig(r=16, target_modules=targets))
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "dense": lambda model: model,
+    "top-k mp": lambda model: pemnify(model, bank="mp", density=DENSITY),
+    "top-k rp": lambda model: pemnify(model, bank="rp", ratio=1e-2, density=DENSITY),
+    "threshold own": lambda model: pemnify(model, bank="own", selector="threshold"),
+    "LoRA r16": lora,
+    "sort": by_sort,
+}
+
+
+class Wide(nn.Module):
+    """One linear layer of 768 x 3072."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(768, 3072, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1024, hidden_size=512, intermediate_size=1376, num_hidden_layers=4,
+            num_attention_heads=8, num_key_value_heads=8, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def features(*shape: int) -> dict[str, Tensor]:
+    return {"x": torch.randn(*shape, requires_grad=True)}  # as behind another layer
+
+
+ROWS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]] = {
+    **{
+        f"Linear 768x3072, {tokens} tokens": (Wide, lambda tokens=tokens: features(tokens, 768))
+        for tokens in (64, 256, 2048)
+    },
+    "ViT-S/16, batch 8": (
+        lambda: timm.create_model("vit_small_patch16_224", num_classes=10),
+        lambda: {"x": torch.randn(8, 3, 224, 224)},
+    ),
+    "Llama shape 4 x 512, 256 tokens": (
+        llama,
+        lambda: {"input_ids": torch.randint(0, 1024, (1, 256))},
+    ),
+    "ResNet-32, batch 128": (resnet, lambda: {"input": torch.randn(128, 3, 32, 32)}),
+    "ResNet-32, batch 1": (resnet, lambda: {"input": torch.randn(1, 3, 32, 32)}),
+    "ConvMixer 256/6, batch 32": (
+        lambda: convmixer(256, 6),
+        lambda: {"input": torch.randn(32, 3, 32, 32)},
+    ),
+}
+
+
+def stepper(model: nn.Module, inputs: dict[str, Tensor], bf16: bool) -> Callable[[], None]:
+    """Return one training step of a model."""
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            out = model(**inputs) if "input_ids" in inputs else model(*inputs.values())
+        out = getattr(out, "logits", out)
+        out.float().square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def clock() -> float:
+    """Seconds: of the process where it has one thread, of the wall where it has more."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def in_turn(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Return milliseconds of each way and round; two rounds before them are for warming up."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(-2, rounds):
+        for name, way in ways.items():
+            start = clock()
+            way()
+            if turn >= 0:
+                taken[name].append(1e3 * (clock() - start))
+    return taken
+
+
+def measure(row: str, bf16: bool, rounds: int) -> dict[str, Any]:
+    """Time a row's ways in turn; milliseconds, and ratios to the dense step."""
+    make, draw = ROWS[row]
+    torch.manual_seed(0)
+    base, inputs = make(), draw()
+    steps = {name: stepper(way(copy.deepcopy(base)), inputs, bf16) for name, way in WAYS.items()}
+    taken = in_turn(steps, rounds)
+    return {
+        "row": row,
+        "precision": "bf16 autocast" if bf16 else "fp32",
+        "ms": {name: summary(times) for name, times in taken.items()},
+        "ratio": {name: ratio(times, taken["dense"]) for name, times in taken.items()},
+    }
+
+
+def measure_choice(weights: int, rounds: int) -> dict[str, Any]:
+    """Time the choice of a mask beside ``S > 0``."""
+    scores = torch.randn(weights, generator=torch.Generator().manual_seed(0))
+    ways: dict[str, Callable[[], object]] = {
+        "S > 0": lambda: scores > 0,
+        "top-k": lambda: topk_mask(scores, DENSITY),
+        "sort": lambda: scores.abs().sort(),
+    }
+    taken = in_turn(ways, rounds)
+    return {
+        "row": f"choose among {weights:,} scores",
+        "precision": "fp32",
+        "ms": {name: summary(times) for name, times in taken.items()},
+        "ratio": {name: ratio(times, taken["S > 0"]) for name, times in taken.items()},
+    }
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(times, n=4)
+    found = {"min": min(times), "median": middle, "quarter": low, "three_quarters": high}
+    return {key: round(value, 3) for key, value in found.items()}
+
+
+def ratio(times: list[float], of: list[float]) -> dict[str, float]:
+    """Ratios of the minima, of the medians, and quartiles of those of single rounds."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(times, of, strict=True)], n=4)
+    found = {
+        "of_minima": min(times) / min(of),
+        "of_medians": statistics.median(times) / statistics.median(of),
+        "of_rounds": middle,
+        "quarter": low,
+        "three_quarters": high,
+    }
+    return {key: round(value, 3) for key, value in found.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m tests.bench.training --json docs/results/training.json",
+    )
+    parser.add_argument("--rows", nargs="*", default=[""], help="only rows with these words")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each way")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--without", nargs="*", default=[], choices=list(WAYS), help="leave out")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "both"], default="both")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    for name in given.without:
+        del WAYS[name]
+    console, rows = Console(width=150), [measure_choice(768 * 3072, given.rounds)]
+    show(console, rows[0])
+    for row in ROWS:
+        if any(word in row for word in given.rows):
+            for bf16 in (False, True):
+                if given.precision in ("both", "bf16" if bf16 else "fp32"):
+                    rows.append(measure(row, bf16, given.rounds))
+                    show(console, rows[-1])
+    if given.json:
+        command = " ".join(["python -m tests.bench.training", *sys.argv[1:]])
+        result = {"command": command, "environment": environment("numpy")}
+        result |= {"kernels": library.describe(), "rounds": given.rounds, "rows": rows}
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def show(console: Console, row: dict[str, Any]) -> None:
+    cells = [
+        [
+            name,
+            f"{row['ms'][name]['min']:.2f}",
+            f"{row['ms'][name]['median']:.2f}",
+            f"{found['of_minima']:.2f}",
+            f"{found['of_medians']:.2f}",
+            f"{found['quarter']:.2f} - {found['three_quarters']:.2f}",
+        ]
+        for name, found in row["ratio"].items()
+    ]
+    columns = ("way", "ms, least", "median", "ratio of least", "of medians", "quartiles")
+    console.print(table(f"{row['row']}, {row['precision']}", columns, cells))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
