@@ -1,80 +1,101 @@
-"""The command line that recipes share: ``run`` writes a result, ``show`` tabulates all of them."""
+"""The command line that recipes share: its verbs write results, ``show`` tabulates all of them."""
 
-import argparse
 import json
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from pemn_surgery import report
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe.file import Recipe
+from pemn_surgery.recipe.options import add_options, command, from_words
+
+Results = Iterable[tuple[str, dict[str, Any]]]
 
 
-def exit_code(action: Callable[[Console], None], console: Console, how_to_go_on: str = "") -> int:
-    """Run a recipe's command; return 130 after Ctrl-C, 1 after a refusal, as shells expect.
+@dataclass(frozen=True)
+class Verb:
+    """What one verb of a recipe's command line does, and a dataclass of its `option`.
 
-    Args:
-        action: What to do.
-        console: Where it, and what ended it, is shown.
-        how_to_go_on: Said after Ctrl-C.
+    ``run`` maps recipe, options and console to names and results, which JSON can hold; they are
+    written as they come, if the verb has any.
     """
-    try:
-        action(console)
-    except RecipeError as error:
-        console.print(f"[red]{error}")
-        return 1
-    except KeyboardInterrupt as stop:
-        console.print(f"{str(stop) or 'stopped'}{how_to_go_on}")
-        return 130
-    return 0
+
+    help: str
+    options: type
+    run: Callable[[Recipe, Any, Console], Results]
+    has_results: bool = True
 
 
 @dataclass(frozen=True)
 class RecipeCommand:
-    """What a recipe adds to the command line that all of them share.
+    """A recipe's command line: ``text`` is its help, ``tabulate`` makes a result a table."""
 
-    Attributes:
-        folder: The recipe's folder; results lie in its ``results/``.
-        run_help: What ``run`` does.
-        add_options: Adds the options of ``run`` to its parser.
-        run: From the options by name and the console to the result's name and the result, which
-            JSON can hold.
-        tabulate: From a result to the table that a reader gets.
-    """
-
-    folder: Path
-    run_help: str
-    add_options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[dict[str, Any], Console], tuple[str, dict[str, Any]]]
+    recipe: Recipe
+    text: str | None
+    verbs: dict[str, Verb]
     tabulate: Callable[[dict[str, Any]], Table]
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command line; 130 after Ctrl-C, 1 after a refusal, as shells expect."""
         given, console = vars(self._parser().parse_args(arguments)), Console()
-        verb, results, resumes = given.pop("verb"), given.pop("results"), "resume" in given
-        show, run = partial(self._show, results), partial(self._run, given, results)
-        how = "; add --resume to the same command to go on" if resumes else ""
-        return exit_code(show if verb == "show" else run, console, how)
+        try:
+            self._do(given, console)
+        except RecipeError as error:
+            console.print(f"[red]{error}")
+            return 1
+        except KeyboardInterrupt as stop:
+            how = "; add --resume to the same command to go on" if "resume" in given else ""
+            console.print(f"{str(stop) or 'stopped'}{how}")
+            return 130
+        return 0
 
-    def _parser(self) -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(prog=f"python recipes/{self.folder.name}")
-        default = self.folder / "results"
-        parser.add_argument("--results", type=Path, default=default, help="where they are")
+    def _parser(self) -> ArgumentParser:
+        folder = self.recipe.folder
+        made: dict[str, Any] = {"formatter_class": RawDescriptionHelpFormatter}
+        made |= {"description": self.text}
+        parser = ArgumentParser(prog=f"python recipes/{folder.name}", **made)
+        parser.add_argument("--results", type=Path, default=folder / "results", help="their folder")
         verbs = parser.add_subparsers(dest="verb", required=True)
         verbs.add_parser("show", help="tabulate the results")
-        self.add_options(verbs.add_parser("run", help=self.run_help))
+        for name, verb in self.verbs.items():
+            one = verbs.add_parser(name, help=verb.help, **made)
+            if verb.has_results:
+                one.add_argument(
+                    "--json", type=Path, help="write the result (several: a list) here"
+                )
+            add_options(one, verb.options, {"case": sorted(self.recipe.cases)})
         return parser
 
-    def _run(self, given: dict[str, Any], results: Path, console: Console) -> None:
-        name, result = self.run(given, console)
-        file = results / f"{name}.json"
+    def _do(self, given: dict[str, Any], console: Console) -> None:
+        results = given.pop("results")
+        if given["verb"] == "show":
+            self._show(results, console)
+            return
+        name, file = given.pop("verb"), given.pop("json", None)
+        torch.set_num_threads(given.get("threads") or torch.get_num_threads())
+        options = from_words(self.verbs[name].options, given)
+        found, line = [], command(self.recipe.folder.name, name, options)
+        for label, body in self.verbs[name].run(self.recipe, options, console):
+            found.append(self._head(line) | body)
+            whole = found if file and len(found) > 1 else found[-1]
+            self._write(file or results / f"{label}.json", whole, console)
+            console.print(self.tabulate(found[-1]))
+
+    def _head(self, line: str) -> dict[str, Any]:
+        named = {key: getattr(self.recipe, key) for key in ("claim", "paper")}
+        head = {"schema": 1, "recipe": self.recipe.name} | named | {"command": line}
+        return head | report.environment()
+
+    def _write(self, file: Path, result: Any, console: Console) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        console.print(self.tabulate(result))
         console.print(f"written to {file}")
 
     def _show(self, results: Path, console: Console) -> None:

@@ -1,43 +1,69 @@
-"""Recipes: a folder that holds one claim, run beside the paper's numbers.
+"""A recipe's file: a claim, and one row a network: model, data, masks, rule, published number.
 
-A recipe has ``recipe.toml`` (claim, arms, cases with training rule and published accuracy) and
-``run.py`` with ``train(recipe, options, console) -> list[Arm]``, the experiment itself. What all
-recipes share is here: reading the file, arms that can be stopped and resumed, and the result with
-everything that is needed to judge it.
+A recipe is a folder with ``recipe.toml`` and ``__main__.py``, its command line. What a case of the
+file cannot say, the recipe's own modules do.
 """
 
+import functools
 import importlib.util
+import pkgutil
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from pemn_surgery import report
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe.images import ImageData
+from pemn_surgery.recipe.rules import Rule
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-COLUMNS = ("arm", "best (epoch)", "last", "published", "best - published", "bytes", "s/epoch")
-PROGRESS = ("epoch", "step", "loss", "seconds", "history")
+Table = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One network: its factory, its training rule, the published numbers by arm."""
+    """One network on one data set.
+
+    Attributes:
+        factory: What makes the network: a function by its dotted name (``timm.create_model``), or,
+            without a dot, one of the recipe's ``networks.py``.
+        arguments: Of the factory.
+        data: Which of the recipe's data sets.
+        rule: How it is trained, the fields of a `Rule`.
+        rules: What is otherwise for an arm, by its name.
+        epochs: How long it is trained; None: as long as in the paper.
+        precision: "bf16" (autocast) or "fp32".
+        published: The paper's numbers by arm.
+    """
 
     factory: str
-    arguments: dict[str, Any]
-    rule: dict[str, Any]
-    published: dict[str, dict[str, Any]] = field(default_factory=dict)
+    arguments: Table
+    data: str
+    rule: Table
+    rules: dict[str, Table] = field(default_factory=dict)
+    epochs: int | None = None
+    precision: str = "bf16"
+    published: dict[str, Table] = field(default_factory=dict)
+
+    def rule_of(self, arm: str, **changes: Any) -> Rule:
+        """Return an arm's rule.
+
+        Raises:
+            RecipeError: If it lacks or misspells a field, or names what there is not.
+        """
+        try:
+            return Rule(**self.rule | self.rules.get(arm, {}) | changes)
+        except TypeError as error:
+            message = f"the rule of the arm {arm!r} cannot be read: {error}"
+            raise RecipeError(message) from error
 
 
 @dataclass(frozen=True)
@@ -52,26 +78,22 @@ class Recipe:
     claim: str
     paper: str
     paper_epochs: int
-    data: dict[str, str]
-    arms: dict[str, dict[str, Any]]
+    data: dict[str, Table]
+    arms: dict[str, Table]
     cases: dict[str, Case]
-    published: dict[str, dict[str, Any]] = field(default_factory=dict)
+    published: dict[str, Table] = field(default_factory=dict)
 
     def module(self, name: str) -> ModuleType:
-        """Import ``<folder>/<name>.py``; it is code and runs, so load recipes you trust.
+        """Import ``<folder>/<name>.py``, once; it is code and runs, so load recipes you trust.
 
         Raises:
             RecipeError: If the file is missing.
         """
         file = self.folder / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"_recipe_{self.name}_{name}", file)
-        if not file.is_file() or spec is None or spec.loader is None:
+        if not file.is_file():
             message = f"{file} does not exist; the recipe {self.name} needs it"
             raise RecipeError(message)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        return module
+        return _imported(f"_recipe_{self.name}_{name}", file.resolve())
 
     def case(self, name: str) -> Case:
         """Return a case by its name.
@@ -84,43 +106,45 @@ class Recipe:
             raise RecipeError(message)
         return self.cases[name]
 
+    def network(self, case: str) -> nn.Module:
+        """Make a case's network, its weights from torch's global generator.
 
-@dataclass(frozen=True)
-class Options:
-    """What a run adds to a recipe; ``limit`` cuts every split, for trials only."""
+        Raises:
+            RecipeError: If there is no such case, or its factory cannot be imported.
+        """
+        one = self.case(case)
+        return self._factory(one.factory)(**one.arguments)
 
-    case: str
-    epochs: int
-    work: Path
-    data: str = ""
-    seed: int = 0
-    precision: str = "bf16"
-    device: str = "cpu"
-    limit: int | None = None
-    resume: bool = False
+    def images(self, case: str) -> ImageData:
+        """Return the data set of a case on images.
 
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
-        if self.epochs < 1:
-            message = f"epochs={self.epochs}; give 1 or more"
-            raise RecipeError(message)
-        if self.precision not in ("bf16", "fp32"):
-            message = f"precision={self.precision!r}; give 'bf16' or 'fp32'"
-            raise RecipeError(message)
+        Raises:
+            RecipeError: If there is no such case, or its data set lacks or misspells a field.
+        """
+        name = self.case(case).data
+        try:
+            return ImageData(**self.data[name])
+        except (KeyError, TypeError) as error:
+            message = f"the data set {name!r} of {self.name} cannot be read: {error!r}"
+            raise RecipeError(message) from error
 
-    @property
-    def label(self) -> str:
-        """Name of the run's folder under ``work`` and of its result."""
-        cut = f"-limit{self.limit}" if self.limit else ""
-        return f"{self.case}-e{self.epochs}-s{self.seed}{cut}"
+    def _factory(self, name: str) -> Callable[..., nn.Module]:
+        try:
+            if "." in name:
+                return pkgutil.resolve_name(name)
+            return getattr(self.module("networks"), name)
+        except (ImportError, AttributeError) as error:
+            message = f"the factory {name!r} of a case of {self.name} cannot be imported: {error}"
+            raise RecipeError(message) from error
 
-    def command(self, recipe: str) -> str:
-        """The command line of the run, with its folders shortened to placeholders."""
-        parts = [f"python recipes/{recipe} run --work WORK"]
-        given = {k: v for k, v in asdict(self).items() if k not in ("work", "resume") and v}
-        if Path(self.data).is_dir():
-            given["data"] = f".../{Path(self.data).name}"
-        return " ".join([*parts, *(f"--{key} {value}" for key, value in given.items())])
+
+@functools.cache
+def _imported(name: str, file: Path) -> ModuleType:
+    spec: Any = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def load(folder: str | Path) -> Recipe:
@@ -137,139 +161,3 @@ def load(folder: str | Path) -> Recipe:
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
         message = f"{file} cannot be read as a recipe: {error!r}"
         raise RecipeError(message) from error
-
-
-class Arm:
-    """One way of training a case: the model, its optimizer, and how far it has come.
-
-    ``history`` has a row an epoch: ``epoch`` (from 1), ``train_loss``, ``test_accuracy`` (in
-    percent), ``seconds`` and ``test_seconds``. ``step``, ``loss`` (a sum over the images seen)
-    and ``seconds`` belong to the epoch under way.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        file: Path,
-        settings: dict[str, Any],
-    ) -> None:
-        """Start at epoch 0; ``file`` takes checkpoints of a run with these ``settings``."""
-        self.name, self.model, self.optimizer = name, model, optimizer
-        self.file, self.settings = file, settings
-        self.epoch, self.step, self.loss, self.seconds = 0, 0, 0.0, 0.0
-        self.history: list[dict[str, float]] = []
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that training changes, by name: trainable parameters and buffers."""
-        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-        return trained | dict(self.model.named_buffers())
-
-    def save(self) -> None:
-        """Write the checkpoint under another name, then rename it over the old one."""
-        progress = {key: getattr(self, key) for key in PROGRESS}
-        state = {"settings": self.settings, "progress": progress, "tensors": self.tensors()}
-        partial = self.file.with_suffix(".partial")
-        torch.save(state | {"optimizer": self.optimizer.state_dict()}, partial)
-        partial.replace(self.file)
-
-    def restore(self) -> None:
-        """Continue from the checkpoint.
-
-        Raises:
-            RecipeError: If it belongs to a run with other settings.
-        """
-        state = torch.load(self.file, weights_only=True)
-        was = state["settings"]
-        other = {k: (was.get(k), new) for k, new in self.settings.items() if was.get(k) != new}
-        if other:
-            message = f"{self.file} has other settings (its, given): {other}; give another work"
-            raise RecipeError(message)
-        with torch.no_grad():
-            for name, tensor in self.tensors().items():
-                tensor.copy_(state["tensors"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        vars(self).update(state["progress"])
-
-    def close_epoch(self, images: int, accuracy: float, test_seconds: float) -> dict[str, float]:
-        """Add the finished epoch's row to the history, reset the counters, checkpoint."""
-        row = {"epoch": self.epoch + 1, "train_loss": self.loss / images}
-        row |= {"test_accuracy": accuracy, "seconds": self.seconds, "test_seconds": test_seconds}
-        self.history.append(row)
-        self.epoch, self.step, self.loss, self.seconds = self.epoch + 1, 0, 0.0, 0.0
-        self.save()
-        return row
-
-    def stored(self) -> dict[str, int]:
-        """Write what a user would keep beside the checkpoint; bytes by file name."""
-        folder = self.file.with_suffix("")
-        if hasattr(self.model, "save_pretrained"):
-            self.model.save_pretrained(str(folder))  # pyright: ignore[reportCallIssue]
-        else:
-            from safetensors.torch import save_model
-
-            folder.mkdir(exist_ok=True)
-            save_model(self.model, str(folder / "model.safetensors"))
-        kept = (file for file in folder.rglob("*.*") if file.suffix in (".safetensors", ".json"))
-        return {file.relative_to(folder).as_posix(): file.stat().st_size for file in kept}
-
-    def summary(self, published: dict[str, Any] | None) -> dict[str, Any]:
-        """Best and last epoch beside the published number, bytes, and the whole history."""
-        best = max(self.history, key=lambda row: row["test_accuracy"])
-        keys, files = ("epoch", "test_accuracy"), self.stored()
-        return {
-            "best": {key: best[key] for key in keys},
-            "last": {key: self.history[-1][key] for key in keys},
-            "published": published,
-            "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "bytes": {"total": sum(files.values()), "files": files},
-            "settings": self.settings,
-            "history": self.history,
-        }
-
-
-def run(recipe: Recipe, options: Options, console: Console | None = None) -> dict[str, Any]:
-    """Train all arms of a case and return the result, which JSON can hold.
-
-    Raises:
-        RecipeError: If the case is unknown, or the work folder holds this run already.
-        KeyboardInterrupt: After Ctrl-C; the checkpoint is written and the run can be resumed.
-    """
-    published = recipe.case(options.case).published
-    arms = recipe.module("run").train(recipe, options, console or Console())
-    ran = min(len(arm.history) for arm in arms)
-    cut = f"; a trial on {options.limit} images of each split" if options.limit else ""
-    return {
-        "schema": 1,
-        "recipe": recipe.name,
-        "claim": recipe.claim,
-        "paper": recipe.paper,
-        "case": options.case,
-        "command": options.command(recipe.name),
-        "seed": options.seed,
-        "epochs": {"run": ran, "paper": recipe.paper_epochs},
-        "note": f"epochs: {ran} of the paper's {recipe.paper_epochs}{cut}",
-        **report.environment(),
-        "arms": {arm.name: arm.summary(published.get(arm.name)) for arm in arms},
-    }
-
-
-def compare(result: dict[str, Any]) -> Table:
-    """Tabulate a result's arms beside the published accuracy."""
-    table = Table(title=f"{result['recipe']}: {result['case']} - {result['note']}")
-    for title in COLUMNS:
-        table.add_column(title, justify="left" if title == "arm" else "right")
-    for name, arm in result["arms"].items():
-        table.add_row(name, *_cells(arm))
-    return table
-
-
-def _cells(arm: dict[str, Any]) -> list[str]:
-    best, published = arm["best"]["test_accuracy"], arm["published"]
-    beside = ["-", "-"]
-    if published:
-        beside = [f"{published['accuracy']:.2f}", f"{best - published['accuracy']:+.2f}"]
-    seconds = sum(row["seconds"] for row in arm["history"]) / len(arm["history"])
-    found = [f"{best:.2f} ({arm['best']['epoch']})", f"{arm['last']['test_accuracy']:.2f}"]
-    return [*found, *beside, f"{arm['bytes']['total']:,}", f"{seconds:.1f}"]
