@@ -1,12 +1,13 @@
-"""Train masks with scores at a learning rate of their own; keep masks and accuracy of every epoch.
+"""Train masks with scores at a learning rate of their own; keep masks and accuracy.
 
 Only the scores' learning rate decides how many mask bits leave the initial mask, so it is swept
 while everything else that is trained keeps its own. Masks are kept as they are, so that ways to
 code them can be compared without training again (`measure`).
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -15,34 +16,45 @@ import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from pemn_surgery import pemnify
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.commands import quickstart_run as quickstart
-from pemn_surgery.recipe import Recipe, load
+from pemn_surgery.recipe import Recipe
+from pemn_surgery.recipe.arms import Arm
+from pemn_surgery.recipe.classification import Classification
+from pemn_surgery.recipe.options import SEEDS, ImageOptions, option
+from pemn_surgery.recipe.rules import OPTIMIZERS
+from pemn_surgery.recipe.runner import Runner
 
 LARGE = 1e3  # a score that stays among the largest
-CIFAR = Path(__file__).resolve().parents[1] / "cifar10_rp"
+TASKS = ("digit", "parity")
 
-Split = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(ImageOptions):
+    """What tells trainings of one case apart, beside their seed and task."""
+
+    optimizer: str = option("of the scores", "adamw", sorted(OPTIMIZERS))
+    lr: tuple[float, ...] = option("of the scores, at its highest")
+    pull: float = option("of scores toward where they began, in learning rates", 0.0)
+    held: float = option("share of weights, the smallest, whose mask bits stay as they began", 0.0)
+    threads: int | None = option("torch's threads", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Sweep):
+    """What a run adds to the recipe."""
+
+    seeds: tuple[int, ...] = option(SEEDS, (0,))
+    task: str = option("of digits", "digit", TASKS)
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training: what is swept, beside what the recipe says.
-
-    Attributes:
-        case: "digits" or "cifar10".
-        optimizer: Of the scores: "adamw" or "sgd" (momentum .9).
-        lr: The scores' largest learning rate (one cycle).
-        seed: Of bank, scores, and order of the images.
-        epochs: Passes over the training images.
-        task: For digits, "digit" or "parity".
-        pull: How far scores go back toward where they began after every step, in learning rates.
-        held: Share of each layer's weights, the smallest, whose mask bits stay as they began.
-    """
+class Job:
+    """One training: what is swept, beside what the recipe says; `Sweep` explains the fields."""
 
     case: str
     optimizer: str
@@ -55,196 +67,110 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Name of the run's file."""
+        """Name of the training's files."""
         parts = (self.case, self.task, self.optimizer, f"{self.lr:g}", f"p{self.pull:g}")
         parts += (f"h{self.held:g}",) if self.held else ()
         return "-".join((*parts, f"e{self.epochs}", f"s{self.seed}"))
 
 
-def run_of(settings: dict[str, Any]) -> Run:
-    """Return the run that `train` returned these settings of."""
-    return Run(**{field.name: settings[field.name] for field in fields(Run)})
+def job_of(settings: dict[str, Any]) -> Job:
+    """Return the job that `train` returned these settings of."""
+    return Job(**{field.name: settings[field.name] for field in fields(Job)})
 
 
-@dataclass(frozen=True)
-class Data:
-    """Images of both splits, how they become a batch, and how they are augmented each epoch."""
+def run(recipe: Recipe, options: Options, console: Console) -> tuple[()]:
+    """Train every seed and rate that is not there yet; their files are under ``work``.
 
-    train: Split
-    test: Split
-    batch: Callable[[Tensor], Tensor]
-    augment: Callable[[Tensor], Tensor]
-
-
-def digits(task: str) -> Data:
-    """Return the quickstart's digits."""
-    train, test = quickstart.load_digits()
-    splits = [(split.images, split.labels[task]) for split in (train, test)]
-    return Data(splits[0], splits[1], lambda images: images, lambda images: images)
-
-
-def cifar10(source: str, work: Path, recipe: Recipe) -> Data:
-    """Return CIFAR-10, cropped and flipped while training."""
-    pipeline = load(CIFAR).module("data")
-    given = recipe.data
-    splits = pipeline.load(source or given["source"], work, given["image"], given["label"])
-
-    def batch(images: Tensor) -> Tensor:
-        return pipeline.normalise(images).contiguous(memory_format=torch.channels_last)
-
-    def augment(images: Tensor) -> Tensor:
-        return torch.cat(list(pipeline.augment("resnet", images)))
-
-    return Data(splits["train"], splits["test"], batch, augment)
-
-
-def data(recipe: Recipe, run: Run, work: Path, source: str) -> Data:
-    """Return a run's images; ``work`` keeps decoded ones, ``source`` replaces the recipe's."""
-    return digits(run.task) if run.case == "digits" else cifar10(source, work, recipe)
-
-
-def network(recipe: Recipe, run: Run) -> PeftModel:
-    """Return the case's network with fresh masks."""
-    torch.manual_seed(run.seed)
-    case = recipe.case(run.case)
-    base = quickstart.network(run.seed) if case.factory == "digits" else resnet(**case.arguments)
-    return pemnify(base, seed=run.seed, **recipe.arms["masks"])
-
-
-def resnet(widths: Sequence[int], classes: int = 10) -> nn.Sequential:
-    """Return a ResNet of one block a width, for images of 32 x 32, whose stem halves them.
-
-    Args:
-        widths: Channels of the blocks; the sides are 16, 8, 4, ...
-        classes: Number of outputs.
+    Raises:
+        RecipeError: If the case is unknown, or one was begun and ``resume`` is not given.
+        KeyboardInterrupt: After Ctrl-C; the checkpoint is written and the run can be resumed.
     """
-    block = load(CIFAR).module("models").BasicBlock
-    first = widths[0]
-    stem = [nn.Conv2d(3, first, 3, 2, padding=1, bias=False), nn.BatchNorm2d(first), nn.ReLU()]
-    blocks = [block(*pair) for pair in zip((first, *widths), widths, strict=False)]
-    head = nn.Linear(widths[-1], classes, bias=False)
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    epochs = epochs_of(recipe, options)
+    for seed in options.seeds:
+        for lr in options.lr:
+            swept = (options.case, options.optimizer, lr, seed, epochs)
+            job = Job(*swept, options.task, options.pull, options.held)
+            file = options.work / f"{job.label}.json"
+            if not file.exists():
+                found = train(recipe, job, options, console)
+                file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return ()
 
 
-def train(recipe: Recipe, run: Run, work: Path, source: str, console: Console) -> dict[str, Any]:
-    """Train once; keep packed masks by epoch and weight, and all that was trained.
-
-    They are ``<label>.npz`` and ``<label>.pt`` under ``work``.
-
-    Args:
-        recipe: This recipe.
-        run: What is trained.
-        work: Folder of masks and decoded data.
-        source: Folder or hub id in place of the recipe's; "" for that.
-        console: Where every epoch is shown.
-
-    Returns:
-        The run's settings, accuracy in percent and seconds by epoch.
-    """
-    images, model = data(recipe, run, work, source), network(recipe, run)
-    fitting = _Fitting(recipe.case(run.case).rule, model, images, run)
-    masks: dict[str, np.ndarray] = {}
-    history = []
-    for epoch in range(1, run.epochs + 1):
-        row = {"epoch": epoch, **fitting.epoch(), "accuracy": accuracy(model, images)}
-        history.append(row)
-        masks |= {f"{epoch}/{name}": mask for name, mask in packed_masks(model).items()}
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in row.items())
-        console.print(f"{run.label}: {shown}", highlight=False)
-    np.savez(work / f"{run.label}.npz", **cast("Any", masks))
-    torch.save(trained(model), work / f"{run.label}.pt")
-    return {**asdict(run), "history": history, "shapes": shapes(model)}
+def epochs_of(recipe: Recipe, options: Sweep) -> int:
+    """How long the jobs of a sweep are trained."""
+    return options.epochs or recipe.case(options.case).epochs or recipe.paper_epochs
 
 
-def trained(model: PeftModel) -> dict[str, Tensor]:
-    """Return scores, norms, biases and the norms' running statistics by their names."""
-    frozen = {name for name, tensor in model.named_parameters() if not tensor.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+def data(recipe: Recipe, job: Job, options: Sweep) -> Classification:
+    """Return a job's images."""
+    if job.case == "digits":
+        train, test = ((one.images, one.labels[job.task]) for one in quickstart.load_digits())
+        return Classification(train, test).cut(options.limit)
+    images = recipe.images(job.case)
+    return images.task(images.load(options.work, options.data)).cut(options.limit)
 
 
-class _Fitting:
-    """Optimizers and schedules of one run: scores apart from everything else."""
-
-    def __init__(self, rule: dict[str, Any], model: PeftModel, data: Data, run: Run) -> None:
-        self.model, self.data, self.run, self.rule = model, data, run, rule
-        if run.held:
-            for layer in layers(model):
-                hold(layer, run.held)
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        scores = [p for name, p in named if ".pemn_masks." in name]
-        rest = [p for name, p in named if ".pemn_masks." not in name]
-        self.scores = [(score, score.detach().clone()) for score in scores]
-        steps = run.epochs * (len(data.train[1]) // rule["batch"])
-        self.optimizers = [
-            optimizer(run.optimizer, scores, run.lr, 0.0),
-            optimizer(rule["optimizer"], rest, rule["lr"], rule["weight_decay"]),
-        ]
-        self.schedules = [
-            torch.optim.lr_scheduler.OneCycleLR(one, lr, total_steps=steps, cycle_momentum=False)
-            for one, lr in zip(self.optimizers, (run.lr, rule["lr"]), strict=True)
-        ]
-        self.order = torch.Generator().manual_seed(run.seed)
-
-    def epoch(self) -> dict[str, float]:
-        """Train for one epoch; return its mean loss and seconds."""
-        started, total, steps = time.perf_counter(), 0.0, 0
-        self.model.train()
-        for images, labels in self._batches():
-            loss = F.cross_entropy(logits(self.model, self.data.batch(images)), labels)
-            for one in self.optimizers:
-                one.zero_grad()
-            loss.backward()
-            for one in self.optimizers:
-                one.step()
-            if self.run.pull:
-                self._pull()
-            for schedule in self.schedules:
-                schedule.step()
-            total, steps = total + loss.item(), steps + 1
-        return {"loss": total / steps, "seconds": time.perf_counter() - started}
-
-    @torch.no_grad()
-    def _pull(self) -> None:
-        """Move scores toward where they began, by as much wherever they are, not beyond it."""
-        by = self.run.pull * self.optimizers[0].param_groups[0]["lr"]
-        for score, start in self.scores:
-            score.copy_(start + F.softshrink(score - start, by))
-
-    def _batches(self) -> Iterator[Split]:
-        images, labels = self.data.train
-        order = torch.randperm(len(labels), generator=self.order)
-        size = self.rule["batch"]
-        order = order[: len(labels) // size * size]
-        images, labels = self.data.augment(images[order]), labels[order]
-        yield from zip(images.split(size), labels.split(size), strict=True)
+def network(recipe: Recipe, job: Job) -> PeftModel:
+    """Return the case's network with fresh masks, some of whose bits may be held."""
+    torch.manual_seed(job.seed)
+    model = pemnify(recipe.network(job.case), seed=job.seed, **recipe.arms["masks"])
+    for layer in layers(model) if job.held else ():
+        hold(layer, job.held)
+    return model
 
 
-def optimizer(
-    name: str, parameters: list[nn.Parameter], lr: float, decay: float
-) -> torch.optim.Optimizer:
-    """Return an optimizer by its name in the recipe."""
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=decay)
-    return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=decay)
+def arm(recipe: Recipe, job: Job, options: Sweep, console: Console) -> tuple[Runner, Arm]:
+    """Return a job's runner and its arm: fresh, or as far as it has come."""
+    own = dataclasses.replace(options, case=job.case, epochs=job.epochs)
+    runner = Runner(recipe, own, job.seed, data(recipe, job, options), console)
+    scores = {"optimizer": job.optimizer, "lr": job.lr, "weight_decay": 0.0, "momentum": 0.9}
+    rule = recipe.case(job.case).rule_of("masks", scores=scores)
+    changes = recipe.arms["masks"] | {"pull": job.pull, "held": job.held, "task": job.task}
+    starts: list[tuple[nn.Parameter, torch.Tensor]] = []
 
+    def build() -> nn.Module:
+        model = network(recipe, job)
+        found = [cast("nn.Parameter", one.mask_of("default").scores) for one in layers(model)]
+        starts.extend((score, score.detach().clone()) for score in found)
+        return model
 
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Return a model's outputs in float32; convolutions on CIFAR-10 are made in bfloat16."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=images.shape[1] == 3):
-        return model(images).float()
+    one = runner.add(job.label, build, rule, changes)
+    if job.pull:
+        optimizer = one.optimizers["scores"]
+        optimizer.register_step_post_hook(lambda *_: pull(starts, job.pull, optimizer))
+    return runner, one
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: Data) -> float:
-    """Share of the test images that a model gets right, in percent."""
-    model.eval()
-    images, labels = data.test
-    pairs = zip(images.split(500), labels.split(500), strict=True)
-    right = sum(int((logits(model, data.batch(x)).argmax(1) == y).sum()) for x, y in pairs)
-    return 100 * right / len(labels)
+def pull(
+    starts: list[tuple[nn.Parameter, torch.Tensor]], by: float, optimizer: torch.optim.Optimizer
+) -> None:
+    """Move scores toward where they began, by as much wherever they are, not beyond it."""
+    far = by * optimizer.param_groups[0]["lr"]
+    for score, start in starts:
+        moved = score - start.to(score.device)
+        score.sub_(moved).add_(F.softshrink(moved, far))
 
 
-def layers(model: PeftModel) -> Iterator[PemnLayer]:
+def train(recipe: Recipe, job: Job, options: Sweep, console: Console) -> dict[str, Any]:
+    """Train a job; keep the packed masks by weight, ``<label>.npz`` under ``work``.
+
+    Returns:
+        The job's settings, accuracy in percent and seconds by epoch.
+    """
+    runner, one = arm(recipe, job, options, console)
+    runner.go()
+    keep_masks(options.work / f"{job.label}.npz", one.model, job.epochs)
+    rows = [
+        {"epoch": row["epoch"], "loss": row["train_loss"], "seconds": row["seconds"]}
+        | {"accuracy": row["test_accuracy"]}
+        for row in one.history
+    ]
+    return {**asdict(job), "history": rows, "shapes": shapes(one.model)}
+
+
+def layers(model: nn.Module) -> Iterator[PemnLayer]:
     """Yield the masked layers of a model."""
     return (module for module in model.modules() if isinstance(module, PemnLayer))
 
@@ -260,18 +186,21 @@ def hold(layer: PemnLayer, share: float) -> None:
     held.view(-1)[sizes.flatten().argsort(stable=True)[: int(share * sizes.numel())]] = True
     ends = torch.where(layer.mask_of("default").mask(), LARGE, 0.0)
     scores.copy_(torch.where(held, ends, scores))
-    scores.register_hook(lambda gradient: gradient.masked_fill(held, 0.0))
+    scores.register_hook(lambda gradient: gradient.masked_fill(held.to(gradient.device), 0.0))
 
 
 @torch.no_grad()
-def packed_masks(model: PeftModel) -> dict[str, np.ndarray]:
-    """Return every mask by its weight's name, eight weights a byte, the first lowest."""
-    return {
-        layer.target: np.packbits(layer.mask_of("default").mask().numpy(), bitorder="little")
+def keep_masks(file: Path, model: nn.Module, epoch: int) -> None:
+    """Write every mask by epoch and weight, eight weights a byte, the first lowest."""
+    masks = {
+        f"{epoch}/{layer.target}": np.packbits(
+            layer.mask_of("default").mask().cpu().numpy(), bitorder="little"
+        )
         for layer in layers(model)
     }
+    np.savez(file, **cast("Any", masks))
 
 
-def shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shape of every masked weight."""
     return {layer.target: tuple(layer.shape) for layer in layers(model)}

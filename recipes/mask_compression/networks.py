@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery.errors import RecipeError
-from pemn_surgery.recipe import load as load_recipe
+from pemn_surgery.recipe.networks import resnet
 
-MODELS = load_recipe(Path(__file__).resolve().parents[1] / "cifar10_rp").module("models")
 CLASSES, WIDTH, STEM = 10, 64, 3  # STEM: convolution, norm, ReLU
 
 
@@ -33,7 +32,7 @@ def pretrained(name: str, depth: int, folder: Path) -> nn.Sequential:
         found = [file.name for file in files]
         message = f"{folder} needs one file {name}-*.th; it has {found}; see the recipe's README"
         raise RecipeError(message)
-    network = MODELS.resnet(depth)
+    network = resnet(depth)
     network[-1] = nn.Linear(WIDTH, CLASSES)
     held = torch.load(files[0], weights_only=True, map_location="cpu")["state_dict"]
     try:
@@ -45,7 +44,7 @@ def pretrained(name: str, depth: int, folder: Path) -> nn.Sequential:
 
 
 def renamed(held: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Return a published state dict with the keys of `resnet` of the recipe cifar10_rp."""
+    """Return a published state dict with the keys of `resnet`."""
     blocks = (depth - 2) // 6
     starts = {f"layer{stage + 1}": STEM + stage * blocks for stage in range(3)}
     plain = {"conv1": 0, "bn1": 1, "linear": STEM + 3 * blocks + 2}  # pooling, flattening

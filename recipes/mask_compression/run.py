@@ -18,51 +18,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pemn_surgery import PemnConfig, pemnify
-from pemn_surgery import recipe as recipes
-from pemn_surgery.recipe import Arm, Recipe
+from pemn_surgery.recipe import Recipe, load
+from pemn_surgery.recipe.arms import Arm, sizes
+from pemn_surgery.recipe.options import CaseOptions, option
+from pemn_surgery.recipe.runner import Runner
+from pemn_surgery.report import tables as report
 
-HERE = recipes.load(Path(__file__).resolve().parent)
-SHARED = recipes.load(HERE.folder.parent / "cifar10_rp")
-TRAINING, DATA, NETWORKS = SHARED.module("run"), HERE.module("data"), HERE.module("networks")
+HERE = load(Path(__file__).resolve().parent)
+DATA, NETWORKS = HERE.module("data"), HERE.module("networks")
 CODERS, STRUCTURE = HERE.module("coders"), HERE.module("structure")
 BASE, CHECKPOINT, ADAPTER = "base.safetensors", "model.safetensors", "adapter_model.safetensors"
 CONTEXTS = "decoded bits, weights"  # what every decoder has: no other task
 OWN_TASK = 2_000  # test images that tell whether the pretrained weights were read as meant
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a run adds to the recipe.
+@dataclass(frozen=True, kw_only=True)
+class Options(CaseOptions):
+    """What a run adds to the recipe."""
 
-    Attributes:
-        case: Which network.
-        work: Takes decoded data, checkpoints, logs, adapters and fine-tuned weights.
-        weights: Folder of the published weights.
-        data: Folder or hub id of CIFAR-10, in place of the recipe's.
-        tasks: Which tasks.
-        seeds: One run of everything for each.
-        rates: Further learning rates of masks, first seed only.
-        epochs: In place of each task's own number.
-        limit: Cuts every split, for a trial.
-        resume: Continue from the checkpoints.
-    """
-
-    case: str
-    work: Path
-    weights: Path
-    data: str = ""
-    tasks: tuple[str, ...] = tuple(DATA.TASKS)
-    seeds: tuple[int, ...] = (0,)
-    rates: tuple[float, ...] = ()
-    epochs: int | None = None
-    limit: int | None = None
-    resume: bool = False
-
-    @property
-    def label(self) -> str:
-        """Name of the result: the case, and what makes a run another one than the recipe's."""
-        epochs = f"-e{self.epochs}" if self.epochs else ""
-        return self.case + epochs + (f"-limit{self.limit}" if self.limit else "")
+    weights: Path = option("folder of the published weights")
+    tasks: tuple[str, ...] = option("which", tuple(DATA.TASKS))
+    rates: tuple[float, ...] = option("further ones, of masks, with the first seed", ())
+    threads: int | None = option("torch's threads", 1)
 
 
 @dataclass(frozen=True)
@@ -80,46 +57,6 @@ class Job:
         return f"{self.arm}_lr{self.rate:g}"
 
 
-class Training(TRAINING.Run):
-    """A job, trained, stopped and resumed as the recipe cifar10_rp trains its arms."""
-
-    def __init__(self, recipe: Recipe, job: Job, options: Options, console: Console) -> None:
-        """Load the task's images and the pretrained network, and the checkpoint, if any."""
-        case, self.job, self.given = recipe.case(options.case), job, options
-        rule = {key: value for key, value in case.rule.items() if key != "finetuned_lr"}
-        one = dataclasses.replace(case, rule=rule | {"lr": job.rate})
-        alone = {job.title: recipe.arms[job.arm]}
-        chosen = dataclasses.replace(recipe, arms=alone, cases={options.case: one})
-        epochs = options.epochs or DATA.task(job.task).epochs
-        shared = recipes.Options(
-            case=options.case,
-            epochs=epochs,
-            work=options.work / job.task,
-            data=options.data,
-            seed=job.seed,
-            limit=options.limit,
-            resume=options.resume,
-        )
-        super().__init__(chosen, shared, console)
-
-    def _splits(self) -> list[tuple[Tensor, Tensor]]:
-        cut = self.options.limit
-        splits = DATA.task(self.job.task).splits(source(self.recipe, self.given))
-        return [(images[:cut], labels[:cut]) for images, labels in splits]
-
-    def _model(self, name: str) -> nn.Module:
-        network = start(self.recipe, self.given, self.job)
-        changes = self.recipe.arms[name]
-        return pemnify(network, PemnConfig.preset(**changes)) if changes else network
-
-
-def source(recipe: Recipe, options: Options) -> Any:
-    """Where CIFAR-10 is, for ``data.py``."""
-    data = recipe.data
-    place = options.data or data["source"]
-    return DATA.Source(place, options.work, data["image"], data["label"])
-
-
 def start(recipe: Recipe, options: Options, job: Job) -> nn.Sequential:
     """The network that a job's arms start from: published weights, random classifier."""
     arguments = recipe.case(options.case).arguments
@@ -129,13 +66,13 @@ def start(recipe: Recipe, options: Options, job: Job) -> nn.Sequential:
 
 def jobs(recipe: Recipe, options: Options) -> Iterator[Job]:
     """All trainings: per seed and task both arms, then masks at the further rates."""
-    rule = recipe.case(options.case).rule
+    case = recipe.case(options.case)
     for task in options.tasks:
         DATA.task(task)  # refuses an unknown one before anything is trained
     for seed in options.seeds:
         for task in options.tasks:
-            yield Job(task, seed, "masks", rule["lr"])
-            yield Job(task, seed, "finetuned", rule["finetuned_lr"])
+            for arm in ("masks", "finetuned"):
+                yield Job(task, seed, arm, case.rule_of(arm).lr)
     for rate in options.rates:
         for task in options.tasks:
             yield Job(task, options.seeds[0], "masks", rate)
@@ -147,14 +84,24 @@ def train(recipe: Recipe, job: Job, options: Options, console: Console) -> Arm:
     ``base.safetensors`` is the start; ``<job>/`` an adapter or the fine-tuned checkpoint, and
     ``<job>-small/`` the adapter with coded masks or the checkpoint in float16.
     """
-    with torch.random.fork_rng(devices=[]):
-        training = Training(recipe, job, options, console)
-        training.go()
-    (arm,) = training.arms
-    save_file(start(recipe, options, job).state_dict(), training.folder / BASE)
+    task, images = DATA.task(job.task), recipe.images(options.case)
+    splits = task.splits(lambda: images.load(options.work, options.data))
+    data = images.task(splits).cut(options.limit)
+    epochs, work = options.epochs or task.epochs, options.work / job.task
+    own = dataclasses.replace(options, epochs=epochs, work=work)
+    runner = Runner(recipe, own, job.seed, data, console)
+    rule, changes = recipe.case(options.case).rule_of(job.arm, lr=job.rate), recipe.arms[job.arm]
+    arm = runner.add(job.title, lambda: _model(recipe, options, job), rule, changes)
+    runner.go()
+    save_file(start(recipe, options, job).state_dict(), runner.folder / BASE)
     arm.stored()
     _store_small(arm)
     return arm
+
+
+def _model(recipe: Recipe, options: Options, job: Job) -> nn.Module:
+    network, changes = start(recipe, options, job), recipe.arms[job.arm]
+    return pemnify(network, PemnConfig.preset(**changes)) if changes else network
 
 
 def _store_small(arm: Arm) -> None:
@@ -173,12 +120,10 @@ def _small(arm: Arm) -> Path:
     return arm.file.with_name(f"{arm.file.stem}-small")
 
 
-def run(recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
-    """Train everything, then measure it.
+def run(recipe: Recipe, options: Options, console: Console) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Train everything, then measure it; yield the result's name, and what it holds.
 
-    Returns:
-        ``network`` (masked weights, accuracy on its own task) and ``rows``, one for
-        each job; JSON can hold it.
+    That is: ``network`` (masked weights, accuracy on its own task) and ``rows``, one for each job.
 
     Raises:
         RecipeError: If a case, a task or a file is missing, or a tool is not installed.
@@ -191,16 +136,20 @@ def run(recipe: Recipe, options: Options, console: Console) -> dict[str, Any]:
     console.print("measuring")
     rows = [_row(job, arms, chosen) for job in all_jobs]
     network["weights"] = next(row["weights"] for row in rows if row["arm"] == "masks")
-    return {"network": network, "rule": recipe.case(options.case).rule, "rows": rows}
+    label = options.case + options.changes
+    found = {"case": label, "seeds": list(options.seeds), "network": network, "rows": rows}
+    rule = {"rule": recipe.case(options.case).rule}
+    yield label, found | rule | report.environment("cramjam")
 
 
 def own_task(recipe: Recipe, options: Options) -> dict[str, float]:
     """CIFAR-10's classes by the published weights in float32: percent right, of how many images."""
     depth = recipe.case(options.case).arguments["depth"]
     network = NETWORKS.pretrained(options.case, depth, options.weights).eval()
-    images, labels = source(recipe, options).load("test", OWN_TASK)
+    data = recipe.images(options.case)
+    images, labels = (part[:OWN_TASK] for part in data.load(options.work, options.data)["test"])
     with torch.no_grad():
-        found = torch.cat([network(DATA.normalise(part)).argmax(1) for part in images.split(500)])
+        found = torch.cat([network(data.normalise(part)).argmax(1) for part in images.split(500)])
     return {"accuracy": 100 * float((found == labels).float().mean()), "images": len(labels)}
 
 
@@ -225,7 +174,7 @@ def _measure_masks(job: Job, arms: Mapping[Job, Arm], chosen: Any) -> dict[str, 
     contexts = {"contexts": found["structure"][CONTEXTS]["adaptive"]}
     found["bytes"] |= contexts
     found["reduction"] |= CODERS.reductions(contexts, found["weights"] / 8)
-    adapter, small = _size(arms[job].file.with_suffix("")), _size(_small(arms[job]))
+    adapter, small = _bytes(arms[job].folder), _bytes(_small(arms[job]))
     return found | {"files": {"adapter": adapter, "adapter_coded": small}}
 
 
@@ -243,10 +192,10 @@ def _is_twin(job: Job, other: Job) -> bool:
 
 def _measure(arm: Arm, chosen: Any) -> dict[str, Any]:
     """Measure fine-tuned weights of the layers that masks would choose from, and their change."""
-    base, tuned = _base(arm), load_file(arm.file.with_suffix("") / CHECKPOINT)
+    base, tuned = _base(arm), load_file(arm.folder / CHECKPOINT)
     weights = {name: tuned[name] for name, tensor in base.items() if tensor.dim() > 1}
     change = {name: tensor - base[name] for name, tensor in weights.items()}
-    files = {"float32": _size(arm.file.with_suffix("")), "float16": _size(_small(arm))}
+    files = {"float32": _bytes(arm.folder), "float16": _bytes(_small(arm))}
     return {
         "weights": sum(tensor.numel() for tensor in weights.values()),
         "finetuned": CODERS.of_floats(weights, chosen),
@@ -268,10 +217,8 @@ def _place(name: str) -> tuple[int, str]:
 
 def _masks(arm: Arm) -> dict[str, Tensor]:
     shapes = {name: tensor.shape for name, tensor in _base(arm).items()}
-    return CODERS.read_masks(arm.file.with_suffix("") / ADAPTER, shapes)
+    return CODERS.read_masks(arm.folder / ADAPTER, shapes)
 
 
-def _size(folder: Path) -> int:
-    """Bytes of a folder's tensors and configuration."""
-    kept = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".json")]
-    return sum(file.stat().st_size for file in kept)
+def _bytes(folder: Path) -> int:
+    return sum(sizes(folder).values())

@@ -5,7 +5,6 @@ one network loads all adapters, and every test batch is classified with its task
 the task inferred.
 """
 
-import itertools
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -15,37 +14,40 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from pemn_surgery import infer_task, pemnify
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import Recipe
+from pemn_surgery.recipe.arms import Arm, sizes
+from pemn_surgery.recipe.classification import Classification, Split
+from pemn_surgery.recipe.options import SEEDS, check_counts, option
+from pemn_surgery.recipe.options import Options as Shared
+from pemn_surgery.recipe.runner import Runner
 
 METHODS = ("one_shot", "binary")
 PIXELS, TEST = 64, 450
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a run adds to the recipe; ``repeats`` is the number of batches a task and size."""
+@dataclass(frozen=True, kw_only=True)
+class Options(Shared):
+    """What a run adds to the recipe."""
 
-    case: str
-    work: Path
-    tasks: int = 100
-    seeds: tuple[int, ...] = (0, 1, 2)
-    sizes: tuple[int, ...] = (1, 8, 32)
-    repeats: int = 2
-    dense_tasks: int = 5
+    case: str = option("row of the recipe's file", "outputs_100")
+    seeds: tuple[int, ...] = option(SEEDS, (0, 1, 2))
+    threads: int | None = option("torch's threads", 1)
+    tasks: int = option("how many", 100)
+    sizes: tuple[int, ...] = option("of batches whose task is inferred", (1, 8, 32))
+    repeats: int = option("batches a task and size", 2)
+    dense_tasks: int = option("how many tasks dense networks are trained on", 5)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
-        counts = {"tasks": self.tasks, "repeats": self.repeats, "seeds": len(self.seeds)}
-        for name, count in (counts | {"sizes": min(self.sizes, default=0)}).items():
-            if count < 1:
-                message = f"{name}: {count}; give 1 or more"
-                raise RecipeError(message)
+        super().__post_init__()
+        check_counts(tasks=self.tasks, repeats=self.repeats, seeds=len(self.seeds))
+        check_counts(sizes=min(self.sizes))
         if not 1 <= self.dense_tasks <= self.tasks:
             message = f"dense_tasks={self.dense_tasks}; give 1 to {self.tasks}, the number of tasks"
             raise RecipeError(message)
@@ -63,8 +65,8 @@ class Digits:
     permutations: list[Tensor]
 
 
-def digits(seed: int, tasks: int) -> Digits:
-    """Shuffle the digits, keep the last 450 for testing, draw a permutation a task."""
+def digits(seed: int, tasks: int, limit: int | None = None) -> Digits:
+    """Shuffle the digits, keep the last 450 for testing, draw a permutation a task, cut both."""
     from sklearn.datasets import load_digits
 
     generator = torch.Generator().manual_seed(seed)
@@ -72,30 +74,9 @@ def digits(seed: int, tasks: int) -> Digits:
     order = torch.randperm(len(labels), generator=generator)
     images, labels = images[order].float() / 16, labels[order]
     permutations = [torch.randperm(PIXELS, generator=generator) for _ in range(tasks)]
-    train, test = (images[:-TEST], labels[:-TEST]), (images[-TEST:], labels[-TEST:])
-    return Digits(train, test, permutations)
-
-
-def mlp(sizes: Sequence[int]) -> nn.Sequential:
-    """Linear layers without bias, ReLU between them: nothing but weights."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs, bias=False), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def fit(model: nn.Module, images: Tensor, labels: Tensor, rule: dict[str, Any], lr: float) -> None:
-    """Train with Adam under a cosine from ``lr`` to 0; batches follow torch's global seed."""
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
-    steps = rule["epochs"] * -(-len(labels) // rule["batch"])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(rule["epochs"]):
-        for rows in torch.randperm(len(labels)).split(rule["batch"]):
-            loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    train, test = ((images[part], labels[part]) for part in (slice(-TEST), slice(-TEST, None)))
+    data = Classification(train, test).cut(limit)
+    return Digits(data.train, data.test, permutations)
 
 
 @torch.no_grad()
@@ -104,103 +85,114 @@ def right(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     return int((model(images).argmax(1) == labels).sum())
 
 
-def run(recipe: Recipe, options: Options) -> dict[str, Any]:
-    """Train and test every seed.
+def run(recipe: Recipe, options: Options, console: Console) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Train and test every seed; yield the result's name, and what it holds.
 
-    Returns:
-        Rows by seed, their mean and standard deviation, and bytes a task; JSON can hold it.
+    That is: rows by seed, their mean and standard deviation, and bytes a task.
 
     Raises:
-        RecipeError: If the case is unknown.
+        RecipeError: If the case is unknown, or the work folder holds this run already.
+        KeyboardInterrupt: After Ctrl-C; checkpoints are written and the run can be resumed.
     """
-    case = recipe.case(options.case)
-    seeds = []
-    for seed in options.seeds:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            folder = options.work / f"{options.case}-s{seed}"
-            seeds.append(Seed(recipe, options, seed, folder).go())
-    return {"rule": case.rule, "summary": _summarise(seeds), "seeds": seeds}
+    seeds = [Seed(recipe, options, seed, console).go() for seed in options.seeds]
+    yield (
+        f"{options.case}-t{options.tasks}{options.changes}",
+        {
+            "case": options.case,
+            "tasks": options.tasks,
+            "rule": recipe.case(options.case).rule,
+            "summary": _summarise(seeds),
+            "seeds": seeds,
+        },
+    )
 
 
 class Seed:
     """One seed: one random network, one set of permutations."""
 
-    def __init__(self, recipe: Recipe, options: Options, seed: int, folder: Path) -> None:
-        """Read the digits; files go to ``folder``."""
-        self.recipe, self.options, self.seed, self.folder = recipe, options, seed, folder
+    def __init__(self, recipe: Recipe, options: Options, seed: int, console: Console) -> None:
+        """Read the digits."""
+        self.recipe, self.options, self.seed, self.console = recipe, options, seed, console
         self.case = recipe.case(options.case)
-        self.data = digits(seed, options.tasks)
+        self.data = digits(seed, options.tasks, options.limit)
+        self.tested = len(self.data.test[1])
         self.names = [f"task{number:03d}" for number in range(options.tasks)]
 
     def go(self) -> dict[str, Any]:
         """Train, load all masks into one network, test."""
         started = time.perf_counter()
-        self._train_masks()
+        masks = [self._fit("masks", task).folder for task in self._each("masks", len(self.names))]
         trained = time.perf_counter()
-        model = self._network_with_all_masks()
+        model = self._network_with_all_masks(masks)
         loaded = time.perf_counter()
         rows = list(self._test(model))
+        seconds = {"train_a_task": (trained - started) / len(self.names)}
+        seconds |= {"load_all": loaded - trained, "test": time.perf_counter() - loaded}
+        dense = [self._fit("dense", task) for task in self._each("dense", self.options.dense_tasks)]
         return {
             "seed": self.seed,
-            "dense": self._dense_accuracy(),
+            "dense": statistics.mean(arm.history[-1]["test_accuracy"] / 100 for arm in dense),
             "rows": rows,
-            "bytes": {"dense": self._bytes("dense"), "masks": self._bytes(self.names[0])},
-            "seconds": {"train_a_task": (trained - started) / len(self.names)}
-            | {"load_all": loaded - trained, "test": time.perf_counter() - loaded},
+            "bytes": {
+                "dense": sum(sizes(dense[0].folder).values()),
+                "masks": sum(sizes(masks[0]).values()),
+            },
+            "seconds": seconds,
         }
 
-    def _network(self) -> nn.Module:
-        return globals()[self.case.factory](**self.case.arguments)
+    def _each(self, what: str, count: int) -> Iterator[int]:
+        yield from track(range(count), f"seed {self.seed}: {what}", console=self.console)
 
-    def _split(self, task: int, *, test: bool = False) -> tuple[Tensor, Tensor]:
+    def _fit(self, arm: str, task: int) -> Arm:
+        """Train one network, dense or its masks, on one task."""
+        data = Classification(self._split(task), self._split(task, test=True))
+        runner = Runner(self.recipe, self.options, self.seed, data, Console(quiet=True))
+        changes, rule = self.recipe.arms[arm], self.case.rule_of(arm)
+        found = runner.add(f"{arm} {self.names[task]}", lambda: self._model(changes), rule, changes)
+        runner.go()
+        found.stored()
+        return found
+
+    def _model(self, changes: dict[str, Any]) -> nn.Module:
+        network = self.recipe.network(self.options.case)
+        return pemnify(network, seed=self.seed, **changes) if changes else network
+
+    def _split(self, task: int, *, test: bool = False) -> Split:
         images, labels = self.data.test if test else self.data.train
         return images[:, self.data.permutations[task]], labels
 
-    def _train_masks(self) -> None:
-        rule = self.case.rule
-        for task in track(range(len(self.names)), f"seed {self.seed}: masks"):
-            options: dict[str, Any] = self.recipe.arms["masks"] | {"seed": self.seed}
-            model = pemnify(self._network(), adapter_name=self.names[task], **options)
-            fit(model, *self._split(task), rule, rule["lr"])
-            model.save_pretrained(str(self.folder))
-
-    def _network_with_all_masks(self) -> PeftModel:
-        first, *others = self.names
-        model = PeftModel.from_pretrained(self._network(), self.folder / first, adapter_name=first)
-        for name in track(others, f"seed {self.seed}: load"):
-            model.load_adapter(str(self.folder / name), name)
+    def _network_with_all_masks(self, folders: list[Path]) -> PeftModel:
+        base, first = self.recipe.network(self.options.case), self.names[0]
+        model = PeftModel.from_pretrained(base, folders[0], adapter_name=first)
+        for task in self._each("load", len(folders)):
+            if task:
+                model.load_adapter(str(folders[task]), self.names[task])
         return model.eval()
-
-    def _dense_accuracy(self) -> float:
-        """Share of the test images that dense networks get right, one network a task."""
-        total, rule = 0, self.case.rule
-        for task in range(self.options.dense_tasks):
-            model = self._network()
-            fit(model, *self._split(task), rule, rule["dense_lr"])
-            total += right(model, *self._split(task, test=True))
-            (self.folder / "dense").mkdir(exist_ok=True)
-            save_model(model, str(self.folder / "dense" / "model.safetensors"))
-        return total / (self.options.dense_tasks * TEST)
 
     def _test(self, model: PeftModel) -> Iterator[dict[str, Any]]:
         known = [self._accuracy_known(model, task) for task in range(len(self.names))]
-        yield {"task": "given", "batch": TEST, "found": 1.0, "accuracy": statistics.mean(known)}
+        yield {
+            "task": "given",
+            "batch": self.tested,
+            "found": 1.0,
+            "accuracy": statistics.mean(known),
+        }
         for size in self.options.sizes:
             for method in METHODS:
                 yield self._inferred(model, size, method)
 
     def _accuracy_known(self, model: PeftModel, task: int) -> float:
         model.set_adapter(self.names[task])
-        return right(model, *self._split(task, test=True)) / TEST
+        return right(model, *self._split(task, test=True)) / self.tested
 
     def _inferred(self, model: PeftModel, size: int, method: Any) -> dict[str, Any]:
         """An image counts as right if its task is found and its class is (labels unshared)."""
         generator = torch.Generator().manual_seed(self.seed)  # both methods see the same batches
         found, correct, seconds = 0, 0, 0.0
         tasks = list(range(len(self.names))) * self.options.repeats
-        for task in track(tasks, f"seed {self.seed}: {method}, batches of {size}"):
-            rows = torch.randperm(TEST, generator=generator)[:size]
+        title = f"seed {self.seed}: {method}, batches of {size}"
+        for task in track(tasks, title, console=self.console):
+            rows = torch.randperm(self.tested, generator=generator)[:size]
             images, labels = (part[rows] for part in self._split(task, test=True))
             started = time.perf_counter()
             guess = infer_task(model, images, method=method).name
@@ -212,15 +204,11 @@ class Seed:
         row = {"task": method, "batch": size, **shares}
         return row | {"batches": len(tasks), "seconds_a_batch": seconds / len(tasks)}
 
-    def _bytes(self, name: str) -> int:
-        """What a user keeps for one task, its configuration included."""
-        files = (self.folder / name).iterdir()
-        return sum(f.stat().st_size for f in files if f.suffix in (".safetensors", ".json"))
-
 
 def _summarise(seeds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return mean and standard deviation over seeds, row by row; dense first."""
-    dense = {"task": "dense, given", "batch": TEST, "found": _spread([1.0 for _ in seeds])}
+    tested = seeds[0]["rows"][0]["batch"]
+    dense = {"task": "dense, given", "batch": tested, "found": _spread([1.0 for _ in seeds])}
     summary = [dense | {"accuracy": _spread([seed["dense"] for seed in seeds])}]
     for same in zip(*(seed["rows"] for seed in seeds), strict=True):
         row: dict[str, Any] = {key: same[0][key] for key in ("task", "batch")}

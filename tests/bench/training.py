@@ -18,6 +18,7 @@ from typing import Any
 import timm
 import torch
 from peft import LoraConfig, get_peft_model
+from recipes.cifar10_rp.models import convmixer, resnet
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -27,7 +28,6 @@ from pemn_surgery import pemnify
 from pemn_surgery.kernels import library
 from pemn_surgery.masks.selector import dropped_count, topk_mask
 from pemn_surgery.report.tables import environment, table
-from recipes.cifar10_rp.models import convmixer, resnet
 
 DENSITY = 0.5
 

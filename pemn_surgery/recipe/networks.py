@@ -1,4 +1,4 @@
-"""The two networks of the claim, as the PEMN paper masks them: no bias outside BatchNorm.
+"""Networks for images of 32 x 32, as the PEMN paper masks them: no bias outside BatchNorm.
 
 Shapes: images ``[n, 3, 32, 32]`` -> logits ``[n, classes]``.
 """

@@ -1,5 +1,6 @@
 """The recipe on masks below one bit: a small run counted anew, and the figures in the docs."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -7,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from pemn_surgery import bits, pemnify
 from pemn_surgery import recipe as recipes
+from pemn_surgery.errors import RecipeError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = recipes.load(ROOT / "recipes" / "below_one_bit")
-MODULES = {name: RECIPE.module(name) for name in ("run", "measure", "takeback", "plot")}
-RUN, MEASURE, TAKEBACK, _ = MODULES.values()
+RUN, MEASURE, TAKEBACK = (RECIPE.module(name) for name in ("run", "measure", "takeback"))
 RESULT = json.loads((ROOT / "docs/results/below_one_bit.json").read_text(encoding="utf-8"))
 KEYS = ("task", "seed", "by", "share")
 PAGE = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
@@ -33,11 +35,10 @@ def small(seed):
 def measured(tmp_path_factory):
     """Two tasks, two seeds of a small network: trained, taken back, measured by commands."""
     work = tmp_path_factory.mktemp("work")
-    main = RECIPE.module("__main__").main
+    main = RECIPE.module("__main__").COMMAND.main
     given = ["run", "--work", str(work), "--case", "digits", "--lr", "0.001", "--epochs", "2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RUN.quickstart, "network", small)
-        patch.setattr(type(RECIPE), "module", lambda _, name: MODULES[name])
         assert main([*given, "--seeds", "0", "1"]) == 0
         assert main([*given, "--task", "parity"]) == 0
         written = {file: file.stat().st_mtime_ns for file in work.glob("*")}
@@ -134,18 +135,23 @@ def test_importance_is_the_frozen_size_or_the_margin_of_the_score():
     assert layer.mask_of("default").mask().tolist() == [[True, False], [False, True]]
 
 
-def test_bits_of_the_smallest_weights_are_held_while_others_are_trained():
-    run = RUN.Run("digits", "adamw", 0.1, 0, 1, held=0.4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RUN.quickstart, "network", small)
-        model = RUN.network(RECIPE, run)
-    before = {layer.target: layer.mask_of("default").mask() for layer in RUN.layers(model)}
-    fitting = RUN._Fitting(RECIPE.case("digits").rule, model, RUN.digits("digit"), run)
-    for layer in RUN.layers(model):
+def small_arm(work, monkeypatch, job):
+    """The runner and the arm of a job on the small network."""
+    monkeypatch.setattr(RUN.quickstart, "network", small)
+    options = RUN.Options(case=job.case, work=work, lr=(job.lr,))
+    return RUN.arm(RECIPE, job, options, Console(quiet=True))
+
+
+def test_bits_of_the_smallest_weights_are_held_while_others_are_trained(tmp_path, monkeypatch):
+    job = RUN.Job("digits", "adamw", 0.1, 0, 1, held=0.4)
+    runner, arm = small_arm(tmp_path, monkeypatch, job)
+    plain = RUN.network(RECIPE, dataclasses.replace(job, held=0.0))
+    before = {layer.target: layer.mask_of("default").mask() for layer in RUN.layers(plain)}
+    for layer in RUN.layers(arm.model):
         assert torch.equal(layer.mask_of("default").mask(), before[layer.target])
-    fitting.epoch()
+    runner.go()
     assert len(before) == 3
-    for layer in RUN.layers(model):
+    for layer in RUN.layers(arm.model):
         flips = (layer.mask_of("default").mask() != before[layer.target]).flatten()
         order = layer.fill().abs().flatten().argsort(stable=True)
         count = int(0.4 * len(order))
@@ -154,18 +160,30 @@ def test_bits_of_the_smallest_weights_are_held_while_others_are_trained():
 
 
 def test_scores_go_back_by_the_pull_and_not_beyond_their_start():
-    run = RUN.Run("digits", "sgd", 0.5, 0, 1, pull=0.1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RUN.quickstart, "network", small)
-        model = RUN.network(RECIPE, run)
-    fitting = RUN._Fitting(RECIPE.case("digits").rule, model, RUN.digits("digit"), run)
-    by = 0.1 * fitting.optimizers[0].param_groups[0]["lr"]
-    score, start = fitting.scores[0]
-    moved = by * torch.tensor([-3, -0.5, 0, 0.5, 3]).repeat(29)[:144].view_as(score)
-    score.data.add_(moved)
-    fitting._pull()
-    expected = by * torch.tensor([-2.0, 0, 0, 0, 2]).repeat(29)[:144].view_as(score)
+    start, by = torch.randn(9, 16), 0.1 * 0.5
+    score = nn.Parameter(start + by * torch.tensor([-3, -0.5, 0, 0.5]).repeat(36).view(9, 16))
+    RUN.pull([(score, start)], 0.1, torch.optim.SGD([score], 0.5))
+    expected = by * torch.tensor([-2.0, 0, 0, 0]).repeat(36).view(9, 16)
     torch.testing.assert_close(score.data - start, expected, atol=1e-6, rtol=0)
+
+
+def test_every_step_is_followed_by_a_pull(tmp_path, monkeypatch):
+    """A pull that is longer than any step leaves scores where they began, also when resumed."""
+    job = RUN.Job("digits", "sgd", 0.5, 0, 1, pull=1e6)
+    runner, arm = small_arm(tmp_path, monkeypatch, job)
+    before = [layer.mask_of("default").scores.detach().clone() for layer in RUN.layers(arm.model)]
+    runner.go()
+    after = [layer.mask_of("default").scores for layer in RUN.layers(arm.model)]
+    assert len(after) == 3
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_flips_are_not_taken_back_from_a_run_that_is_not_at_its_end(tmp_path, monkeypatch):
+    job = RUN.Job("digits", "sgd", 0.5, 0, 2)
+    small_arm(tmp_path, monkeypatch, job)
+    options = TAKEBACK.Options(case="digits", work=tmp_path, lr=(0.5,), share=(0.5,))
+    with pytest.raises(RecipeError, match=r"has 0 of 2 epochs; run digits-digit-sgd-0\.5"):
+        TAKEBACK.take_back(RECIPE, job, 0.5, options)
 
 
 def test_contexts_never_need_more_code_than_what_they_refine(measured):
@@ -187,20 +205,16 @@ def test_ideal_code_lengths_by_hand():
     assert MEASURE.ideal(mask, buckets, 3) == (pytest.approx(expected), 16.0)
 
 
-def test_scores_alone_have_the_swept_rate():
-    run = RUN.Run("digits", "sgd", 0.5, 0, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RUN.quickstart, "network", small)
-        model = RUN.network(RECIPE, run)
-    fitting = RUN._Fitting(RECIPE.case("digits").rule, model, RUN.digits("digit"), run)
-    scores, rest = (one.param_groups[0] for one in fitting.optimizers)
-    assert (scores["max_lr"], rest["max_lr"]) == (0.5, 1e-2)
-    assert [tuple(p.shape) for p in scores["params"]] == [(16, 1, 3, 3), (24, 16, 3, 3), (10, 24)]
-    assert all(p.dim() == 1 for p in rest["params"])
+def test_scores_alone_have_the_swept_rate(tmp_path, monkeypatch):
+    _, arm = small_arm(tmp_path, monkeypatch, RUN.Job("digits", "sgd", 0.5, 0, 1))
+    assert {name: rule.lr for name, rule in arm.rules.items()} == {"optimizer": 1e-2, "scores": 0.5}
+    params = {key: one.param_groups[0]["params"] for key, one in arm.optimizers.items()}
+    assert [tuple(p.shape) for p in params["scores"]] == [(16, 1, 3, 3), (24, 16, 3, 3), (10, 24)]
+    assert all(p.dim() == 1 for p in params["optimizer"])
 
 
 def test_the_cifar_network_halves_its_images():
-    net = RUN.resnet([8, 16])
+    net = RECIPE.module("networks").resnet([8, 16])
     assert net[:3](torch.zeros(1, 3, 32, 32)).shape == (1, 8, 16, 16)
     assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 

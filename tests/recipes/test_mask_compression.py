@@ -19,13 +19,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from pemn_surgery import bits, codec
-from pemn_surgery import recipe as recipes
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe import load, networks
 from pemn_surgery.report import tables as report
 from tests import reader
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "mask_compression"
-RECIPE = recipes.load(FOLDER)
+FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "mask_compression"
+RECIPE = load(FOLDER)
 RUN = RECIPE.module("run")
 DATA, NETWORKS, CODERS, STRUCTURE = RUN.DATA, RUN.NETWORKS, RUN.CODERS, RUN.STRUCTURE
 GZIP = {"gzip": lambda data: gzip.compress(data, 9, mtime=0)}
@@ -338,19 +338,18 @@ def test_missing_and_other_weights_are_refused(tmp_path):
 
 
 def test_a_new_head_has_no_bias_and_follows_its_seed():
-    heads = [
-        NETWORKS.with_head(NETWORKS.MODELS.resnet(8), 4, seed)[-1].weight for seed in (3, 3, 4)
-    ]
+    heads = [NETWORKS.with_head(networks.resnet(8), 4, seed)[-1].weight for seed in (3, 3, 4)]
     assert heads[0].shape == (4, 64)
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
 
 def test_rotation_turns_each_image_by_its_label(images, tmp_path):
-    source = DATA.Source(str(images), tmp_path, "img", "label")
-    splits = DATA.task("rotation").splits(source)
-    for name, count, (turned, labels) in zip(("train", "test"), (40, 12), splits, strict=True):
-        plain, _ = source.load(name, count)
+    pictures = RECIPE.images("resnet20").load(tmp_path, str(images))
+    splits = DATA.task("rotation").splits(lambda: pictures)
+    assert list(splits) == ["train", "test"]
+    for (name, (turned, labels)), count in zip(splits.items(), (40, 12), strict=True):
+        plain, _ = pictures[name]
         assert turned.shape == plain.shape == (count, 3, 32, 32)
         assert {0, 1, 3} <= set(labels.tolist()) <= {0, 1, 2, 3}
         for image, before, quarters in zip(turned, plain, labels.tolist(), strict=True):
@@ -359,7 +358,7 @@ def test_rotation_turns_each_image_by_its_label(images, tmp_path):
 
 
 def test_digits_are_grey_and_enlarged(tmp_path):
-    (train, labels), (test, others) = DATA.task("digits").splits(None)
+    (train, labels), (test, others) = DATA.task("digits").splits(None).values()
     assert (train.shape, test.shape) == ((1347, 3, 16, 16), (450, 3, 16, 16))
     assert set(labels.tolist()) == set(others.tolist()) == set(range(10))
     assert torch.equal(train[:, 0], train[:, 2])
@@ -374,11 +373,11 @@ def test_an_unknown_task_is_refused_before_anything_is_trained(small):
     _, recipe, options = small
     wrong = dataclasses.replace(options, tasks=("faces",))
     with pytest.raises(RecipeError, match=r"'faces' is unknown; give one of \['digits', 'rot"):
-        RUN.run(recipe, wrong, quiet())
+        run(recipe, wrong)
 
 
 def test_images_are_normalised_as_the_weights_expect():
-    found = DATA.normalise(
+    found = RECIPE.images("resnet20").normalise(
         torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2)
     )
     expected = [
@@ -400,10 +399,17 @@ def small(images, tmp_path_factory):
     given = RECIPE.cases["resnet20"]
     case = dataclasses.replace(given, arguments={"depth": 8}, rule=given.rule | {"batch": 8})
     recipe = dataclasses.replace(RECIPE, cases={"resnet8": case})
-    options = RUN.Options("resnet8", work, weights, str(images), epochs=2, limit=24, rates=(500.0,))
+    given = {"work": work, "weights": weights, "data": str(images), "rates": (500.0,)}
+    options = RUN.Options(case="resnet8", epochs=2, limit=24, **given)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CODERS, "tools", quick_tools)
-        yield RUN.run(recipe, options, quiet()), recipe, options
+        yield run(recipe, options), recipe, options
+
+
+def run(recipe, options):
+    ((label, found),) = RUN.run(recipe, options, quiet())
+    assert label == found["case"] == "resnet8-e2-limit24"
+    return found
 
 
 def quick_tools():
@@ -497,15 +503,15 @@ def test_both_arms_start_from_the_same_network_and_tasks_share_all_but_the_head(
 def test_a_finished_run_is_measured_again_and_not_overwritten(small):
     result, recipe, options = small
     with pytest.raises(RecipeError, match="exists; resume that run"):
-        RUN.run(recipe, options, quiet())
-    again = RUN.run(recipe, dataclasses.replace(options, resume=True), quiet())
+        run(recipe, options)
+    again = run(recipe, dataclasses.replace(options, resume=True))
     assert again == result
 
 
 def test_tables_show_the_numbers(small):
     result, recipe, _ = small
     tables, out = RECIPE.module("tables"), io.StringIO()
-    table = tables.tabulate(result | {"case": "resnet8"}, recipe.published)
+    table = tables.tabulate(result, recipe.published)
     Console(file=out, width=250).print(table)
     row, files = result["rows"][0], result["rows"][1]["files"]
     shown = [f"{row['reduction'][key]:.1f}" for key in tables.OURS]
@@ -523,8 +529,7 @@ def test_plot_is_drawn(small, tmp_path):
     pytest.importorskip("matplotlib")
     result, *_ = small
     file = tmp_path / "plot.png"
-    whole = result | {"case": "resnet8", "seeds": [0]}
-    RECIPE.module("plot").draw([whole], file)
+    RECIPE.module("plot").draw([result], file)
     from matplotlib.image import imread
 
     assert imread(file).shape[:2] == (440, 1540)
@@ -534,24 +539,6 @@ def test_spread_is_mean_and_sample_deviation():
     spread = RECIPE.module("tables").spread
     assert spread([1.0, 4.0], lambda x: x) == f"2.50 ({math.sqrt(4.5):.2f})"
     assert spread([7.0], lambda x: x, 1) == "7.0"
-
-
-def test_runs_of_other_length_have_results_of_their_own(small):
-    *_, options = small
-    assert options.label == "resnet8-e2-limit24"
-    assert RUN.Options("resnet20", options.work, options.weights).label == "resnet20"
-
-
-def test_command_line(tmp_path, capsys):
-    main = RECIPE.module("__main__")
-    assert main.COMMAND.main(["--results", str(tmp_path), "show"]) == 0
-    assert "the verb run writes one" in " ".join(capsys.readouterr().out.split())
-    given = {"case": "resnet20", "work": tmp_path, "weights": tmp_path, "data": str(tmp_path)}
-    given |= {"seeds": [0, 1], "rates": [], "epochs": None, "resume": True}
-    assert main._command(given) == (
-        "python recipes/mask_compression run --work WORK --weights WEIGHTS --case resnet20 "
-        f"--data .../{tmp_path.name} --seeds 0 1"
-    )
 
 
 def test_figures_in_documents_are_those_of_the_results():

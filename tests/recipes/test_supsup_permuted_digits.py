@@ -1,6 +1,7 @@
 """The recipe on permuted digits: a small run counted anew, and the README's figures."""
 
 import dataclasses
+import io
 import json
 import statistics
 from pathlib import Path
@@ -8,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 
 from pemn_surgery import infer_task
 from pemn_surgery import recipe as recipes
 from pemn_surgery.errors import RecipeError
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "supsup_permuted_digits"
+FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "supsup_permuted_digits"
 RECIPE = recipes.load(FOLDER)
 RUN = RECIPE.module("run")
 RESULTS = {
@@ -26,22 +28,24 @@ RESULTS = {
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Two seeds of four tasks, a few epochs: the result, its options and where the files are."""
-    case = RECIPE.cases["outputs_100"]
-    quick = dataclasses.replace(case, rule=case.rule | {"epochs": 3})
-    recipe = dataclasses.replace(RECIPE, cases={"outputs_100": quick})
     work = tmp_path_factory.mktemp("work")
-    options = RUN.Options(
-        "outputs_100", work, tasks=4, seeds=(0, 1), sizes=(2, 5), repeats=2, dense_tasks=1
-    )
-    return RUN.run(recipe, options), options, work
+    given = {"epochs": 3, "tasks": 4, "seeds": (0, 1), "sizes": (2, 5), "dense_tasks": 1}
+    options = RUN.Options(work=work, **given)
+    return run(options), options, work
+
+
+def run(options):
+    ((label, found),) = RUN.run(RECIPE, options, Console(file=io.StringIO()))
+    assert label == "outputs_100-t4-e3"
+    return found
 
 
 def loaded(folder):
     names = [f"task{number:03d}" for number in range(4)]
-    network = RUN.mlp([64, 300, 100, 100])
-    model = PeftModel.from_pretrained(network, folder / names[0], adapter_name=names[0])
+    network = RECIPE.network("outputs_100")
+    model = PeftModel.from_pretrained(network, folder / f"masks_{names[0]}", adapter_name=names[0])
     for name in names[1:]:
-        model.load_adapter(str(folder / name), name)
+        model.load_adapter(str(folder / f"masks_{name}"), name)
     return model.eval(), names
 
 
@@ -49,7 +53,7 @@ def loaded(folder):
 def test_rows_are_what_counting_one_by_one_gives(small, place):
     result, options, work = small
     seed = options.seeds[place]
-    model, names = loaded(work / f"outputs_100-s{seed}")
+    model, names = loaded(work / f"outputs_100-e3-s{seed}")
     data = RUN.digits(seed, 4)
     rows = {(row["task"], row["batch"]): row for row in result["seeds"][place]["rows"]}
     assert set(rows) == {("given", 450), *((m, b) for m in RUN.METHODS for b in (2, 5))}
@@ -87,15 +91,17 @@ def test_summary_is_mean_and_sample_deviation(small):
 
 def test_a_task_is_masks_alone_and_its_bytes_are_the_files(small):
     result, _, work = small
-    folder = work / "outputs_100-s0"
-    stored = load_file(folder / "task003" / "adapter_model.safetensors")
+    folder = work / "outputs_100-e3-s0"
+    stored = load_file(folder / "masks_task003" / "adapter_model.safetensors")
     assert len(stored) == 3
     assert all(name.endswith(".bits") for name in stored)
     weights = 64 * 300 + 300 * 100 + 100 * 100
     assert sum(t.numel() - 32 for t in stored.values()) == weights // 8
     sizes = result["seeds"][0]["bytes"]
-    assert sizes["masks"] == sum(f.stat().st_size for f in (folder / "task000").glob("*.[js]*"))
-    assert sizes["dense"] == (folder / "dense" / "model.safetensors").stat().st_size
+    assert sizes["masks"] == sum(
+        f.stat().st_size for f in (folder / "masks_task000").glob("*.[js]*")
+    )
+    assert sizes["dense"] == (folder / "dense_task000" / "model.safetensors").stat().st_size
     assert 4 * weights < sizes["dense"] < 4 * weights + 1000
 
 
@@ -116,18 +122,27 @@ def test_tasks_differ_and_seeds_decide_them():
 )
 def test_options_refuse_what_cannot_run(wrong, tmp_path):
     with pytest.raises(RecipeError, match=f"{next(iter(wrong))}.*give 1 "):
-        RUN.Options("outputs_100", tmp_path, **wrong)
+        RUN.Options(work=tmp_path, **wrong)
 
 
-def test_command_line_writes_and_shows(tmp_path, capsys, monkeypatch):
-    main = RECIPE.module("__main__")
-    assert main.COMMAND.main(["--results", str(tmp_path), "show"]) == 0
-    assert "the verb run writes one" in " ".join(capsys.readouterr().out.split())
-    assert main.COMMAND.main(["run", "--work", str(tmp_path), "--tasks", "0"]) == 1
-    assert "tasks: 0; give 1 or more" in capsys.readouterr().out
-    given = {"case": "outputs_10", "work": tmp_path, "tasks": 5, "seeds": [0, 2]}
-    command = "python recipes/supsup_permuted_digits run --work WORK --case outputs_10 --tasks 5"
-    assert main._command(given) == f"{command} --seeds 0 2"
+def timeless(found):
+    seeds = [{k: v for k, v in seed.items() if k != "seconds"} for seed in found["seeds"]]
+    for seed in seeds:
+        seed["rows"] = [row | {"seconds_a_batch": 0} for row in seed["rows"]]
+    return seeds
+
+
+def test_a_finished_run_resumes_to_its_result_and_is_not_overwritten(small):
+    result, options, _ = small
+    with pytest.raises(RecipeError, match="exists; resume that run"):
+        run(options)
+    assert timeless(run(dataclasses.replace(options, resume=True))) == timeless(result)
+
+
+def test_a_trial_cuts_both_splits():
+    data = RUN.digits(0, 2, limit=30)
+    assert [len(labels) for _, labels in (data.train, data.test)] == [30, 30]
+    assert torch.equal(data.test[0], RUN.digits(0, 2).test[0][:30])
 
 
 def percent(spread):

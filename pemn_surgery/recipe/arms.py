@@ -1,0 +1,106 @@
+"""An arm: a model under training, how far it has come, and its checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe.rules import Rule
+
+PROGRESS = ("epoch", "step", "loss", "seconds", "history")
+
+
+class Arm:
+    """One way of training a case: the model, its optimizers, and how far it has come.
+
+    ``history`` has a row an epoch: ``epoch`` (from 1), ``train_loss``, ``test_accuracy`` (in
+    percent), ``seconds`` and ``test_seconds``. ``step``, ``loss`` (a sum over the rows seen)
+    and ``seconds`` belong to the epoch under way.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, rule: Rule, file: Path, settings: dict[str, Any]
+    ) -> None:
+        """Start at epoch 0; ``file`` takes checkpoints of a run with these ``settings``."""
+        self.name, self.model, self.file, self.settings = name, model, file, settings
+        made = rule.optimizers(model)
+        self.optimizers = {key: optimizer for key, (optimizer, _) in made.items()}
+        self.rules = {key: of_it for key, (_, of_it) in made.items()}
+        self.epoch, self.step, self.loss, self.seconds = 0, 0, 0.0, 0.0
+        self.history: list[dict[str, float]] = []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by name: trainable parameters and buffers."""
+        trained = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        return trained | dict(self.model.named_buffers())
+
+    def save(self) -> None:
+        """Write the checkpoint under another name, then rename it over the old one."""
+        progress = {key: getattr(self, key) for key in PROGRESS}
+        state = {"settings": self.settings, "progress": progress, "tensors": self.tensors()}
+        state |= {key: optimizer.state_dict() for key, optimizer in self.optimizers.items()}
+        partial = self.file.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.file)
+
+    def restore(self) -> None:
+        """Continue from the checkpoint.
+
+        Raises:
+            RecipeError: If it belongs to a run with other settings.
+        """
+        state = torch.load(self.file, weights_only=True)
+        was = state["settings"]
+        other = {k: (was.get(k), new) for k, new in self.settings.items() if was.get(k) != new}
+        if other:
+            message = f"{self.file} has other settings (its, given): {other}; give another work"
+            raise RecipeError(message)
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(state["tensors"][name])
+        for key, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[key])
+        vars(self).update(state["progress"])
+
+    def learn(self, loss: Tensor, step: int, steps: int) -> None:
+        """Take a step down a loss, at the rates of this step of so many."""
+        for key, optimizer in self.optimizers.items():
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = self.rules[key].rate(step, steps)
+        loss.backward()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
+    def close_epoch(self, rows: int, accuracy: float, test_seconds: float) -> dict[str, float]:
+        """Add the finished epoch's row to the history, reset the counters, checkpoint."""
+        row = {"epoch": self.epoch + 1, "train_loss": self.loss / rows}
+        row |= {"test_accuracy": accuracy, "seconds": self.seconds, "test_seconds": test_seconds}
+        self.history.append(row)
+        self.epoch, self.step, self.loss, self.seconds = self.epoch + 1, 0, 0.0, 0.0
+        self.save()
+        return row
+
+    @property
+    def folder(self) -> Path:
+        """Where what a user would keep lies, beside the checkpoint."""
+        return self.file.with_suffix("")
+
+    def stored(self) -> dict[str, int]:
+        """Write what a user would keep; bytes by file name."""
+        if hasattr(self.model, "save_pretrained"):
+            self.model.save_pretrained(str(self.folder))  # pyright: ignore[reportCallIssue]
+        else:
+            from safetensors.torch import save_model
+
+            self.folder.mkdir(exist_ok=True)
+            save_model(self.model, str(self.folder / "model.safetensors"))
+        return sizes(self.folder)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Return the bytes of a folder's tensors and configurations by file name."""
+    kept = (file for file in folder.rglob("*.*") if file.suffix in (".safetensors", ".json"))
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in kept}

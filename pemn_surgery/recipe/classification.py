@@ -1,0 +1,82 @@
+"""Rows with a label each, in memory: what an epoch is, what a step learns from, what is right."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe.rules import Rule
+
+Split = tuple[Tensor, Tensor]
+Forward = Callable[[Tensor], Tensor]
+TESTED_AT_ONCE = 500
+
+
+def _no_augmentation(name: str, inputs: Tensor) -> Iterator[Tensor]:
+    if name != "none":
+        message = f"augmentation {name!r} is unknown; this data set has 'none'"
+        raise RecipeError(message)
+    return iter([inputs])
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What the runner trains on and tests with; another kind of training has these methods too.
+
+    Attributes:
+        train: Inputs ``[n, ...]`` and labels int64 ``[n]``.
+        test: The same of the test split.
+        prepare: From a batch of inputs, on its device, to what a network takes.
+        augment: From a rule's augmentation and an epoch's inputs to those that are trained on, in
+            their order, chunk by chunk, with torch's global generator.
+    """
+
+    train: Split
+    test: Split
+    prepare: Callable[[Tensor], Tensor] = lambda inputs: inputs
+    augment: Callable[[str, Tensor], Iterator[Tensor]] = _no_augmentation
+
+    def cut(self, limit: int | None) -> "Classification":
+        """Return the same with splits of at most ``limit`` rows; None: as they are."""
+        train, test = ((x[:limit], y[:limit]) for x, y in (self.train, self.test))
+        return replace(self, train=train, test=test)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of each split."""
+        return {"train": len(self.train[1]), "test": len(self.test[1])}
+
+    def rows(self, rule: Rule) -> int:
+        """How many rows an epoch has."""
+        count = self.sizes["train"]
+        return count - count % rule.batch if rule.whole_batches else count
+
+    def batches(self, rule: Rule, advance: Callable[[int], None] = lambda _: None) -> list[Split]:
+        """Shuffle and augment an epoch, with torch's global generator.
+
+        Args:
+            rule: Its batch, augmentation and whole batches.
+            advance: Told of every chunk how many rows it has.
+        """
+        inputs, labels = self.train
+        order, ready = torch.randperm(len(labels))[: self.rows(rule)], []
+        for chunk in self.augment(rule.augmentation, inputs[order]):
+            ready.append(chunk)
+            advance(len(chunk))
+        split = torch.cat(ready).split(rule.batch), labels[order].split(rule.batch)
+        return list(zip(*split, strict=True))
+
+    def loss(self, forward: Forward, batch: Split) -> Tensor:
+        """Mean cross-entropy of a batch; ``forward`` maps inputs to logits ``[b, classes]``."""
+        logits = forward(batch[0])
+        return F.cross_entropy(logits, batch[1].to(logits.device))
+
+    @torch.no_grad()
+    def accuracy(self, forward: Forward) -> float:
+        """Share of the test split that is classified right, in percent."""
+        pairs = zip(*(part.split(TESTED_AT_ONCE) for part in self.test), strict=True)
+        right = sum(int((forward(x).argmax(1).cpu() == y).sum()) for x, y in pairs)
+        return 100 * right / self.sizes["test"]

@@ -1,0 +1,106 @@
+"""The command line that recipes share: its verbs write results, ``show`` tabulates all of them."""
+
+import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe.file import Recipe
+from pemn_surgery.recipe.options import add_options, command, from_words
+from pemn_surgery.report import tables as report
+
+Results = Iterable[tuple[str, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What one verb of a recipe's command line does, and a dataclass of its `option`.
+
+    ``run`` maps recipe, options and console to names and results, which JSON can hold; they are
+    written as they come, if the verb has any.
+    """
+
+    help: str
+    options: type
+    run: Callable[[Recipe, Any, Console], Results]
+    has_results: bool = True
+
+
+@dataclass(frozen=True)
+class RecipeCommand:
+    """A recipe's command line: ``text`` is its help, ``tabulate`` makes a result a table."""
+
+    recipe: Recipe
+    text: str | None
+    verbs: dict[str, Verb]
+    tabulate: Callable[[dict[str, Any]], Table]
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Run the command line; 130 after Ctrl-C, 1 after a refusal, as shells expect."""
+        given, console = vars(self._parser().parse_args(arguments)), Console()
+        try:
+            self._do(given, console)
+        except RecipeError as error:
+            console.print(f"[red]{error}")
+            return 1
+        except KeyboardInterrupt as stop:
+            how = "; add --resume to the same command to go on" if "resume" in given else ""
+            console.print(f"{str(stop) or 'stopped'}{how}")
+            return 130
+        return 0
+
+    def _parser(self) -> ArgumentParser:
+        folder = self.recipe.folder
+        made: dict[str, Any] = {"formatter_class": RawDescriptionHelpFormatter}
+        made |= {"description": self.text}
+        parser = ArgumentParser(prog=f"python recipes/{folder.name}", **made)
+        parser.add_argument("--results", type=Path, default=folder / "results", help="their folder")
+        verbs = parser.add_subparsers(dest="verb", required=True)
+        verbs.add_parser("show", help="tabulate the results")
+        for name, verb in self.verbs.items():
+            one = verbs.add_parser(name, help=verb.help, **made)
+            if verb.has_results:
+                one.add_argument(
+                    "--json", type=Path, help="write the result (several: a list) here"
+                )
+            add_options(one, verb.options, {"case": sorted(self.recipe.cases)})
+        return parser
+
+    def _do(self, given: dict[str, Any], console: Console) -> None:
+        results = given.pop("results")
+        if given["verb"] == "show":
+            self._show(results, console)
+            return
+        name, file = given.pop("verb"), given.pop("json", None)
+        torch.set_num_threads(given.get("threads") or torch.get_num_threads())
+        options = from_words(self.verbs[name].options, given)
+        found, line = [], command(self.recipe.folder.name, name, options)
+        for label, body in self.verbs[name].run(self.recipe, options, console):
+            found.append(self._head(line) | body)
+            whole = found if file and len(found) > 1 else found[-1]
+            self._write(file or results / f"{label}.json", whole, console)
+            console.print(self.tabulate(found[-1]))
+
+    def _head(self, line: str) -> dict[str, Any]:
+        named = {key: getattr(self.recipe, key) for key in ("claim", "paper")}
+        head = {"schema": 1, "recipe": self.recipe.name} | named | {"command": line}
+        return head | report.environment()
+
+    def _write(self, file: Path, result: Any, console: Console) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        console.print(f"written to {file}")
+
+    def _show(self, results: Path, console: Console) -> None:
+        files = sorted(results.glob("*.json"))
+        if not files:
+            console.print(f"no result in {results}; the verb run writes one")
+        for file in files:
+            console.print(self.tabulate(json.loads(file.read_text(encoding="utf-8"))))

@@ -1,0 +1,163 @@
+"""A recipe's file: a claim, and one row a network: model, data, masks, rule, published number.
+
+A recipe is a folder with ``recipe.toml`` and ``__main__.py``, its command line. What a case of the
+file cannot say, the recipe's own modules do.
+"""
+
+import functools
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe.images import ImageData
+from pemn_surgery.recipe.rules import Rule
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network on one data set.
+
+    Attributes:
+        factory: What makes the network: a function by its dotted name (``timm.create_model``), or,
+            without a dot, one of the recipe's ``networks.py``.
+        arguments: Of the factory.
+        data: Which of the recipe's data sets.
+        rule: How it is trained, the fields of a `Rule`.
+        rules: What is otherwise for an arm, by its name.
+        epochs: How long it is trained; None: as long as in the paper.
+        precision: "bf16" (autocast) or "fp32".
+        published: The paper's numbers by arm.
+    """
+
+    factory: str
+    arguments: Table
+    data: str
+    rule: Table
+    rules: dict[str, Table] = field(default_factory=dict)
+    epochs: int | None = None
+    precision: str = "bf16"
+    published: dict[str, Table] = field(default_factory=dict)
+
+    def rule_of(self, arm: str, **changes: Any) -> Rule:
+        """Return an arm's rule.
+
+        Raises:
+            RecipeError: If it lacks or misspells a field, or names what there is not.
+        """
+        try:
+            return Rule(**self.rule | self.rules.get(arm, {}) | changes)
+        except TypeError as error:
+            message = f"the rule of the arm {arm!r} cannot be read: {error}"
+            raise RecipeError(message) from error
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A claim with what is needed to test it; an arm maps to its options of `pemnify`, or none.
+
+    ``published`` holds the paper's numbers that belong to none of the recipe's own cases.
+    """
+
+    folder: Path
+    name: str
+    claim: str
+    paper: str
+    paper_epochs: int
+    data: dict[str, Table]
+    arms: dict[str, Table]
+    cases: dict[str, Case]
+    published: dict[str, Table] = field(default_factory=dict)
+
+    def module(self, name: str) -> ModuleType:
+        """Import ``<folder>/<name>.py``, once; it is code and runs, so load recipes you trust.
+
+        Raises:
+            RecipeError: If the file is missing.
+        """
+        file = self.folder / f"{name}.py"
+        if not file.is_file():
+            message = f"{file} does not exist; the recipe {self.name} needs it"
+            raise RecipeError(message)
+        return _imported(f"_recipe_{self.name}_{name}", file.resolve())
+
+    def case(self, name: str) -> Case:
+        """Return a case by its name.
+
+        Raises:
+            RecipeError: If there is none of that name; the message lists those there are.
+        """
+        if name not in self.cases:
+            message = f"case {name!r} is unknown; {self.name} has {sorted(self.cases)}"
+            raise RecipeError(message)
+        return self.cases[name]
+
+    def network(self, case: str) -> nn.Module:
+        """Make a case's network, its weights from torch's global generator.
+
+        Raises:
+            RecipeError: If there is no such case, or its factory cannot be imported.
+        """
+        one = self.case(case)
+        return self._factory(one.factory)(**one.arguments)
+
+    def images(self, case: str) -> ImageData:
+        """Return the data set of a case on images.
+
+        Raises:
+            RecipeError: If there is no such case, or its data set lacks or misspells a field.
+        """
+        name = self.case(case).data
+        try:
+            return ImageData(**self.data[name])
+        except (KeyError, TypeError) as error:
+            message = f"the data set {name!r} of {self.name} cannot be read: {error!r}"
+            raise RecipeError(message) from error
+
+    def _factory(self, name: str) -> Callable[..., nn.Module]:
+        try:
+            if "." in name:
+                return pkgutil.resolve_name(name)
+            return getattr(self.module("networks"), name)
+        except (ImportError, AttributeError) as error:
+            message = f"the factory {name!r} of a case of {self.name} cannot be imported: {error}"
+            raise RecipeError(message) from error
+
+
+@functools.cache
+def _imported(name: str, file: Path) -> ModuleType:
+    spec: Any = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(folder: str | Path) -> Recipe:
+    """Read ``<folder>/recipe.toml``.
+
+    Raises:
+        RecipeError: If the file is missing, is no TOML, or lacks or misspells a field.
+    """
+    file = Path(folder) / "recipe.toml"
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        cases = {name: Case(**given) for name, given in table.pop("cases").items()}
+        return Recipe(folder=Path(folder), cases=cases, **table)
+    except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+        message = f"{file} cannot be read as a recipe: {error!r}"
+        raise RecipeError(message) from error

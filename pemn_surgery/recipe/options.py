@@ -1,0 +1,118 @@
+"""What a run adds to a recipe: one value, whose fields are the options of the command line."""
+
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from pemn_surgery.errors import RecipeError
+
+PRECISIONS = ("bf16", "fp32")
+SEEDS = "one run of everything for each"
+
+
+def option(text: str, default: Any = MISSING, choices: Sequence[str] | None = None) -> Any:
+    """Return a dataclass field that is an option of the command line; its type reads the words.
+
+    Args:
+        text: Its help.
+        default: Its value where it is not given; without one it must be given.
+        choices: The values there are.
+    """
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the runs of all recipes have; a recipe derives what its own adds."""
+
+    case: str = option("row of the recipe's file")
+    work: Path = option("folder of decoded data, checkpoints, logs and what arms would ship")
+    epochs: int | None = option("in place of the recipe's; schedules stretch to them", None)
+    precision: str | None = option("in place of the recipe's", None, PRECISIONS)
+    device: str = option("torch's name of it", "cpu")
+    threads: int | None = option("torch's threads", None)
+    limit: int | None = option("cut every split, for a trial", None)
+    resume: bool = option("continue from the checkpoints, if any", default=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if self.precision not in (*PRECISIONS, None):
+            message = f"precision={self.precision!r}; give 'bf16' or 'fp32'"
+            raise RecipeError(message)
+        check_counts(epochs=self.epochs, threads=self.threads, limit=self.limit)
+
+    @property
+    def changes(self) -> str:
+        """What makes a run another one than the recipe's, for the name of its result."""
+        return (f"-e{self.epochs}" if self.epochs else "") + self.cut
+
+    @property
+    def cut(self) -> str:
+        """What makes a run a trial, for the name of its folder."""
+        return f"-limit{self.limit}" if self.limit else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(Options):
+    """Options of recipes whose file names a data set of images."""
+
+    data: str = option("folder or hub id, in place of the recipe's", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseOptions(ImageOptions):
+    """Options of recipes whose file says all that is trained."""
+
+    seeds: tuple[int, ...] = option(SEEDS, (0,))
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise a RecipeError for the first count below 1; None is no count."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            message = f"{name}={count}; give 1 or more"
+            raise RecipeError(message)
+
+
+def add_options(parser: ArgumentParser, kind: type, choices: Mapping[str, Sequence[str]]) -> None:
+    """Add a dataclass of `option` to a parser; ``choices`` has values that the file knows."""
+    for one in fields(kind):
+        given = one.default not in (MISSING, None, "", (), False)
+        default = f" (default: {_shown(one, one.default)})" if given else ""
+        chosen = choices.get(one.name, one.metadata["choices"])
+        parser.add_argument(_flag(one), help=one.metadata["help"] + default, **_reader(one, chosen))
+
+
+def _reader(one: Field[Any], choices: Sequence[str] | None) -> dict[str, Any]:
+    """What argparse needs to read an option of no word, of one or of several."""
+    if one.type is bool:
+        return {"action": "store_true"}
+    needed = {"required": True} if one.default is MISSING else {"default": one.default}
+    plural = {"nargs": "+"} if get_origin(one.type) is tuple else {}
+    return needed | plural | {"type": (*get_args(one.type), one.type)[0], "choices": choices}
+
+
+def from_words(kind: type, given: Mapping[str, Any]) -> Any:
+    """Return the dataclass of what argparse read, which has lists where values have tuples."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def command(recipe: str, verb: str, options: Any) -> str:
+    """Return the command line of a run, with its folders and files as placeholders."""
+    given = [(one, getattr(options, one.name)) for one in fields(options) if one.type is not bool]
+    words = [f"{_flag(one)} {_shown(one, value)}" for one, value in given if value]
+    return " ".join([f"python recipes/{recipe} {verb}", *words])
+
+
+def _flag(one: Field[Any]) -> str:
+    return "--" + one.name.replace("_", "-")
+
+
+def _shown(one: Field[Any], value: Any) -> str:
+    if isinstance(value, Path):
+        return one.name.upper()
+    if one.name == "data" and Path(value).is_dir():
+        return f".../{Path(value).name}"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,227 @@
+"""The training loop: arms side by side, epoch by epoch, stopped and resumed to the same bits.
+
+All arms of a run see the same batches, augmented once an epoch. All randomness is drawn from (seed,
+epoch, step), so a run that was stopped and resumed gives the same bits as one that was not (on one
+machine with one number of threads).
+"""
+
+import signal
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from torch import Tensor, nn
+
+from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe.arms import Arm
+from pemn_surgery.recipe.classification import Classification, Forward
+from pemn_surgery.recipe.file import Recipe
+from pemn_surgery.recipe.options import CaseOptions, Options
+from pemn_surgery.recipe.rules import Rule
+
+SHARED = ("batch", "augmentation", "whole_batches")  # what arms of one run have in common
+
+
+def of_case(recipe: Recipe, options: CaseOptions, seed: int, console: Console) -> "Runner":
+    """Return the run of all arms of a case on images, as the recipe's file says and nothing else.
+
+    Raises:
+        RecipeError: If the work folder already holds this run, or one with other settings.
+    """
+    case, images = recipe.case(options.case), recipe.images(options.case)
+    task = images.task(images.load(options.work, options.data)).cut(options.limit)
+    found = Runner(recipe, options, seed, task, console)
+    for name, changes in recipe.arms.items():
+        seeded = changes | {"seed": seed} if changes else {}
+        found.add(name, partial(_masked, recipe, options.case, seeded), case.rule_of(name), changes)
+    return found
+
+
+def _masked(recipe: Recipe, case: str, changes: dict[str, Any]) -> nn.Module:
+    from pemn_surgery import pemnify
+
+    network = recipe.network(case)
+    return pemnify(network, **changes) if changes else network
+
+
+class Runner:
+    """A run: the arms of one case with one seed."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: Options,
+        seed: int,
+        task: Classification,
+        console: Console,
+    ) -> None:
+        """Take what arms have in common; `add` takes them, `go` trains them."""
+        case = recipe.case(options.case)
+        self.options, self.seed, self.task, self.console = options, seed, task, console
+        self.epochs = options.epochs or case.epochs or recipe.paper_epochs
+        self.precision = options.precision or case.precision
+        self.arms: list[Arm] = []
+        self.stopped = False
+        self.folder = options.work / self.label
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def label(self) -> str:
+        """Name of the run's folder under ``work``, and of its result."""
+        return f"{self.options.case}-e{self.epochs}-s{self.seed}{self.options.cut}"
+
+    def add(
+        self, name: str, build: Callable[[], nn.Module], rule: Rule, changes: dict[str, Any]
+    ) -> Arm:
+        """Add an arm, as its checkpoint has it if the options say ``resume``.
+
+        Args:
+            name: Its name; its files have it too.
+            build: Makes the model; torch's global generator then has the run's seed.
+            rule: How it is trained.
+            changes: What made it what it is, for the checkpoint and the result.
+
+        Raises:
+            RecipeError: If there is a checkpoint and no ``resume``, or it has other settings, or
+                the arm cannot see the batches that the others see.
+        """
+        file = self._file(name)
+        with self._own_generator():
+            torch.manual_seed(self.seed)
+            model = build().to(self.options.device)
+        arm = Arm(name, model, rule, file, self._settings(rule, changes))
+        self._check_batches(arm)
+        if file.exists():
+            arm.restore()
+        self.arms.append(arm)
+        return arm
+
+    def _file(self, name: str) -> Path:
+        slug = "_".join("".join(c if c.isalnum() else " " for c in name).split())
+        file = self.folder / f"{slug}.pt"
+        if file.exists() and not self.options.resume:
+            message = f"{file} exists; resume that run, or give another work folder"
+            raise RecipeError(message)
+        return file
+
+    def _settings(self, rule: Rule, changes: dict[str, Any]) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued."""
+        run = {"case": self.options.case, "epochs": self.epochs, "seed": self.seed}
+        run |= {"precision": self.precision} | self.task.sizes
+        return run | {"pemnify": changes, "rule": rule.settings()}
+
+    def _check_batches(self, arm: Arm) -> None:
+        for first in self.arms[:1]:
+            one, other = first.rules["optimizer"], arm.rules["optimizer"]
+            differ = [key for key in SHARED if getattr(one, key) != getattr(other, key)]
+            if differ:
+                message = f"the arms {first.name!r} and {arm.name!r} differ in {differ}; arms of a "
+                message += "run see the same batches: give them cases of their own"
+                raise RecipeError(message)
+
+    def _own_generator(self) -> Any:
+        return torch.random.fork_rng([] if self.options.device == "cpu" else None)
+
+    def go(self) -> None:
+        """Train to the end; every arm's ``history`` then has one row an epoch.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C, once the step under way is in the checkpoint.
+        """
+        bars = (*Progress.get_default_columns(), TimeElapsedColumn())
+        progress = Progress(*bars, console=self.console, refresh_per_second=2)
+        with self._own_generator(), self._stop_on_interrupt(), progress:
+            for epoch in range(min(arm.epoch for arm in self.arms), self.epochs):
+                batches = self._batches(epoch, progress)
+                for arm in (arm for arm in self.arms if arm.epoch == epoch):
+                    self._train(arm, batches, progress)
+                    self._finish(arm)
+
+    @contextmanager
+    def _stop_on_interrupt(self) -> Iterator[None]:
+        """Let Ctrl-C finish the step under way; a second one stops at once."""
+
+        def stop(*_: object) -> None:
+            self.stopped = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            before = signal.signal(signal.SIGINT, stop)
+        except ValueError:  # not the main thread: Ctrl-C never arrives here
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _seed(self, *position: object) -> None:
+        torch.manual_seed(zlib.crc32(repr((self.seed, *position)).encode()))
+
+    def _batches(self, epoch: int, progress: Progress) -> list[Any]:
+        self._seed("epoch", epoch)
+        rule = self.arms[0].rules["optimizer"]
+        bar = progress.add_task(f"epoch {epoch + 1}: augment", total=self.task.rows(rule))
+        ready = self.task.batches(rule, partial(progress.advance, bar))
+        progress.remove_task(bar)
+        return ready
+
+    def _train(self, arm: Arm, batches: list[Any], progress: Progress) -> None:
+        title = f"epoch {arm.epoch + 1}/{self.epochs}: {arm.name}"
+        bar = progress.add_task(title, total=len(batches), completed=arm.step)
+        arm.model.train()
+        for batch in batches[arm.step :]:
+            started = time.perf_counter()
+            arm.loss += self._step(arm, batch, len(batches)) * len(batch[1])
+            arm.step += 1
+            arm.seconds += time.perf_counter() - started
+            progress.advance(bar)
+            self._halt(arm, len(batches))
+        progress.remove_task(bar)
+
+    def _halt(self, arm: Arm, steps: int) -> None:
+        if self.stopped:
+            arm.save()
+            done = f"{arm.step} of {steps} steps of epoch {arm.epoch + 1}"
+            message = f"stopped: {arm.name} after {done}"
+            raise KeyboardInterrupt(message)
+
+    def _step(self, arm: Arm, batch: Any, steps: int) -> float:
+        position = arm.epoch * steps + arm.step
+        self._seed("step", position)
+        loss = self.task.loss(self.forward(arm.model), batch)
+        arm.learn(loss, position, self.epochs * steps)
+        return loss.item()
+
+    def forward(self, model: nn.Module) -> Forward:
+        """Return what maps inputs to a model's outputs: on the run's device, float32 at the end."""
+        device, half = self.options.device, self.precision == "bf16"
+
+        def outputs(inputs: Tensor) -> Tensor:
+            x = self.task.prepare(inputs.to(device))
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+                return model(x).float()
+
+        return outputs
+
+    def accuracy(self, arm: Arm) -> float:
+        """Share of the test split that ``arm`` gets right, in percent."""
+        return self.task.accuracy(self.forward(arm.model.eval()))
+
+    def _finish(self, arm: Arm) -> None:
+        """Close the epoch: test, checkpoint, log."""
+        started = time.perf_counter()
+        accuracy, rows = self.accuracy(arm), self.task.rows(arm.rules["optimizer"])
+        row = arm.close_epoch(rows, accuracy, time.perf_counter() - started)
+        numbers = ", ".join(f"{key} {value:.5g}" for key, value in row.items())
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {arm.name}: {numbers}"
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"{line}\n")
+        self.console.print(line, highlight=False)
