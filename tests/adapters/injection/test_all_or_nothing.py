@@ -26,12 +26,10 @@ THEIRS = str(Path(peft.__file__).parent) + "/"
 
 # Where nothing of the model is touched: plans, numbers, files. A fault there is one like another.
 PURE = (
-    "planning.py", "slots.py", "owned.py", "roles.py", "request.py", "targets.py", "graph.py",
-    "shapes.py", "operators.py", "rng.py", "inputs.py", "inputs_transformers.py", "blocks.py",
-    "inputs_by_type.py", "inputs_by_head.py", "inputs_of_few.py",
-    "watcher.py", "origins.py", "matching.py", "undo.py", "errors.py", "bits.py",
-    "graph_modules.py",
-    "whole.py", "config.py", "selector.py", "file.py", "config_file.py", "buckets.py",
+    "planning/", "models/", "numbers/rng.py", "coding/", "kernels/", "masks/selector.py",
+    "surgery/undo.py", "errors.py", "adapters/injection/matching.py",
+    "adapters/injection/all_or_nothing.py", "adapters/config.py", "adapters/files/adapter_file.py",
+    "adapters/files/config_file.py",
 )  # fmt: skip
 STEPS_OF_PEFT = ("tuners_utils.py", "peft_model.py", "other.py", "save_and_load.py")
 
@@ -75,7 +73,7 @@ def is_step(code):
     if code.co_flags & inspect.CO_GENERATOR:
         return False
     file, name = code.co_filename, Path(code.co_filename).name
-    ours = file.startswith(OURS) and name not in PURE
+    ours = file.startswith(OURS) and not file.removeprefix(OURS).startswith(PURE)
     return ours or (file.startswith(THEIRS) and name in STEPS_OF_PEFT)
 
 
