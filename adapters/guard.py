@@ -4,9 +4,9 @@
 up the method's name in ``adapter_config.json`` before, reads only the weights where the adapter's
 name exists already, and falls back to pickle where there are none; transformers reads the
 configuration with PEFT's base class. And both read the weights once more to load them, when another
-process may have saved others. So their doors get a wrapper around them (`wrap_loading`), which does
-nothing for adapters of other methods or for names on the hub: the weights are read once and
-checked, and every later step of a load gets that content.
+process may have saved others. So these ways are wrapped (`doors`), which does nothing for adapters
+of other methods or for names on the hub: the weights are read once and checked, and every later
+step of a load gets that content.
 """
 
 import functools
@@ -18,9 +18,7 @@ from typing import Any, NoReturn, cast
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import save_and_load
 from torch import Tensor, nn
-from transformers.integrations.peft import PeftAdapterMixin
 
 from pemn_surgery.adapters.base import fingerprint_now, fingerprint_of, masked_layers
 from pemn_surgery.adapters.config import PemnConfig
@@ -65,17 +63,6 @@ MUST_AGREE = [
 ]
 
 
-def wrap_loading() -> None:
-    """Let PEFT's and transformers' loading methods check a local adapter of masks first."""
-    module, peft_model, mixin = (
-        cast("Any", place) for place in (save_and_load, PeftModel, PeftAdapterMixin)
-    )
-    module.safe_load_file = _or_held(module.safe_load_file)
-    peft_model.from_pretrained = classmethod(_with_config(peft_model.from_pretrained.__func__))
-    peft_model.load_adapter = _checked(peft_model.load_adapter)
-    mixin.load_adapter = _with_contents(mixin.load_adapter)
-
-
 def check_adapter(folder: Path) -> PemnConfig | None:
     """Check the files of a local adapter.
 
@@ -106,7 +93,7 @@ def adapter_folder(source: Any, options: Mapping[str, Any] | None) -> Path:
     return Path(source) / ((options or {}).get("subfolder") or "")
 
 
-def _or_held(load_file: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+def or_held(load_file: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     """Return what was checked where PEFT would read the file again."""
 
     @functools.wraps(load_file)
@@ -120,7 +107,7 @@ def _or_held(load_file: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[
     return safe_load_file
 
 
-def _with_config(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
+def with_config(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
     """Hand ``PeftModel.from_pretrained`` the checked configuration."""
     signature = inspect.signature(load)
 
@@ -141,7 +128,7 @@ def _with_config(load: Callable[..., PeftModel]) -> Callable[..., PeftModel]:
     return from_pretrained
 
 
-def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
+def checked_first(load: Callable[..., Any]) -> Callable[..., Any]:
     """Let ``PeftModel.load_adapter`` check first."""
     signature = inspect.signature(load)
 
@@ -180,7 +167,7 @@ def _wish(given: inspect.BoundArguments, model: Any = None) -> Wish:
     return Wish(dict(mapping or {}), bool(ignores))
 
 
-def _with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
+def with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
     """Hand transformers' ``load_adapter`` the checked configuration and tensors."""
     signature = inspect.signature(load)
 

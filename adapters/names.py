@@ -8,9 +8,8 @@ word. So keys with masks are taken apart here by the containers that hold adapte
 import functools
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
-from peft.utils import save_and_load
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.config import PemnConfig
@@ -75,15 +74,9 @@ def without_name(key: str, adapter_name: str) -> str:
     return key[: found.end("container")] + found["tensor"]
 
 
-def wrap_filter() -> None:
-    """Let PEFT tell other adapters' keys by their containers where there are masks."""
-    module = cast("Any", save_and_load)
-    module._filter_state_dict_for_adapter_name = _by_containers(
-        module._filter_state_dict_for_adapter_name
-    )
+def by_containers(keep: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Tell other adapters' keys by their containers where there are masks."""
 
-
-def _by_containers(keep: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     @functools.wraps(keep)
     def kept(state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]) -> Any:
         if not any(_OURS.search(key) for key in state_dict):

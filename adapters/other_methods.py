@@ -5,10 +5,11 @@ computed, and save masks under names that nothing can load.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from pemn_surgery.adapters.registry import PREFIX
@@ -43,9 +44,8 @@ def check_no_other_method(model: nn.Module) -> None:
         raise AlreadyPemnifiedError(message)
 
 
-def wrap_other_methods() -> None:
+def refusing_masks(begin: Callable[..., None]) -> Callable[..., None]:
     """Let PEFT's other methods refuse a model with masks."""
-    begin = BaseTuner.__init__
 
     @functools.wraps(begin)
     def refusing(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -53,7 +53,7 @@ def wrap_other_methods() -> None:
             _check_no_masks(model, _method_of(self))
         begin(self, model, *args, **kwargs)
 
-    BaseTuner.__init__ = refusing
+    return refusing
 
 
 def _check_no_masks(model: nn.Module, method: str) -> None:

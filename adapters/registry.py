@@ -1,16 +1,11 @@
-"""Makes PEFT know the method.
+"""The method's name, and the prefix of its tensors, as PEFT's tables hold them (`doors`).
 
-PEFT 0.21 has no entry point for methods from outside: ``register_peft_method`` accepts only members
-of its own enum. So the documented way is tried first, and where it refuses, the same three tables
-that it would fill are filled here, keyed by a string enum of our own (``get_model_status`` and
-transformers read ``.value``).
+PEFT 0.21 has no entry point for methods from outside: ``register_peft_method`` takes only members
+of its own enum. So the tables that it would fill are filled by us, keyed by a string enum of our
+own (``get_model_status`` and transformers read ``.value``).
 """
 
 from enum import Enum
-from typing import Any, cast
-
-import peft.mapping
-from peft.utils import register_peft_method
 
 PREFIX = "pemn_"
 
@@ -22,23 +17,3 @@ class PemnType(str, Enum):
 
 
 PEMN = PemnType.PEMN
-
-
-def register(config_class: type, model_class: type) -> None:
-    """Enter the method into PEFT's tables.
-
-    Args:
-        config_class: The configuration.
-        model_class: The tuner.
-    """
-    if PEMN in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
-        return
-    try:
-        register_peft_method(
-            name="pemn", config_cls=config_class, model_cls=model_class, prefix=PREFIX
-        )
-    except ValueError:  # not a member of PeftType: no door for outsiders yet
-        key = cast("Any", PEMN)
-        peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[key] = config_class
-        peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[key] = model_class
-        peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[key] = PREFIX

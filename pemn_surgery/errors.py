@@ -125,5 +125,9 @@ class NoGradientWarning(PemnWarning):
     """Masks that are to be trained get no gradient that could move them."""
 
 
+class VersionsWarning(PemnWarning):
+    """A version of PEFT or transformers with which this package was not tested."""
+
+
 class HeadWarning(PemnWarning):
     """A layer is new, or may be, and the adapter's file will not hold it."""

@@ -5,7 +5,7 @@ package is used, and ``PeftModel.from_pretrained`` would say ``KeyError: 'PEMN'`
 imported already, `pemn_surgery.adapters` costs little more and is imported at once. Otherwise a
 finder waits for PEFT (`sys.meta_path`, PEP 302): it finds what the other finders find, lets
 `pemn_surgery.adapters` be imported when PEFT has been, and then takes itself away. So it is with
-transformers' ``Trainer``, whose checkpoints are to hold scores.
+transformers' ``Trainer``, which has a door of its own (`pemn_surgery.adapters.doors`).
 """
 
 import importlib
@@ -18,23 +18,34 @@ from typing import Any
 
 from pemn_surgery.errors import PemnWarning
 
-_PEFT = "peft"
-_TRAINER = "transformers.trainer"
 _ADAPTERS = "pemn_surgery.adapters"
 
 
 def register_with_peft() -> None:
     """Import `pemn_surgery.adapters` now if PEFT is there, else as soon as it is."""
-    _after_import(_PEFT, _import_adapters)
-    _after_import(_TRAINER, _wrap_trainer)
+    _after_import("peft", _import_adapters)
+    _after_import("transformers.trainer", _open_late_doors)
 
 
 def _after_import(name: str, act: Callable[[], None]) -> None:
     """Do something now if a module is there, else as soon as it is."""
     if name in sys.modules:
-        act()
+        _safely(act, name)
     elif not any(getattr(finder, "awaited", None) == name for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(name, act))
+
+
+def _safely(act: Callable[[], None], name: str) -> None:
+    """Do something after an import, which never fails because of it."""
+    try:
+        act()
+    except Exception as error:  # whatever is wrong with this package, the other one is whole
+        warnings.warn(
+            f"pemn_surgery could not make {name} know masks ({type(error).__name__}: {error}); "
+            f"import {_ADAPTERS} shows where.",
+            PemnWarning,
+            stacklevel=2,
+        )
 
 
 class _Finder:
@@ -64,34 +75,14 @@ class _Finder:
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            self.act()
+            _safely(self.act, self.awaited)
 
         loader.exec_module = exec_module
 
 
 def _import_adapters() -> None:
-    """Import `pemn_surgery.adapters`; an import of PEFT never fails because of it."""
-    try:
-        importlib.import_module(_ADAPTERS)
-    except Exception as error:  # whatever is wrong with this package, PEFT itself is whole
-        warnings.warn(
-            f"pemn_surgery could not make PEFT know masks ({type(error).__name__}: {error}); "
-            "import pemn_surgery.adapters shows where.",
-            PemnWarning,
-            stacklevel=2,
-        )
+    importlib.import_module(_ADAPTERS)
 
 
-def _wrap_trainer() -> None:
-    """Let checkpoints hold scores; an import of the ``Trainer`` never fails because of it."""
-    try:
-        importlib.import_module(f"{_ADAPTERS}.checkpoints").wrap_trainer()
-    except Exception as error:
-        warnings.warn(
-            "pemn_surgery could not let the checkpoints of this transformers' Trainer hold scores "
-            f"({type(error).__name__}: {error}): they will hold masks as bits, from which a run "
-            "does not go on exactly. In training, say "
-            'model.peft_config["default"].keep_scores = True, and False before the final save.',
-            PemnWarning,
-            stacklevel=2,
-        )
+def _open_late_doors() -> None:
+    importlib.import_module(f"{_ADAPTERS}.doors").install(late=True)

@@ -25,7 +25,6 @@ held while PEFT writes, would be simpler, but deadlocks ranks that all save and 
 
 import contextlib
 import errno
-import functools
 import inspect
 import json
 import os
@@ -35,9 +34,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -54,12 +52,6 @@ except ImportError:  # Windows: what a killed save left stays until somebody rem
 
 CARD = "README.md"
 _PLACE = ".pemn_saving_"
-
-
-def wrap_saving() -> None:
-    """Let ``PeftModel.save_pretrained`` of a model with masks keep the promise above."""
-    peft_model = cast("Any", PeftModel)
-    peft_model.save_pretrained = _whole_or_not_at_all(peft_model.save_pretrained)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -94,22 +86,17 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PemnConfi
         _put_in_place(place, folder)
 
 
-def _whole_or_not_at_all(save: Callable[..., None]) -> Callable[..., None]:
-    signature = inspect.signature(save)
+def save_whole(save: Callable[..., None], given: inspect.BoundArguments) -> None:
+    """Save a model with masks by PEFT's own method, whole or not at all.
 
-    @functools.wraps(save)
-    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        if any(isinstance(config, PemnConfig) for config in self.peft_config.values()):
-            _save_whole(save, given)
-        else:
-            save(self, *args, **kwargs)
+    Args:
+        save: ``PeftModel.save_pretrained`` as PEFT has it.
+        given: All its arguments; the folder among them is another one afterwards.
 
-    return save_pretrained
-
-
-def _save_whole(save: Callable[..., None], given: inspect.BoundArguments) -> None:
+    Raises:
+        AdapterWriteError: If it cannot be written; old adapters are still there.
+        ConfigError: If pickle is asked for.
+    """
     options = given.arguments
     _check_no_pickle(options)
     folder = Path(options["save_directory"])

@@ -3,8 +3,8 @@
 PEFT makes the card itself, has no place in it for a method's own words, and finishes it before the
 adapter's file is written; transformers' ``push_to_hub`` then puts a general card over it, and
 ``Trainer.create_model_card`` one of its own. A tuner is asked nothing on these ways, and users
-never make a class of ours. So three methods get a wrapper around them (`wrap_cards`), each of which
-does nothing for models without masks:
+never make a class of ours. So three methods are wrapped (`doors`), each of which does nothing for
+models without masks:
 
 * ``PeftModel.save_pretrained`` and ``PeftModel.create_or_update_model_card`` (the ``Trainer`` calls
   that one last) complete the card after PEFT;
@@ -17,17 +17,15 @@ to PEFT and to whoever edits the card, but for the empty form that a card begins
 
 import contextlib
 import functools
-import inspect
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from peft.config import PeftConfig
 from torch import nn
-from transformers.utils.hub import PushToHubMixin
 
 from pemn_surgery.adapters.checkpoints import are_scores_kept
 from pemn_surgery.adapters.config import PemnConfig
@@ -90,50 +88,34 @@ def _with_part(text: str, part: str, title: str) -> str:
     return f"\n{part}\n{whole}"
 
 
-def wrap_cards() -> None:
-    """Let every save and push of a model with masks complete the card."""
-    peft_model, pusher = cast("Any", PeftModel), cast("Any", PushToHubMixin)
-    peft_model.create_or_update_model_card = _with_card(peft_model.create_or_update_model_card)
-    peft_model.save_pretrained = _with_saved_card(peft_model.save_pretrained)
-    pusher._upload_modified_files = _with_pushed_card(pusher._upload_modified_files)
+def with_card(make_card: Callable[..., None]) -> Callable[..., None]:
+    """Complete the card that PEFT makes."""
 
-
-def _with_card(make_card: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(make_card)
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
         make_card(self, output_dir)
         # At the start of a save a damaged file may lie there, which is about to be replaced.
         with contextlib.suppress(AdapterFileError):
-            _complete_card_of(self, output_dir)
+            complete_card_of(self, output_dir)
 
     return create_or_update_model_card
 
 
-def _with_saved_card(save: Callable[..., None]) -> Callable[..., None]:
-    signature = inspect.signature(save)
+def with_pushed_card(upload: Callable[..., Any]) -> Callable[..., Any]:
+    """Complete the card that is about to be sent, after PEFT made its own again."""
 
-    @functools.wraps(save)
-    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
-        save(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs).arguments
-        if given.get("is_main_process", True):
-            _complete_card_of(self, given["save_directory"])
-
-    return save_pretrained
-
-
-def _with_pushed_card(upload: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(upload)
     def _upload_modified_files(self: Any, working_dir: str, *args: Any, **kwargs: Any) -> Any:
         if _names(self) and isinstance(self, PeftModel):
             self.create_or_update_model_card(str(working_dir))
-        _complete_card_of(self, working_dir)
+        complete_card_of(self, working_dir)
         return upload(self, working_dir, *args, **kwargs)
 
     return _upload_modified_files
 
 
-def _complete_card_of(model: Any, folder: str) -> None:
+def complete_card_of(model: Any, folder: str) -> None:
+    """Complete the card of a saved model, if it has adapters of masks that are to be shared."""
     names = _names(model)
     if names:
         complete_card(folder, names, model)

@@ -1,8 +1,8 @@
 """PEFT's and transformers' ways to add an adapter, all or nothing.
 
 `PemnModel` undoes its own part. These libraries change the model before and after it: they enter
-the adapter's name, note that there are adapters, wrap modules to save, cast. So their methods get a
-wrapper around them, which does nothing for adapters of other methods. They also write into the
+the adapter's name, note that there are adapters, wrap modules to save, cast. So their methods are
+wrapped (`doors`), which does nothing for adapters of other methods. They also write into the
 configuration that they are given; so that it stays the caller's, they are given a copy.
 """
 
@@ -13,28 +13,14 @@ from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
-from peft import PeftModel
-from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from torch import Tensor, nn
-from transformers.integrations.peft import PeftAdapterMixin
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import is_reading
 from pemn_surgery.surgery.undo import undone_on_error
 
-_METHODS = ("__init__", "add_adapter")
-
 # Whether one of the methods runs: those that it calls get the model's own configuration.
 _adding: ContextVar[bool] = ContextVar("adding", default=False)
-
-
-def wrap_adding() -> None:
-    """Let PEFT's and transformers' models add an adapter or stay as they were."""
-    kinds = {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}
-    for kind in (*kinds, PeftAdapterMixin):
-        for name in _METHODS:
-            if name in vars(kind):
-                setattr(kind, name, _all_or_nothing(vars(kind)[name]))
 
 
 def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
@@ -49,7 +35,9 @@ def tensors_of(model: nn.Module, adapter_name: str) -> Iterator[Tensor]:
             yield tensor
 
 
-def _all_or_nothing(method: Callable[..., Any]) -> Callable[..., Any]:
+def all_or_nothing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a model add an adapter or stay as it was."""
+
     @functools.wraps(method)
     def whole(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())

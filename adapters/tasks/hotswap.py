@@ -5,14 +5,15 @@ of one weight always have one size: there is nothing to pad, and no factor outsi
 
 PEFT's ``hotswap_adapter`` can be told of a method by its table of configuration keys; what it then
 calls, and what prepares a model, knows LoRA alone. Those two are looked up in PEFT's module at each
-call, so wrapping them there serves users who imported ``hotswap_adapter`` before this package.
+call, so wrapping them there (`doors`) serves users who imported ``hotswap_adapter`` before this
+package.
 """
 
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from peft.utils import hotswap, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -21,23 +22,10 @@ from pemn_surgery.adapters.checks import check_not_merged
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import MASKS, TENSORS, one_reading
 from pemn_surgery.adapters.files.file_checks import check_swap_fits
-from pemn_surgery.adapters.guard import MUST_AGREE, adapter_folder, check_adapter
+from pemn_surgery.adapters.guard import adapter_folder, check_adapter
 from pemn_surgery.adapters.layer import PemnLayer
-from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.errors import AdapterFileError
 from pemn_surgery.numbers import fingerprint as fingerprints
-
-
-def enter_hotswap() -> None:
-    """Let PEFT's ``hotswap_adapter`` and ``prepare_model_for_compiled_hotswap`` take masks."""
-    module = cast("Any", hotswap)
-    module.CONFIG_KEYS_TO_CHECK[PEMN] = MUST_AGREE
-    module.load_peft_weights = _or_checked(module.load_peft_weights)
-    module._insert_adapter_name_into_state_dict = _or_as_saved(
-        module._insert_adapter_name_into_state_dict
-    )
-    module.hotswap_adapter_from_state_dict = _or_masks(module.hotswap_adapter_from_state_dict)
-    module._convert_scalings_to_tensor = _or_nothing_to_do(module._convert_scalings_to_tensor)
 
 
 def swap_masks(
@@ -77,7 +65,9 @@ class SavedTensors(dict[str, Tensor]):
     digest: str | None = None
 
 
-def _or_checked(load: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+def or_checked(load: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Check an adapter of masks when its tensors are read, and remember which save they are of."""
+
     @functools.wraps(load)
     def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         with one_reading():
@@ -92,7 +82,9 @@ def _or_checked(load: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[st
     return load_peft_weights
 
 
-def _or_as_saved(insert: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+def or_as_saved(insert: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Leave the keys of masks as their file has them."""
+
     @functools.wraps(insert)
     def _insert_adapter_name_into_state_dict(
         state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
@@ -104,7 +96,9 @@ def _or_as_saved(insert: Callable[..., dict[str, Tensor]]) -> Callable[..., dict
     return _insert_adapter_name_into_state_dict
 
 
-def _or_masks(swap: Callable[..., None]) -> Callable[..., None]:
+def or_masks(swap: Callable[..., None]) -> Callable[..., None]:
+    """Swap masks with `swap_masks`."""
+
     @functools.wraps(swap)
     def hotswap_adapter_from_state_dict(
         model: nn.Module,
@@ -122,7 +116,9 @@ def _or_masks(swap: Callable[..., None]) -> Callable[..., None]:
     return hotswap_adapter_from_state_dict
 
 
-def _or_nothing_to_do(convert: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
+def or_nothing_to_do(convert: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
+    """Tell PEFT that masks are ready to be swapped: they have no scalings."""
+
     @functools.wraps(convert)
     def _convert_scalings_to_tensor(model: nn.Module) -> bool:
         has_masks = any(isinstance(module, PemnLayer) for module in model.modules())

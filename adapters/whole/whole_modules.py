@@ -103,14 +103,18 @@ def _refuse_shared(config: PemnConfig, path: str, how: str) -> NoReturn:
     raise AdapterError(message)
 
 
-def wrap_choices() -> None:
-    """Let PEFT's wrappers answer for the call that runs."""
-    kind = cast("Any", AuxiliaryTrainingWrapper)
-    kind.disable_adapters = _answering(kind.disable_adapters, lambda names: not names)
-    kind.active_adapters = _answering(kind.active_adapters, list)
-    kind.active_adapter = _answering(
-        kind.active_adapter, lambda names: names[0] if len(names) == 1 else list(names)
-    )
+def answering(answer: Callable[[tuple[str, ...]], Any]) -> Callable[[property], property]:
+    """Let a property of PEFT's wrappers answer for the call that runs.
+
+    Args:
+        answer: From the names of the adapters in force to the property's value.
+    """
+    return lambda theirs: _answering(theirs, answer)
+
+
+def one_or_list(names: tuple[str, ...]) -> str | list[str]:
+    """Return adapters' names as PEFT's ``active_adapter`` does."""
+    return names[0] if len(names) == 1 else list(names)
 
 
 def _answering(theirs: property, answer: Callable[[tuple[str, ...]], Any]) -> property:

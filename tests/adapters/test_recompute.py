@@ -8,12 +8,10 @@ import timm
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint
 
 from pemn_surgery import PemnConfig, pemnify
-from pemn_surgery.errors import AdapterError, PemnWarning
-from pemn_surgery.masks import recompute
+from pemn_surgery.errors import AdapterError
 from tests.adapters import models
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
@@ -232,12 +230,3 @@ def test_copies_of_a_model_are_their_own():
     program = [("set_adapter", "a"), ("forward",), ("set_adapter", "b"), ("forward",)]
     expected = gradients(model, program, None)
     models.assert_same_tensors(gradients(twin, program, False), expected)
-
-
-def test_a_torch_that_prepares_elsewhere_is_said(monkeypatch):
-    for name in recompute._PREPARING:
-        monkeypatch.delattr(torch_checkpoint, name, raising=False)
-    forward = torch_checkpoint.CheckpointFunction.forward
-    monkeypatch.setattr(torch_checkpoint.CheckpointFunction, "forward", staticmethod(forward))
-    with pytest.warns(PemnWarning, match="switch no adapter between a forward under them"):
-        recompute.wrap_checkpoints()

@@ -126,5 +126,5 @@ with warnings.catch_warnings(record=True) as caught:
     import pemn_surgery
 print([str(w.message)[:60] for w in caught if "Trainer" in str(w.message)])
 """
-    said = "pemn_surgery could not let the checkpoints of this transform"
+    said = "pemn_surgery could not make transformers.trainer know masks "
     assert models.run_python(code) == f"[{said!r}]\n"
