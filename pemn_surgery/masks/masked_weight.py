@@ -244,8 +244,11 @@ class MaskedWeight(nn.Module):
         return masks[-1](weight, is_scratch=is_scratch, dtype=rounded)
 
     def _period(self) -> Tensor:
-        """Return the fill for a mask of scores, which takes numbers that repeat but once."""
-        if self.bank is None:
+        """Return the fill for a mask of scores, which takes numbers that repeat but once.
+
+        Torch transforms, and its tracers record, whole tensors.
+        """
+        if self.bank is None or is_transformed():
             return self.fill()
         self._refuse_given()
         return self.bank.period(self.shape, self.drawn_dtype)

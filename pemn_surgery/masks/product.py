@@ -71,7 +71,8 @@ def masked_straight_through(
     """Return what `masked` returns for the mask of scores, with gradients for the scores.
 
     Args:
-        weight: Float tensor W, or one period of it where it repeats (see `spread`).
+        weight: Float tensor W; or one period of it where it repeats (see `spread`) and torch
+            transforms nothing.
         scores: Float tensor S of the shape of W.
         selector: Chooses the mask M. By magnitude, dL/dS = dL/dM * sign(S), else dL/dM.
         scaled: As in `masked`.
@@ -84,8 +85,7 @@ def masked_straight_through(
     if takes_functions():
         made = _StraightThrough.apply(weight, scores, selector, scaled, wanted)
         return cast("Tensor", made)
-    weight, mask = spread(weight, tuple(scores.shape)), selector.mask(scores)
-    by_magnitude = selector.uses_magnitude
+    mask, by_magnitude = selector.mask(scores), selector.uses_magnitude
     return _masked_in_the_open(weight, scores, mask, by_magnitude, scaled).to(wanted)
 
 

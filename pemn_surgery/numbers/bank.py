@@ -270,10 +270,11 @@ class Bank(nn.Module):
         Returns:
             Tensor of that shape; a view of the bank unless it had to be tiled or rounded.
         """
-        period, weights = self.period(shape, dtype), math.prod(shape)
-        if weights > period.numel():
-            period = period.repeat(-(-weights // period.numel()))
-        return period[:weights].view(shape)
+        values, weights = self.period(shape, dtype), math.prod(shape)
+        length = self._prototype_of(shape).length
+        if weights > length:
+            values = values.repeat(-(-weights // length))
+        return values[:weights].view(shape)
 
     def period(self, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
         """Return the numbers of a fill as one row, each but once: they repeat in the weight.
@@ -285,12 +286,16 @@ class Bank(nn.Module):
         Returns:
             Tensor of shape (n,), or shorter; a view of the bank unless it had to be rounded.
         """
+        prototype = self._prototype_of(shape)
+        values = self.values[prototype.offset : prototype.offset + prototype.length]
+        return values[: math.prod(shape)].to(dtype or values.dtype)
+
+    def _prototype_of(self, shape: Shape) -> Prototype:
         prototype = self.layout.find(tuple(shape))
         if prototype is None:  # the plan refuses such a weight before anything is built
             message = f"The bank has no prototype for shape {tuple(shape)}."
             raise LookupError(message)
-        values = self.values[prototype.offset : prototype.offset + prototype.length]
-        return values[: math.prod(shape)].to(dtype or values.dtype)
+        return prototype
 
     def prototypes(self, dtype_of: Callable[[str], torch.dtype]) -> Iterator[Tensor]:
         """Yield the values of each prototype, in the type of the weight that they come from.
