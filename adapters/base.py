@@ -39,6 +39,8 @@ def fingerprint_now(
     layers = masked_layers(model, adapter_name)
     if not layers:
         return {}
+    for layer in layers.values():
+        layer.forget()  # what is kept may be of numbers that were here before
     held = _held(layers, state_dict or {})
     known = next(iter(layers.values())).mask_of(adapter_name).fingerprint
     now = fingerprint_of(list(layers.values()), held)

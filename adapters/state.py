@@ -27,6 +27,7 @@ from pemn_surgery.adapters.file import (
     mask_key,
 )
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
+from pemn_surgery.adapters.storable import check_is_plain
 from pemn_surgery.bits import StoredMask
 from pemn_surgery.buckets import BaseGuide, Guide
 from pemn_surgery.errors import ArchitectureError, PemnWarning
@@ -96,12 +97,17 @@ class AdapterEntries(dict[str, Tensor]):
 
         Args:
             added: Further tensors by key.
+
+        Raises:
+            UnsupportedModelError: If no file can hold one of them.
         """
         held = {base_name(key) for key in self}
         for key, value in added.items():
             name = base_name(key)
             if name not in held:
-                self[name] = value
+                whole = gathered(value)
+                check_is_plain(name, whole)
+                self[name] = whole
 
 
 def prepare_for_model(

@@ -3,9 +3,10 @@
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.quantised import resolve_backend
 from pemn_surgery.errors import PemnWarning, UnsupportedModelError
 from pemn_surgery.roles import base_modules
 from pemn_surgery.targets import Plan
@@ -32,8 +33,30 @@ def warn_of_extra_state(model: nn.Module, config: PemnConfig) -> None:
         )
 
 
+def check_is_plain(name: str, tensor: Tensor) -> None:
+    """Refuse to save a tensor whose numbers a library stores its own way (torchao).
+
+    Args:
+        name: Its name.
+        tensor: The tensor, whole.
+
+    Raises:
+        UnsupportedModelError: If it is one.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter):
+        message = (
+            f"{name!r} is a {type(tensor).__name__}, which an adapter's file (safetensors) cannot "
+            "hold: it was quantised after the adapter was made. Save before that, or merge first, "
+            "model.merge_and_unload(), and quantise the plain model. Nothing was saved."
+        )
+        raise UnsupportedModelError(message)
+
+
 def check_can_be_stored(model: nn.Module, plan: Plan) -> None:
-    """Refuse tensors of types that safetensors has no name for, before anything changes.
+    """Refuse tensors that a file cannot hold, before anything changes.
+
+    safetensors has no name for complex128; of quantised numbers it would hold those without their
+    scales (bitsandbytes), or none (torchao).
 
     Args:
         model: The model.
@@ -46,6 +69,15 @@ def check_can_be_stored(model: nn.Module, plan: Plan) -> None:
     for item in (*plan.owned, *plan.whole):
         tensors = modules[item.path]._parameters | modules[item.path]._buffers
         held = tensors.get(item.tensor)
+        backend = resolve_backend(modules[item.path]) if item.tensor == "weight" else None
+        if backend is not None:
+            message = (
+                f"{item.name!r} is stored as {backend.backend_name} (quantised) and would be the "
+                "task's, but no adapter's file can hold it. On a model's own weights rest="
+                '"stats" or "norms" leaves it to the base; drawn numbers need a base that is not '
+                "quantised. Nothing was changed."
+            )
+            raise UnsupportedModelError(message)
         if held is not None and held.dtype == torch.complex128:
             message = (
                 f"{item.name!r} is complex128, which an adapter's file (safetensors) cannot hold; "

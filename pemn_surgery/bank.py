@@ -248,11 +248,16 @@ class Bank(nn.Module):
         self.values = self.values.to(common_dtype(+self._drawn_by))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Bank":
-        """Move, but leave the type to `recast_layer`: one layer's cast is not that of all."""
+        """Move, but leave the type to `recast_layer`: one layer's cast is not that of all.
+
+        Nor are the numbers given up (``to_empty``): no state dict would bring them back.
+        """
         before = self.values
         super()._apply(fn, recurse)
         if self._drawn_by and self.values.dtype != before.dtype:
             self.values = before.to(self.values.device)
+        elif self.values is not before and not before.is_meta and not self.values.is_meta:
+            self.values.copy_(before)
         return self
 
     def forward(self, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:

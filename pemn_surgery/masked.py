@@ -6,8 +6,8 @@ bank's numbers, or the layer's own frozen weight - passed through the `AdapterMa
 adapter. Several active masks compose as AND; sign deltas add up, after all masks.
 
 The effective weight is made once in a forward, so that a layer that runs twelve times in it is
-masked once, and where nothing ordinary can change it - bits on frozen numbers in eval mode - it is
-kept from then on (`kept`). It is read-only (`read_only`).
+masked once, and where nobody trains - bits on frozen numbers in eval mode - it is kept from then
+on, while a sample of these numbers stays what it was (`kept`). It is read-only (`read_only`).
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from pemn_surgery.adapter_mask import AdapterMask
 from pemn_surgery.bank import Bank
 from pemn_surgery.errors import AdapterError, MaskedWeightError
 from pemn_surgery.in_force import InForce
-from pemn_surgery.kept import Kept, Sources, in_this_forward, is_untracked
+from pemn_surgery.kept import Kept, Lasting, Sources, in_this_forward, is_untracked
 from pemn_surgery.mixture import Mixture
 from pemn_surgery.places import Aside
 from pemn_surgery.read_only import read_only
@@ -79,7 +79,7 @@ class MaskedWeight(nn.Module):
         self.shared_with: list[tuple[nn.Module, str]] = []
         self.untied: list[nn.Parameter] = []
         self.marks: dict[str, Any] = {}
-        self._kept = Kept()
+        self._kept = Lasting()
         self.keeps = True
         self.mixture: Mixture | None = None
         self.target = target
@@ -114,6 +114,7 @@ class MaskedWeight(nn.Module):
             weight: The merged weight.
             shown: Whether it is stored; a quantised layer's place is for packed numbers.
         """
+        self._kept.clear()
         if not shown:
             self._unshown = weight
             return
@@ -201,7 +202,7 @@ class MaskedWeight(nn.Module):
         return self._kept if self._lasts(state) else in_this_forward(self)
 
     def _lasts(self, state: InForce) -> bool:
-        """Tell whether nothing ordinary writes what the weight is made of."""
+        """Tell whether nobody trains what the weight is made of, as far as one can see."""
         own = None if self.bank is not None else self.own_weight()
         if self.owner.training or (own is not None and own.requires_grad):
             return False

@@ -86,3 +86,5 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
 for _name in dir(Tensor):
     if _IN_PLACE.fullmatch(_name) and _name not in _HARMLESS:
         setattr(ReadOnlyWeight, _name, _refusing(_name))
+# What torch asks both tensors before it exchanges them.
+ReadOnlyWeight._use_count = _refusing("torch.utils.swap_tensors")  # type: ignore[attr-defined]

@@ -80,14 +80,23 @@ def _assign(module: nn.Module, name: str, value: Tensor | None, makers: Makers) 
     """Write where a reader of this name reads; return False where that is the module itself.
 
     Raises:
-        MaskedWeightError: If masks lie on the tensor, and cannot lie on this one.
+        MaskedWeightError: If masks lie on the tensor, and cannot lie on this one, or if a task owns
+            it, and no file can hold this one.
     """
     if makers.owned is not None:
+        _check_can_be_saved(module, name, value)
         child, source = makers.owned
         return child.write(source, value)
     if makers.masked is not None and value is not None:
         _check_can_be_masked(module, name, makers.masked, value)
     return False
+
+
+def _check_can_be_saved(module: nn.Module, name: str, value: Tensor | None) -> None:
+    if isinstance(value, nn.Parameter) and type(value.data) is not Tensor:
+        kind = type(value.data).__name__
+        problem = f"{name!r} would be a {kind}, which no adapter's file can hold"
+        refuse(module, f"{problem}: quantise or shard a model before it gets adapters")
 
 
 def _replaces_stored(module: nn.Module, name: str, value: Any) -> bool:
@@ -109,7 +118,7 @@ def _check_can_be_masked(module: nn.Module, name: str, masked: MaskedWeight, val
         refuse(module, f"{name!r} would have the shape {shapes}")
     if type(value.data) is not Tensor:
         kind = type(value.data).__name__
-        refuse(module, f"{name!r} would be a {kind}: quantise a model before it gets masks")
+        refuse(module, f"{name!r} would be a {kind}: quantise or tie a model before it gets masks")
 
 
 def _caller() -> str:

@@ -55,6 +55,14 @@ def seeded(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _part(numbers, seed):
+    """All of a tensor, or one of its rows or columns, as a view; of a vector a long stretch."""
+    if numbers.dim() < 2:
+        return numbers[seed % 7 :] if seed % 2 else numbers
+    axis = seed % 3
+    return numbers if axis == 2 else numbers.select(axis, seed % numbers.shape[axis])
+
+
 class Machine:
     """A model, its teacher and its optimizer, in the hands of one program."""
 
@@ -79,6 +87,12 @@ class Machine:
 
     def masked(self):
         return list(models.mask_layers(self.model).values())
+
+    def frozen(self):
+        """What lies under the masks: own weights, or the bank."""
+        layers = self.masked()
+        own = [layer.own_weight() for layer in layers if layer.bank is None]
+        return own or [layers[0].bank.values]
 
     # ---- what programs are made of; each takes a random integer ----
 
@@ -218,11 +232,24 @@ class Machine:
                 if layer.bank is None:
                     layer.own_weight().mul_(1.25)
 
-    def write_base_through_data(self, _):
-        self.model.train()
-        for layer in self.masked():
-            if layer.bank is None:
-                layer.own_weight().data.mul_(0.75)
+    def write_base_through_data(self, seed):
+        """In whatever mode: what lies under the masks, all of it or an output or an input of it."""
+        for numbers in self.frozen():
+            _part(numbers.data, seed).mul_(0.75)
+
+    def write_base_through_numpy(self, seed):
+        """As numpy and dlpack see memory: they know of no versions."""
+        for numbers in self.frozen():
+            if numbers.dtype != torch.bfloat16:
+                _part(numbers.detach(), seed).numpy()[...] *= 0.5
+
+    def write_bits_through_data(self, seed):
+        for place, layer in enumerate(self.masked()):
+            for name in layer.names_in_use():
+                mask = layer.mask_of(name)
+                if mask.scores is None:
+                    base = bits.inspect(mask.bits, name).base
+                    mask.bits.data.copy_(bits.pack(~mask.mask().roll(seed + place), base))
 
     def write_bits(self, seed):
         for place, layer in enumerate(self.masked()):
@@ -263,7 +290,7 @@ class Machine:
         to_trainable(self.model, self.model.active_adapters[0])
 
 
-_NOT_OPERATIONS = ("settle", "inner", "trained", "masked")
+_NOT_OPERATIONS = ("settle", "inner", "trained", "masked", "frozen")
 OPERATIONS = [n for n in vars(Machine) if n not in _NOT_OPERATIONS and not n.startswith("_")]
 _WEIGHTS = {"say": 6, "backward": 6, "step": 4, "perturb": 3, "say_perturbed": 3, "average": 4}
 _KINDS = [name for name in OPERATIONS for _ in range(_WEIGHTS.get(name, 1))]

@@ -1,13 +1,16 @@
 """No write escapes a kept weight: a model that keeps them says what one that keeps none says."""
 
 import copy
+import weakref
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from pemn_surgery import PemnConfig, bits, pemnify
+from pemn_surgery import PemnConfig, bits, kept, pemnify
 from pemn_surgery.errors import AlreadyPemnifiedError, MaskedWeightError
 from pemn_surgery.masked import MaskedWeight, keep_weights
 from tests import oracles
@@ -108,6 +111,205 @@ def test_what_was_kept_in_eval_mode_ends_with_it():
     models.assert_differs(models.logits(model), before)
 
 
+# ---- frozen numbers under bits, of a model in eval mode ------------------------------------------
+
+
+def serving(bank):
+    return pemnify(models.net(), bank=bank, inference_mode=True).eval()
+
+
+def frozen(model):
+    """What lies under the masks: own weights, or the bank."""
+    layers = list(models.mask_layers(model).values())
+    own = [layer.own_weight() for layer in layers if layer.bank is None]
+    return own or [layers[0].bank.values]
+
+
+def halve(numbers):
+    numbers *= 0.5
+
+
+UNNOTICED = {
+    "all": lambda w: halve(w.data),
+    "an output": lambda w: halve(w.data[1]) if w.dim() > 1 else halve(w.data[: len(w) // 2]),
+    "an input": lambda w: halve(w.data[:, -1]) if w.dim() > 1 else halve(w.data[-len(w) // 2 :]),
+    "numpy": lambda w: halve(w.detach().numpy()),
+    "dlpack": lambda w: halve(torch.from_dlpack(w.detach())),
+    "other memory": lambda w: setattr(w, "data", w.data * 0.5),
+    "swap_tensors": lambda w: torch.utils.swap_tensors(w, type(w)(w.detach() * 0.5)),
+}
+
+
+@pytest.mark.parametrize("door", list(DOORS))
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("write", list(UNNOTICED))
+@pytest.mark.parametrize("bank", ["mp", "own"])
+def test_frozen_numbers_written_without_a_trace(bank, write, mode, door):
+    if (bank, write) == ("mp", "swap_tensors"):
+        return  # a buffer that operations alias cannot be exchanged
+    model, run = serving(bank), DOORS[door]
+    said = []
+    for place in range(3):
+        with MODES[mode]():
+            said.append(run(model)(X).detach().clone())
+            numbers = frozen(model)
+            UNNOTICED[write](numbers[place % len(numbers)])
+            assert_as_if_nothing_were_kept(model, lambda model: run(model)(X))
+    models.assert_differs(said[0], said[1])
+    models.assert_differs(said[1], said[2])
+
+
+@pytest.mark.parametrize("bank", ["mp", "own"])
+def test_bits_written_without_a_trace(bank):
+    """``for mine, other in zip(teacher.buffers(), student.buffers()): mine.data.copy_(other)``."""
+    model = serving(bank)
+    with torch.no_grad():
+        before = model(X).clone()
+        for layer in models.mask_layers(model).values():
+            mask = layer.mask_of("default")
+            mask.bits.data.copy_(bits.pack(~mask.mask(), bits.inspect(mask.bits, "").base))
+        models.assert_differs(assert_as_if_nothing_were_kept(model), before)
+
+
+def edit_one_number(model):
+    """What no sample need find; the last number of each tensor is in none of these."""
+    for numbers in frozen(model):
+        sample, flat = kept.spaced(numbers), numbers.data.view(-1)
+        assert sample.data_ptr() == numbers.data_ptr()
+        taken = range(0, numbers.numel(), sample.stride(0))
+        chosen = [place for place in range(numbers.numel()) if place not in taken][:40]
+        flat[chosen] += 3.0
+
+
+def save_again(model, folder):
+    model.save_pretrained(folder)
+    return model
+
+
+def merge_and_back(model, folder):
+    model.merge_adapter()
+    model.unmerge_adapter()
+    return model
+
+
+def keep_again(model, folder):
+    keep_weights(model, True)
+    return model
+
+
+BEGIN_ANEW = {
+    "train() and eval()": lambda model, folder: model.train().eval(),
+    "save": save_again,
+    "merge": merge_and_back,
+    "copy": lambda model, folder: copy.deepcopy(model),
+    "cast": lambda model, folder: model.double().float(),
+    "keep_weights": keep_again,
+}
+
+
+@pytest.mark.parametrize("act", list(BEGIN_ANEW))
+@pytest.mark.parametrize("bank", ["mp", "own"])
+def test_a_few_numbers_written_are_seen_when_keeping_begins_anew(bank, act, tmp_path):
+    model = serving(bank)
+    with torch.no_grad():
+        before = model(X).clone()
+        edit_one_number(model)
+        oracles.assert_same(model(X), before)  # as docs/mechanism.md says
+        model = BEGIN_ANEW[act](model, tmp_path)
+        models.assert_differs(assert_as_if_nothing_were_kept(model), before)
+
+
+@given(
+    shape=st.lists(st.integers(1, 12), max_size=4).map(tuple),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.uint8]),
+    order=st.randoms(use_true_random=False),
+)
+def test_a_sample_has_some_of_every_row_and_column(shape, dtype, order):
+    axes = list(range(len(shape)))
+    order.shuffle(axes)
+    dense = torch.arange(max(torch.Size(shape).numel(), 1)).view(shape).permute(axes)
+    places = {int(place) for place in kept.spaced(dense)}
+    splits = [torch.Size(shape[:axis]).numel() for axis in range(1, len(shape))]
+    rows = max(splits, key=lambda rows: min(rows, dense.numel() // rows), default=1)
+    columns = dense.numel() // rows
+    if min(rows, columns) > 1:
+        assert {place // columns for place in places} == set(range(rows))
+        assert {place % columns for place in places} == set(range(columns))
+        assert len(places) <= 2 * max(rows, columns)
+    numbers = torch.zeros(dense.shape, dtype=dtype)
+    assert kept.spaced(numbers).data_ptr() == numbers.data_ptr()
+
+
+@given(count=st.integers(0, 3000))
+def test_a_sample_has_some_of_every_stretch_of_a_vector(count):
+    places = kept.spaced(torch.arange(count)).tolist()
+    gaps = [b - a for a, b in zip(places, [*places[1:], count], strict=False)]
+    assert all(gap**2 <= count for gap in gaps)
+    assert len(places) < 3 * max(count, 1) ** 0.5 + 3
+
+
+def test_few_numbers_of_large_tensors_are_looked_at():
+    for shape in ((8, 96, 160), (1, 96, 160), (64, 32, 3, 3), (96, 1, 7, 7), (5000,), (5000, 1)):
+        assert kept.spaced(torch.empty(shape)).numel() < 2 * torch.Size(shape).numel() ** 0.5 + 700
+
+
+def test_a_tensor_with_gaps_is_its_own_sample():
+    numbers = torch.zeros(6, 8)[:, ::2]
+    assert kept.spaced(numbers) is numbers
+
+
+def test_not_a_number_is_what_it_was(monkeypatch):
+    model = serving("own")
+    frozen(model)[0].data.view(-1)[0] = float("nan")
+    counted = Counted(monkeypatch)
+    with torch.no_grad():
+        assert counted.during(lambda: model(X)) == 4
+        assert counted.during(lambda: model(X)) == 0
+
+
+@pytest.mark.parametrize("bank", ["mp", "own"])
+def test_a_forward_compares_once(bank, monkeypatch):
+    """Where answers are waited for; on a CPU every sample is compared by itself."""
+    model, compared = serving(bank), []
+    equal = torch.equal
+    monkeypatch.setattr(kept, "_is_waited_for", lambda tensor: True)
+    monkeypatch.setattr(torch, "equal", lambda *two: compared.append(1) or equal(*two))
+    with torch.no_grad():
+        model(X)
+        compared.clear()
+        model(X)
+        kinds = {tensor.element_size() for tensor in (*frozen(model), torch.empty(0).byte())}
+        assert len(compared) == len(kinds)
+        halve(frozen(model)[0].data)
+        assert_as_if_nothing_were_kept(model)
+
+
+def test_only_what_was_written_is_made_again(monkeypatch):
+    model = serving("own")
+    counted = Counted(monkeypatch)
+    with torch.no_grad():
+        model(X)
+        halve(frozen(model)[2].data)
+        assert counted.during(lambda: model(X)) == 1
+        assert counted.during(lambda: model(X)) == 0
+        halve(frozen(model)[0].data)
+        assert counted.during(lambda: model.get_base_model().conv2.weight) == 0
+        assert counted.during(lambda: model.get_base_model().conv1.weight) == 1
+
+
+def test_a_kept_weight_holds_nothing_of_another_layer():
+    """What was served together is looked at together, and freed one by one."""
+    model = serving("own")
+    with torch.no_grad():
+        model(X)
+    held = weakref.ref(models.mask_layers(model)["conv2.weight"]._kept)
+    owner = model.get_base_model().conv2
+    owner.masked_weight._kept = kept.Lasting()
+    assert held() is None
+    with torch.no_grad():
+        assert_as_if_nothing_were_kept(model)
+
+
 # ---- what is read cannot be written to -----------------------------------------------------------
 
 WRITES = {
@@ -118,6 +320,8 @@ WRITES = {
     "mul_": lambda w: w.mul_(0.5),
     "init": nn.init.normal_,
     "copy_": lambda w: w.copy_(torch.zeros(w.shape)),
+    "swap_tensors": lambda w: torch.utils.swap_tensors(w, torch.zeros(w.shape)),
+    "swap_tensors, the other": lambda w: torch.utils.swap_tensors(torch.zeros(w.shape), w),
 }
 
 
@@ -233,11 +437,11 @@ def test_no_other_method_lies_on_masks(config, bank):
     model = models.train(pemnify(models.net(), bank=bank))
     snapshot = models.Snapshot(model)
     method = config.__name__.removesuffix("Config").upper()
-    for given in (model, model.get_base_model()):
+    for outer in (model, model.get_base_model()):
         with pytest.raises(
             AlreadyPemnifiedError, match=f"^{method} adapters.*4 masked weights"
         ) as e:
-            get_peft_model(given, config(target_modules=["head"], **options), adapter_name="b")
+            get_peft_model(outer, config(target_modules=["head"], **options), adapter_name="b")
         models.says(e, "conv1.weight", "merge_and_unload()")
         snapshot.assert_unchanged()
     merged = get_peft_model(model.merge_and_unload(), LoraConfig(target_modules=["head"], r=2))

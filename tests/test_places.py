@@ -390,7 +390,7 @@ class Quantised(torch.Tensor):
 
 def test_a_quantised_weight_under_masks_is_refused():
     """torchao's ``quantize_`` assigns to every Linear's weight."""
-    for case, match in (("own, stats", "would be a Quantised: quantise a model before"),
+    for case, match in (("own, stats", "would be a Quantised: quantise or tie a model before"),
                         ("rp, stats", "the bank fills it")):  # fmt: skip
         model = trained(case)
         snapshot = models.Snapshot(model, run)
@@ -421,6 +421,127 @@ def test_base_values_are_loaded_into_the_base(case):
             models.assert_differs(run(model), said) if "table.weight" not in state else None
 
 
+# ---- what torch's tools write, exchange and convert ----------------------------------------------
+
+
+def exchange(name):
+    def act(net):
+        module, attribute = place(net, name)
+        now = getattr(module, attribute)
+        other = nn.Parameter(moved(now.detach().clone()), requires_grad=now.requires_grad)
+        torch.utils.swap_tensors(now, other)
+
+    return act
+
+
+def all_values(net):
+    values = nn.utils.parameters_to_vector(net.parameters())
+    nn.utils.vector_to_parameters(values.detach().clone(), net.parameters())
+
+
+def empty_and_load(net):
+    """FSDP's and accelerate's way from the meta device: memory first, values from a checkpoint."""
+    state = copy.deepcopy(net.state_dict())
+    net.to_empty(device="cpu")
+    net.load_state_dict(state)
+
+
+def under(flag, act):
+    """Do something under one of torch's flags for how modules convert their parameters."""
+
+    def acting(net):
+        switch = getattr(torch.__future__, f"set_{flag}_module_params_on_conversion")
+        switch(True)
+        try:
+            act(net)
+        finally:
+            switch(False)
+
+    return acting
+
+
+def new_layer(net):
+    torch.manual_seed(1)
+    net.set_submodule("fc", nn.Linear(8, 8).requires_grad_(False))
+
+
+LIKE_DENSE = {
+    "swap_tensors, bias": exchange("fc.bias"),
+    "swap_tensors, norm": exchange("norm.weight"),
+    "swap_tensors, raw": exchange("position"),
+    "init, bias": lambda net: nn.init.constant_(net.fc.bias, 0.3),
+    "init, raw": lambda net: nn.init.constant_(net.position, 0.3),
+    "data =": lambda net: setattr(net.fc.bias, "data", torch.full((8,), 0.3)),
+    "reset_parameters, norm": lambda net: net.norm.reset_parameters(),
+    "reset_running_stats": lambda net: net.statistics.reset_running_stats(),
+    "no bias": lambda net: setattr(net.fc, "bias", None),
+    "tie, biases": lambda net: setattr(net.fc, "bias", net.norm.bias),
+    "vector_to_parameters": all_values,
+    "to_empty": empty_and_load,
+    "set_submodule": new_layer,
+    "requires_grad_": lambda net: net.requires_grad_(False),
+    "share_memory": lambda net: net.share_memory(),
+    "half and back": lambda net: net.half().float(),
+    "overwrite on conversion": under("overwrite", lambda net: net.double().float()),
+    "swap on conversion": under("swap", lambda net: net.double().float()),
+    "swap on load": under("swap", lambda net: net.load_state_dict(copy.deepcopy(net).state_dict())),
+}
+REFUSED = {
+    "swap_tensors, masked": (exchange("fc.weight"), r"swap_tensors\(\) would not last"),
+    "init, masked": (lambda net: nn.init.ones_(net.fc.weight), "would not last"),
+    "reset_parameters, masked": (lambda net: net.fc.reset_parameters(), "would not last"),
+    "tie, masked": (
+        lambda net: setattr(net.fc, "weight", net.attention.out_proj.weight),
+        "quantise or tie a model before it gets masks|the bank fills it",
+    ),
+    "fuse_linear_bn": (
+        lambda net: nn.utils.fuse_linear_bn_eval(net.fc.eval(), net.statistics.eval()),
+        "fusion would replace",
+    ),
+}
+FEW_CASES = ["own, train", "own, stats", "rp, train", "mp, stats"]
+
+
+@pytest.mark.parametrize("operation", list(LIKE_DENSE))
+@pytest.mark.parametrize("case", FEW_CASES)
+def test_an_operation_does_what_it_does_to_the_merged_model(case, operation, tmp_path):
+    model = trained(case)
+    dense = merged_twin(model)
+    for net in (dense, model.get_base_model()):
+        LIKE_DENSE[operation](net)
+    models.assert_equal(run(model), run(dense))
+    models.assert_equal(run(merged_twin(model)), run(dense))
+    models.assert_equal(run(copy.deepcopy(model)), run(dense))
+
+
+@pytest.mark.parametrize("operation", list(REFUSED))
+@pytest.mark.parametrize("case", FEW_CASES)
+def test_an_operation_on_what_is_computed_is_refused(case, operation):
+    act, match = REFUSED[operation]
+    model = trained(case)
+    snapshot = models.Snapshot(model, run)
+    with pytest.raises(MaskedWeightError, match=match):
+        act(model.get_base_model())
+    snapshot.assert_unchanged()
+
+
+@pytest.mark.parametrize("case", FEW_CASES)
+def test_functional_call_takes_names_as_state_dicts_have_them(case):
+    """The base's names are the base's tensors, an adapter's are the adapter's."""
+    model = trained(case)
+    state = {n: v for n, v in model.state_dict().items() if v.is_floating_point()}
+    assert len(state) > 10
+    before = {name: value.clone() for name, value in state.items()}
+    for names in ([name] for name in state):
+        given = {name: moved(state[name]) for name in names}
+        loaded = copy.deepcopy(model)
+        loaded.load_state_dict(given, strict=False)
+        with torch.no_grad():
+            found = torch.func.functional_call(model, given, (TOKENS,))
+        models.assert_equal(found, run(loaded))
+    models.assert_same_tensors({n: model.state_dict()[n] for n in before}, before)
+
+
 # ---- replicas -----------------------------------------------------------------------------------
 
 
@@ -429,7 +550,10 @@ def replicate(monkeypatch):
     """torch's own `replicate`, with copies in place of what it broadcasts to several GPUs."""
 
     def copies(tensors, devices, detach=False):
-        return [[t.detach() * 1 if detach else t * 1 for t in tensors] for _ in devices]
+        """Buffers are the model's own on the first device, so that running statistics last."""
+        if not detach:
+            return [[t * 1 for t in tensors] for _ in devices]
+        return [[t.detach() if d == 0 else t.detach() * 1 for t in tensors] for d in devices]
 
     monkeypatch.setattr(replicating, "_broadcast_coalesced_reshape", copies)
     monkeypatch.setattr(replicating, "_get_device_index", lambda device, _: device)
@@ -466,8 +590,33 @@ def test_replicas_compute_and_train_what_the_model_does(replicate, bank, rest, n
     found = gradients(model)
     assert set(found) == set(wanted)
     for name, grad in wanted.items():
-        oracles.assert_near(found[name], grad, 1e-5)
+        if net == "tied":  # whose gradients of several uses are added in another order
+            oracles.assert_near(found[name], grad, 1e-5)
+        else:
+            oracles.assert_same(found[name], grad)
     models.assert_same_tensors(model.state_dict(), state)
+
+
+@pytest.mark.parametrize("rest", ["train", "stats", "freeze"])
+@pytest.mark.parametrize("bank", list(BASES))
+def test_replicas_in_train_mode(replicate, bank, rest):
+    """Each normalises its part of a batch; the first one's running statistics are the model's."""
+    model, x = pemnify(models.net(), **BASES[bank], rest=rest).train(), models.images(3, count=8)
+    alone = [copy.deepcopy(model), copy.deepcopy(model)]
+    halves = list(zip(alone, x.split(4), strict=True))
+    expected = [one(part) for one, part in halves]
+    sum(said.square().sum() for said in expected).backward()
+    wanted = [gradients(one) for one in alone]
+    said = [replica(part) for replica, part in zip(replicate(model), x.split(4), strict=True)]
+    for mine, other in zip(said, expected, strict=True):
+        models.assert_equal(mine.detach(), other.detach())
+    sum(one.square().sum() for one in said).backward()
+    found = gradients(model)
+    assert found.keys() == wanted[0].keys()
+    assert len(found) >= 4
+    for name, grad in found.items():
+        oracles.assert_same(grad, wanted[0][name] + wanted[1][name])
+    models.assert_same_tensors(model.state_dict(), alone[0].state_dict())
 
 
 def test_lora_on_replicas_is_the_oracle(replicate):

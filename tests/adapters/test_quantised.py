@@ -16,13 +16,15 @@ from peft import PeftModel
 from peft.utils import quantization_utils
 from torch import nn
 
-from pemn_surgery import from_finetuned, pemnify, plan
+from pemn_surgery import PemnConfig, from_finetuned, pemnify, plan
 from pemn_surgery.adapters import quantised
 from pemn_surgery.errors import (
     FingerprintError,
+    MaskedWeightError,
     NothingToMaskError,
     UnsupportedModelError,
 )
+from pemn_surgery.swapping import names_owned
 
 pytestmark = [
     # torchao 0.18 registers enums with torch in a way that torch 2.15 warns of.
@@ -201,9 +203,8 @@ def test_save_and_load(kind, tmp_path):
 
 def test_second_adapter(kind):
     whole, model, values, mask = masked(kind, score_init="kaiming_uniform")
-    config = copy.deepcopy(whole.peft_config["default"])
-    config.seed = 7
-    whole.add_adapter("second", config)
+    options = {**OPTIONS, "score_init": "kaiming_uniform", "seed": 7}
+    whole.add_adapter("second", PemnConfig(**options))
     whole.set_adapter("second")
     second = model.a.masked_weight.mask_of("second").mask()
     assert not torch.equal(second, mask)
@@ -322,6 +323,87 @@ def test_task_s_own_bias_beside_an_unmasked_quantised_weight():
 def test_finetuned_pair_of_quantised_models_is_refused(kind):
     with pytest.raises(UnsupportedModelError, match="stores 1 weights quantised"):
         from_finetuned(base(kind), base(kind), method="mask", target_modules=["a"])
+
+
+AFTER = [
+    "Int8WeightOnlyConfig",
+    "Int8DynamicActivationInt8WeightConfig",
+    "Float8WeightOnlyConfig",
+    "IntxWeightOnlyConfig",
+]
+
+
+def plain(**options):
+    torch.manual_seed(0)
+    return pemnify(Net(nn.Linear), **options).eval()
+
+
+@pytest.mark.parametrize("config", AFTER)
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("bank", ["own", "rp", "mp"])
+def test_quantising_what_is_masked_is_refused(bank, inference, config):
+    """By torchao's own ``quantize_``; merged, the model is quantised as any."""
+    torchao = pytest.importorskip("torchao.quantization")
+    options = {"ratio": 0.3} if bank == "rp" else {}
+    model = plain(bank=bank, inference_mode=inference, modules_to_save=[], **options)
+    x = inputs()
+    out = model(x)
+    match = "quantise or tie a model before it gets masks|the bank fills it"
+    with pytest.raises(MaskedWeightError, match=rf"Linear at 'a\.weight'.*({match})"):
+        torchao.quantize_(model, getattr(torchao, config)())
+    assert torch.equal(model(x), out)
+    merged = model.merge_and_unload()
+    torchao.quantize_(merged, getattr(torchao, config)())
+    assert type(merged.a.weight).__module__.startswith("torchao")
+    torch.testing.assert_close(merged(x), out, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("bank", ["own", "rp"])
+def test_quantising_what_a_task_owns_is_refused(bank):
+    torchao = pytest.importorskip("torchao.quantization")
+    options = {"ratio": 0.3} if bank == "rp" else {}
+    model = plain(bank=bank, rest="train", target_modules=["b"], **options)
+    x = inputs()
+    out = model(x)
+    with pytest.raises(MaskedWeightError, match="Int8Tensor, which no adapter's file can hold"):
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), lambda _, name: "a" in name[-1:])
+    assert torch.equal(model(x), out)
+
+
+@pytest.mark.parametrize("options", [{"bank": "rp", "ratio": 0.3}, {"bank": "mp"}])
+def test_a_quantised_weight_that_would_be_the_tasks_is_refused(kind, options):
+    model = base(kind)
+    out = model(inputs())
+    with pytest.raises(
+        UnsupportedModelError, match=r"'a\.weight' is stored as .*would be the task"
+    ):
+        pemnify(model, **options, modules_to_save=[])
+    assert torch.equal(model(inputs()), out)
+
+
+def test_a_quantised_weight_is_the_tasks_only_where_it_could_train():
+    """bitsandbytes' are whole numbers, which nobody trains; torchao's look like floats."""
+    options = {"bank": "own", "target_modules": ["b"]}
+    for kind, rest in (("4bit", "train"), ("torchao", "stats")):
+        model = base(kind)
+        pemnify(model, **options, rest=rest)
+        assert "weight" not in names_owned(model.a)
+    with pytest.raises(UnsupportedModelError, match=r'rest="stats" or "norms" leaves it'):
+        pemnify(base("torchao"), **options, rest="train")
+
+
+class Packed(torch.Tensor):
+    """Stands for a library's tensors."""
+
+
+def test_what_was_quantised_afterwards_is_not_saved(tmp_path):
+    """A head that is saved whole, which is a plain module."""
+    model = plain(bank="own", modules_to_save=["b"])
+    head = model.base_model.model.b.modules_to_save["default"]
+    head.weight = nn.Parameter(head.weight.data.as_subclass(Packed), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"b\.weight' is a .*quantised after"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_import_takes_no_library_along():
