@@ -24,7 +24,7 @@ from pemn_surgery.errors import (
     NothingToMaskError,
     UnsupportedModelError,
 )
-from pemn_surgery.surgery.swapped import names_owned
+from pemn_surgery.masks.attached import names_owned
 
 pytestmark = [
     # torchao 0.18 registers enums with torch in a way that torch 2.15 warns of.

@@ -236,7 +236,8 @@ def test_a_sample_has_some_of_every_row_and_column(shape, dtype, order):
     if min(rows, columns) > 1:
         assert {place // columns for place in places} == set(range(rows))
         assert {place % columns for place in places} == set(range(columns))
-        assert len(places) <= 2 * max(rows, columns)
+        if min(rows, columns) > 30:  # fewer may have no common prime with the columns but 1
+            assert len(places) <= 2 * max(rows, columns)
     numbers = torch.zeros(dense.shape, dtype=dtype)
     assert kept.spaced(numbers).data_ptr() == numbers.data_ptr()
 
@@ -270,9 +271,10 @@ def test_not_a_number_is_what_it_was(monkeypatch):
 
 @pytest.mark.parametrize("bank", ["mp", "own"])
 def test_a_forward_compares_once(bank, monkeypatch):
-    """Whatever it is made of: a GPU is waited for once."""
+    """Where answers are waited for; on a CPU every sample is compared by itself."""
     model, compared = serving(bank), []
     equal = torch.equal
+    monkeypatch.setattr(kept, "_is_waited_for", lambda tensor: True)
     monkeypatch.setattr(torch, "equal", lambda *two: compared.append(1) or equal(*two))
     with torch.no_grad():
         model(X)
@@ -280,6 +282,8 @@ def test_a_forward_compares_once(bank, monkeypatch):
         model(X)
         kinds = {tensor.element_size() for tensor in (*frozen(model), torch.empty(0).byte())}
         assert len(compared) == len(kinds)
+        halve(frozen(model)[0].data)
+        assert_as_if_nothing_were_kept(model)
 
 
 def test_only_what_was_written_is_made_again(monkeypatch):
