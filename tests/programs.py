@@ -243,6 +243,12 @@ class Machine:
             if numbers.dtype != torch.bfloat16:
                 _part(numbers.detach(), seed).numpy()[...] *= 0.5
 
+    def say_rewritten(self, seed):
+        """Two answers, and a write to what lies under the masks in between."""
+        before = self.say(seed)
+        (self.write_base_through_data, self.write_base_through_numpy)[seed % 2](seed)
+        return before + self.say(seed)
+
     def write_bits_through_data(self, seed):
         for place, layer in enumerate(self.masked()):
             for name in layer.names_in_use():
@@ -292,7 +298,8 @@ class Machine:
 
 _NOT_OPERATIONS = ("settle", "inner", "trained", "masked", "frozen")
 OPERATIONS = [n for n in vars(Machine) if n not in _NOT_OPERATIONS and not n.startswith("_")]
-_WEIGHTS = {"say": 6, "backward": 6, "step": 4, "perturb": 3, "say_perturbed": 3, "average": 4}
+_WEIGHTS = {"say": 6, "backward": 6, "step": 4, "perturb": 3, "say_perturbed": 3, "average": 4,
+            "say_rewritten": 3}  # fmt: skip
 _KINDS = [name for name in OPERATIONS for _ in range(_WEIGHTS.get(name, 1))]
 
 
@@ -304,6 +311,8 @@ def program(seed, length=20):
         options |= {"selector": "threshold", "threshold": 0.0}
     if chosen.random() < 0.3:
         options["scale"] = "sqrt_density"
+    if chosen.random() < 0.3:
+        options["inference_mode"] = True  # bits from the start
     training = chosen.random() < 0.5
     return (
         options,
