@@ -5,6 +5,7 @@ shut, so a door that upstream made useless is seen too.
 """
 
 import ast
+import copyreg
 import importlib
 import inspect
 import pkgutil
@@ -386,7 +387,7 @@ def test_peft_still_registers_no_method_from_outside():
 
 def namespaces():
     """(path, owner, attributes) of the other libraries' modules, classes and tables."""
-    seen = set()
+    seen = {id(copyreg.dispatch_table)}  # Python's, for pickle; torch imports it
     for module_name, module in list(sys.modules.items()):
         if module_name.partition(".")[0] not in LIBRARIES or not hasattr(module, "__dict__"):
             continue
