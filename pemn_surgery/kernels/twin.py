@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 Array = Any  # of numpy; its element type is in the docstrings
@@ -20,7 +19,22 @@ _PIECE = 1 << 16
 # Bits that one pass counts by where sampling did not help.
 _DIGIT = 16
 
-_WORDS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
+
+class _Words:
+    """The memory of a tensor, which stays alive, as numpy asks for it.
+
+    ``Tensor.numpy()`` would forbid for good that the tensor's storage be resized, as FSDP does to
+    gather parameters and to free them.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (tensor.numel(),),
+            "typestr": np.dtype(f"u{tensor.element_size()}").str,
+            "data": (tensor.data_ptr(), False),
+        }
 
 
 def words_of(scores: Tensor) -> Array:
@@ -29,8 +43,7 @@ def words_of(scores: Tensor) -> Array:
     Args:
         scores: Contiguous float tensor in the CPU's memory, of two, four or eight bytes a number.
     """
-    signed, unsigned = _WORDS[scores.element_size()]
-    return scores.detach().view(-1).view(signed).numpy().view(unsigned)
+    return np.asarray(_Words(scores))
 
 
 def choose(words: Array, dropped: int) -> tuple[int, int]:

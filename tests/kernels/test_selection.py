@@ -175,3 +175,20 @@ def test_compiled_whole(mode):
     scores = torch.randn(40, generator=torch.Generator().manual_seed(0))
     for sign in (1, -1):
         oracles.assert_same(compiled(sign * scores), stable_sort(scores, 17))
+
+
+@every_way
+def test_a_storage_that_was_read_may_be_resized(way):
+    """FSDP frees gathered parameters so."""
+    scores = torch.randn(1000)
+    with through(way):
+        assert selection.keep_largest(scores, 500).sum() == 500
+    scores.untyped_storage().resize_(0)
+    assert scores.untyped_storage().nbytes() == 0
+
+
+def test_words_outlive_the_tensor():
+    words = twin.words_of(torch.arange(5000.0))
+    torch.zeros(5000)
+    assert words.view(np.float32).tolist() == list(range(5000))
+    assert twin.words_of(torch.empty(0)).tolist() == []
