@@ -58,7 +58,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m tests.bench.big_models --sizes 0.1B --json big_models.json",
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.1B", "0.4B", "1.3B"])
     parser.add_argument("--repeats", type=int, default=1, help="processes a size (default 1)")

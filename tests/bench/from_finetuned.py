@@ -245,7 +245,9 @@ def spread(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m tests.bench.from_finetuned --json from_finetuned.json",
     )
     parser.add_argument("--weights", type=Path, help="folder of the published ResNet-20 weights")
     parser.add_argument("--data", help="CIFAR-10: a folder or hub id for datasets.load_dataset")

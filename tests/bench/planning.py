@@ -72,7 +72,7 @@ def timed(call: Callable[[], object]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="example: python tests/bench/planning.py --json planning.json"
+        description=__doc__, epilog="example: python -m tests.bench.planning --json planning.json"
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the result here")

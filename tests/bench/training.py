@@ -18,7 +18,6 @@ from typing import Any
 import timm
 import torch
 from peft import LoraConfig, get_peft_model
-from recipes.cifar10_rp.models import convmixer, resnet
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -27,9 +26,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pemn_surgery import pemnify
 from pemn_surgery.kernels import library
 from pemn_surgery.masks.selector import dropped_count, topk_mask
+from pemn_surgery.recipe.networks import convmixer, resnet
 from pemn_surgery.report.tables import environment, table
 
 DENSITY = 0.5
+CPU = torch.device("cpu")
 
 
 class Sorted(torch.autograd.Function):
@@ -109,7 +110,7 @@ def llama() -> nn.Module:
 
 
 def features(*shape: int) -> dict[str, Tensor]:
-    return {"x": torch.randn(*shape, requires_grad=True)}  # as behind another layer
+    return {"x": torch.randn(*shape).requires_grad_()}  # as behind another layer
 
 
 ROWS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]]] = {
@@ -140,9 +141,11 @@ def stepper(model: nn.Module, inputs: dict[str, Tensor], bf16: bool) -> Callable
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
 
+    device = next(iter(inputs.values())).device.type
+
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             out = model(**inputs) if "input_ids" in inputs else model(*inputs.values())
         out = getattr(out, "logits", out)
         out.float().square().mean().backward()
@@ -151,30 +154,49 @@ def stepper(model: nn.Module, inputs: dict[str, Tensor], bf16: bool) -> Callable
     return step
 
 
-def clock() -> float:
-    """Seconds: of the process where it has one thread, of the wall where it has more."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+def on_cpu(way: Callable[[], object]) -> float:
+    """Milliseconds: of the process where it has one thread, of the wall where it has more."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    way()
+    return 1e3 * (clock() - start)
 
 
-def in_turn(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def on_cuda(way: Callable[[], object]) -> float:
+    """Milliseconds between two CUDA events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    way()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def in_turn(
+    ways: dict[str, Callable[[], object]], rounds: int, device: torch.device = CPU
+) -> dict[str, list[float]]:
     """Return milliseconds of each way and round; two rounds before them are for warming up."""
+    timed = on_cuda if device.type == "cuda" else on_cpu
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(-2, rounds):
         for name, way in ways.items():
-            start = clock()
-            way()
+            milliseconds = timed(way)
             if turn >= 0:
-                taken[name].append(1e3 * (clock() - start))
+                taken[name].append(milliseconds)
     return taken
 
 
-def measure(row: str, bf16: bool, rounds: int) -> dict[str, Any]:
+def measure(row: str, bf16: bool, rounds: int, device: torch.device = CPU) -> dict[str, Any]:
     """Time a row's ways in turn; milliseconds, and ratios to the dense step."""
     make, draw = ROWS[row]
     torch.manual_seed(0)
-    base, inputs = make(), draw()
-    steps = {name: stepper(way(copy.deepcopy(base)), inputs, bf16) for name, way in WAYS.items()}
-    taken = in_turn(steps, rounds)
+    base, inputs = make(), {name: tensor.to(device) for name, tensor in draw().items()}
+    steps = {
+        name: stepper(way(copy.deepcopy(base)).to(device), inputs, bf16)
+        for name, way in WAYS.items()
+    }
+    taken = in_turn(steps, rounds, device)
     return {
         "row": row,
         "precision": "bf16 autocast" if bf16 else "fp32",
