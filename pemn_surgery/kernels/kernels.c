@@ -16,14 +16,15 @@ Every sum and product is rounded as torch rounds it, so no compiler may contract
 #include <pthread.h>
 #endif
 
-enum kind { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum kind { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, PACKED = 3 };
 
 #define BLOCK 1024       /* numbers looked at together: their temporaries stay in the first cache */
 #define PART (1 << 18)   /* fewer numbers than this are not worth a thread */
 #define MOST_THREADS 64
 
 /* Which scores are kept. By size: magnitudes above `cut`, and those that equal it from `place` on;
-magnitudes are their bits without the sign, which order like them. Else: scores above `above`. */
+magnitudes are their bits without the sign, which order like them. Else: scores above `above`. Or no
+scores but the mask itself, PACKED: one bit a weight, the lowest of a byte first. */
 typedef struct {
     const void *scores;
     int64_t kind, by_size, cut, place;

@@ -21,6 +21,7 @@ from pemn_surgery.transforms import is_transformed
 _SETS = ("base", "avx2", "avx512")
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PACKED = 3
 
 _INT, _FLOAT, _ANY = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -42,6 +43,11 @@ class Numbers(ctypes.Structure):
     """A weight, or the period of one that repeats, as kernels.c reads it (``numbers``)."""
 
     _fields_ = (("data", _ANY), ("kind", _INT), ("period", _INT))
+
+
+def choice_of_bits(packed: Tensor) -> Choice:
+    """Return a mask of one bit a weight as kernels.c reads it; the tensor must outlive the call."""
+    return Choice(packed.data_ptr(), _PACKED, False, -1, 0, 0.0)
 
 
 _CHOICE, _NUMBERS = ctypes.POINTER(Choice), ctypes.POINTER(Numbers)
@@ -109,12 +115,20 @@ def can_read(*tensors: Tensor) -> bool:
     Args:
         *tensors: Any tensors.
     """
+    return is_in_memory(*tensors) and all(tensor.dtype in _KINDS for tensor in tensors)
+
+
+def is_in_memory(*tensors: Tensor) -> bool:
+    """Tell whether tensors of any type are plain rows of numbers, while nobody records.
+
+    Args:
+        *tensors: Any tensors.
+    """
     if is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return all(
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
-        and tensor.dtype in _KINDS
         and tensor.is_contiguous()
         for tensor in tensors
     )

@@ -61,9 +61,26 @@ TARGET static const int32_t *NAME(sizes)(
     return room;
 }
 
+/* Write bits as bytes. */
+TARGET static void NAME(unpack)(
+    const uint8_t *restrict bytes, int64_t start, int64_t count, uint8_t *restrict flag) {
+    int64_t i = 0;
+    for (; i < count && (start + i) % 8; i++)
+        flag[i] = bytes[(start + i) / 8] >> (start + i) % 8 & 1;
+    for (; i + 8 <= count; i += 8)
+        for (int64_t bit = 0; bit < 8; bit++)
+            flag[i + bit] = bytes[(start + i) / 8] >> bit & 1;
+    for (; i < count; i++)
+        flag[i] = bytes[(start + i) / 8] >> (start + i) % 8 & 1;
+}
+
 /* Write 1 for what is kept of a block, 0 for the rest. */
 TARGET static void NAME(flags)(
     const choice *chosen, int64_t start, int64_t count, uint8_t *restrict flag) {
+    if (chosen->kind == PACKED) {
+        NAME(unpack)(chosen->scores, start, count, flag);
+        return;
+    }
     if (!chosen->by_size) {
         float room[BLOCK], above = chosen->above;
         const float *restrict scores =

@@ -4,6 +4,7 @@ Compiled code only; `pemn_surgery.masks.product` says what is computed, and does
 the same numbers, where there is none or it cannot read the tensors.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,24 +22,27 @@ class Chosen:
     """A masked weight that is about to be made.
 
     Attributes:
-        weight: Float tensor; as many numbers as scores, or fewer, which then repeat.
-        scores: Float tensor of the weight's shape.
-        choice: Which scores are kept.
+        weight: Float tensor; as many numbers as the masked weight has, or fewer, which then repeat.
+        shape: Shape of the masked weight.
+        store: What the choice points to: scores, or bits.
+        choice: Which weights are kept.
         kernels: The compiled code.
     """
 
     weight: Tensor
-    scores: Tensor
+    shape: tuple[int, ...]
+    store: Tensor
     choice: library.Choice
     kernels: Kernels
 
     def mask(self) -> Tensor:
         """Return the bool mask."""
-        return selection.mask_of(self.choice, self.scores, self.kernels)
+        return selection.mask_of(self.choice, self.shape, self.kernels)
 
     def count(self) -> int:
         """Return the number of ones of the mask."""
-        return self.kernels.mark(self.choice, self.scores.numel(), torch.get_num_threads(), None)
+        weights = math.prod(self.shape)
+        return self.kernels.mark(self.choice, weights, torch.get_num_threads(), None)
 
     def product(self, dtype: torch.dtype, scale: float | None) -> Tensor:
         """Return weight x mask (x scale), rounded to the weight's type and then to ``dtype``.
@@ -47,9 +51,9 @@ class Chosen:
             dtype: The weight's own, or one to which a float32 weight is rounded.
             scale: The factor; None for none.
         """
-        out = torch.empty(self.scores.shape, dtype=dtype)
+        out = torch.empty(self.shape, dtype=dtype)
         self.kernels.product(
-            self.choice, library.numbers(self.weight), self.scores.numel(), scale is not None,
+            self.choice, library.numbers(self.weight), out.numel(), scale is not None,
             scale or 0.0, torch.get_num_threads(), out.data_ptr(), library.kind(out),
         )  # fmt: skip
         return out
@@ -65,11 +69,34 @@ def choose(weight: Tensor, scores: Tensor, rule: Rule, dtype: torch.dtype) -> Ch
         dtype: Type of the product.
     """
     kernels = _kernels_for(weight, scores)
-    is_known = dtype == weight.dtype or (weight.dtype == torch.float32 and dtype in _KINDS)
-    if kernels is None or not is_known:
+    if kernels is None or not _is_rounded(weight, dtype):
         return None
     scores = scores.detach()
-    return Chosen(weight.detach(), scores, selection.choose(scores, rule, kernels), kernels)
+    choice = selection.choose(scores, rule, kernels)
+    return Chosen(weight.detach(), tuple(scores.shape), scores, choice, kernels)
+
+
+def choose_bits(
+    weight: Tensor, packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> Chosen | None:
+    """Take a mask of one bit a weight for compiled code to apply; None where it cannot.
+
+    Args:
+        weight: Float tensor of that many numbers, or fewer, which then repeat.
+        packed: Uint8 tensor of shape (n,): weight i is bit i % 8 of byte i // 8.
+        shape: Shape of the masked weight.
+        dtype: Type of the product.
+    """
+    kernels = _kernels_for(weight) if library.is_in_memory(packed) else None
+    if kernels is None or not _is_rounded(weight, dtype):
+        return None
+    packed = packed.detach()
+    return Chosen(weight.detach(), shape, packed, library.choice_of_bits(packed), kernels)
+
+
+def _is_rounded(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a weight's product of this type is what compiled code can round it to."""
+    return dtype == weight.dtype or (weight.dtype == torch.float32 and dtype in _KINDS)
 
 
 @dataclass(frozen=True)

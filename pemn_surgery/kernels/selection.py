@@ -5,6 +5,7 @@ operator that ``torch.compile`` takes as one piece, and a sort for whatever torc
 records, and on other devices.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import cast
 
@@ -56,13 +57,19 @@ def choose(scores: Tensor, rule: Rule, kernels: Kernels) -> library.Choice:
         kernels: The compiled code.
     """
     by_size = rule.dropped is not None
-    above = float(torch.tensor(rule.above, dtype=scores.dtype))  # torch compares in that type
+    above = 0.0 if by_size else _rounded(rule.above, scores.dtype)
     chosen = library.Choice(
         scores.data_ptr(), library.kind(scores), by_size, -1, scores.numel(), above
     )
     if rule.dropped:
         kernels.choose(chosen, scores.numel(), rule.dropped, torch.get_num_threads())
     return chosen
+
+
+@functools.lru_cache(maxsize=64)
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    """Return a number as torch compares it with tensors of this type."""
+    return float(torch.tensor(number, dtype=dtype))
 
 
 def _keep_now(scores: Tensor, dropped: int) -> Tensor:
@@ -75,19 +82,19 @@ def _keep_now(scores: Tensor, dropped: int) -> Tensor:
         words = twin.words_of(scores)
         return torch.from_numpy(twin.mark(words, *twin.choose(words, dropped))).view(scores.shape)
     chosen = choose(scores, Rule(dropped), kernels)
-    return mask_of(chosen, scores, kernels)
+    return mask_of(chosen, tuple(scores.shape), kernels)
 
 
-def mask_of(chosen: library.Choice, scores: Tensor, kernels: Kernels) -> Tensor:
+def mask_of(chosen: library.Choice, shape: tuple[int, ...], kernels: Kernels) -> Tensor:
     """Return a choice as a bool mask.
 
     Args:
-        chosen: What `choose` returned.
-        scores: What it was chosen from.
+        chosen: What `choose` returned; what it points to still lives.
+        shape: Shape of the mask.
         kernels: The compiled code.
     """
-    mask = torch.empty(scores.shape, dtype=torch.bool)
-    kernels.mark(chosen, scores.numel(), torch.get_num_threads(), mask.data_ptr())
+    mask = torch.empty(shape, dtype=torch.bool)
+    kernels.mark(chosen, mask.numel(), torch.get_num_threads(), mask.data_ptr())
     return mask
 
 

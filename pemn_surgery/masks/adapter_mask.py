@@ -12,12 +12,13 @@ from pemn_surgery.errors import MaskNotLoadedError
 from pemn_surgery.masks.product import (
     goes_by_pieces,
     masked,
-    masked_by_pieces,
+    masked_by_bits,
     masked_straight_through,
+    spread,
 )
 from pemn_surgery.masks.selector import Selector
 from pemn_surgery.masks.sign_delta import Rows, sign_delta_from_bits
-from pemn_surgery.transforms import can_be_read, untransformed
+from pemn_surgery.transforms import can_be_read, is_transformed, untransformed
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class AdapterMask(nn.Module):
     @property
     def store(self) -> Tensor:
         """The tensor that decides the mask: scores or bits."""
-        return cast("Tensor", self.scores if self.scores is not None else self.bits)
+        scores = self.scores
+        return cast("Tensor", self.bits if scores is None else scores)
 
     @property
     def stores(self) -> tuple[Tensor, ...]:
@@ -87,8 +89,9 @@ class AdapterMask(nn.Module):
 
     @property
     def lasts(self) -> bool:
-        """Whether nothing ordinary writes what decides it: a mask that is bits."""
-        return self.scores is None
+        """Whether a weight made with it may serve later: nobody asks its scores for gradients."""
+        scores = self.scores
+        return scores is None or not (scores.requires_grad and torch.is_grad_enabled())
 
     def mask(self) -> Tensor:
         """Return the bool mask of ``shape``.
@@ -110,7 +113,7 @@ class AdapterMask(nn.Module):
 
         Args:
             weight: Float tensor of ``shape``: a fill, or what another adapter left of it; or one
-                period of a fill that repeats, where there are scores.
+                period of a fill that repeats, where torch transforms nothing.
             is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
             dtype: Type that the result is rounded to; None for the weight's.
 
@@ -118,17 +121,20 @@ class AdapterMask(nn.Module):
             Tensor of ``shape``. Gradients reach the scores straight through.
         """
         if self.scores is None:
-            return self._apply_bits(weight, is_scratch=is_scratch).to(dtype or weight.dtype)
+            return self._apply_bits(weight, dtype or weight.dtype, is_scratch=is_scratch)
         return masked_straight_through(
             weight, self.scores, self.selector, scaled=self.scaled, dtype=dtype
         )
 
-    def _apply_bits(self, weight: Tensor, *, is_scratch: bool) -> Tensor:
+    def _apply_bits(self, weight: Tensor, dtype: torch.dtype, *, is_scratch: bool) -> Tensor:
         stored = cast("Tensor", self.bits)
         if not goes_by_pieces(weight, stored):
-            return masked(weight, self.mask(), scaled=self.scaled)
+            whole = weight if is_transformed() else spread(weight, self.shape)
+            return masked(whole, self.mask(), scaled=self.scaled).to(dtype)
         self._verify(stored)
-        return masked_by_pieces(weight, stored, scaled=self.scaled, in_place=is_scratch)
+        return masked_by_bits(
+            weight, stored, self.shape, scaled=self.scaled, in_place=is_scratch, dtype=dtype
+        )
 
     def _verify(self, stored: Tensor) -> None:
         """Check bits once, whoever has loaded them: transformers passes PEFT's hooks by."""

@@ -2,12 +2,14 @@
 
 What it is made of can be written without a trace: ``parameter.data.mul_(.5)`` changes neither the
 parameter nor its version. So a weight outlasts the forward that made it only where nobody trains -
-bits on frozen numbers in eval mode -, and then it is served after a look at a sample of those
-numbers, some of every row and of every column of each tensor (`spaced`), and at the masks' headers.
-Everything else is made anew for each forward, and the forward keeps it, so that a layer that runs
-twelve times in one is masked once. Outside of forwards nothing else is kept.
+in eval mode, frozen numbers under bits, or under scores while no gradient is asked for -, and then
+it is served after a look at a sample of those numbers and scores, some of every row and of every
+column of each tensor (`spaced`), and at the masks' headers. A step of any of torch's optimizers
+ends what scores made. Everything else is made anew for each forward, and the forward keeps it, so
+that a layer that runs twelve times in one is masked once. Outside of forwards nothing else is kept.
 """
 
+import itertools
 import math
 import weakref
 from collections import defaultdict
@@ -18,10 +20,30 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from pemn_surgery import bits
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_STEPS = itertools.count(1)
+_steps_taken = 0
+
+
+def _count_step(*_: object) -> None:
+    global _steps_taken
+    _steps_taken = next(_STEPS)
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def steps_taken() -> int:
+    """Return how many steps torch's optimizers have taken in this process, on whatever model.
+
+    Some write through ``.data``, which no version counts.
+    """
+    return _steps_taken
 
 
 class Sources:
@@ -189,8 +211,11 @@ def in_this_forward(layer: nn.Module) -> Kept | None:
 
 
 def is_untracked(tensor: Tensor) -> bool:
-    """Whether changes of a tensor cannot be seen: no versions, no values, or a subclass."""
-    plain = type(tensor) in (Tensor, nn.Parameter)
+    """Whether changes of a tensor cannot be seen: no versions, no values, or a subclass.
+
+    Nor is what DeepSpeed gathers for the length of a call (``ds_id``) to be held longer.
+    """
+    plain = type(tensor) in (Tensor, nn.Parameter) and not hasattr(tensor, "ds_id")
     return not plain or tensor.is_meta or tensor.is_inference()
 
 

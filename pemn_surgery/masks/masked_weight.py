@@ -6,8 +6,9 @@ bank's numbers, or the layer's own frozen weight - passed through the `AdapterMa
 adapter. Several active masks compose as AND; sign deltas add up, after all masks.
 
 The effective weight is made once in a forward, so that a layer that runs twelve times in it is
-masked once, and where nobody trains - bits on frozen numbers in eval mode - it is kept from then
-on, while a sample of these numbers stays what it was (`kept`). It is read-only (`read_only`).
+masked once, and where nobody trains - frozen numbers in eval mode under bits, or under scores that
+nobody asks a gradient of - it is kept from then on, while a sample of these numbers stays what it
+was (`kept`). It is read-only (`read_only`).
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -20,7 +21,14 @@ from pemn_surgery.errors import AdapterError, MaskedWeightError
 from pemn_surgery.masks import in_force, places
 from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.in_force import InForce
-from pemn_surgery.masks.kept import Kept, Lasting, Sources, in_this_forward, is_untracked
+from pemn_surgery.masks.kept import (
+    Kept,
+    Lasting,
+    Sources,
+    in_this_forward,
+    is_untracked,
+    steps_taken,
+)
 from pemn_surgery.masks.mixture import Mixture
 from pemn_surgery.masks.places import Aside
 from pemn_surgery.masks.read_only import read_only
@@ -109,7 +117,9 @@ class MaskedWeight(nn.Module):
     @property
     def merged_weight(self) -> Tensor | None:
         """The merged effective weight while adapters are merged, else None."""
-        return places.stored(self.owner, self.parameter) if self.aside else self._unshown
+        if self.aside:
+            return places.stored(self.owner, self.parameter)
+        return self._buffers["_unshown"]
 
     def hold_merged(self, weight: Tensor, *, shown: bool = True) -> None:
         """Fix the effective weight, and store it in the layer, where whoever exports finds it.
@@ -132,12 +142,18 @@ class MaskedWeight(nn.Module):
 
     def now(self) -> InForce:
         """Return what is in force by the layer's attributes, in the order in which it applies."""
-        names = self.in_order([n for n in self.active_adapter_names() if n in self.pemn_masks])
+        masks = self._masks()
+        names = self.in_order([n for n in self.active_adapter_names() if n in masks])
         return InForce(tuple(names), self.merged_weight, self.mixture)
+
+    def _masks(self) -> dict[str, Any]:
+        """Return the masks by adapter name, past torch's slow search for a module's attributes."""
+        containers: Any = self._modules
+        return containers["pemn_masks"]._modules
 
     def holds(self, name: str) -> bool:
         """Tell whether an adapter has a mask of this weight."""
-        return name in self.pemn_masks
+        return name in self._masks()
 
     def parts_of(self, names: Iterable[str]) -> Iterator[Tensor]:
         """Yield the parameters of adapters' masks: scores, and the scales of signs."""
@@ -150,8 +166,8 @@ class MaskedWeight(nn.Module):
 
     def in_order(self, names: Sequence[str]) -> list[str]:
         """Return adapters as they apply: masks multiply the fill, then deltas add to that."""
-        adds = {name: cast("AdapterMask", self.pemn_masks[name]).adds for name in names}
-        return [*(n for n in names if not adds[n]), *(n for n in names if adds[n])]
+        masks = self._masks()
+        return sorted(names, key=lambda name: masks[name].adds) if len(names) > 1 else list(names)
 
     def active_adapter_names(self) -> Sequence[str]:
         """Return the active adapters; without PEFT every adapter is."""
@@ -188,8 +204,10 @@ class MaskedWeight(nn.Module):
         is_fixed = state.merged_weight is not None and state.mixture is None
         if is_fixed or is_transformed() or self._is_offloaded():
             return self._make(state)
-        kept = self._keeper(state)
-        sources = None if kept is None else self._sources(state)
+        masks = [self._mask_of(name) for name in state.names]
+        own = None if self.bank is not None else self.own_weight()
+        kept = self._keeper(state, own, masks)
+        sources = None if kept is None else self._sources(state, own, masks)
         if kept is None or sources is None:
             return self._guarded(self._make(state))
         held = kept.serve(sources)
@@ -198,18 +216,19 @@ class MaskedWeight(nn.Module):
             kept.keep(held, sources)
         return held
 
-    def _keeper(self, state: InForce) -> Kept | None:
+    def _keeper(
+        self, state: InForce, own: Tensor | None, masks: Sequence[AdapterMask]
+    ) -> Kept | None:
         """Return who keeps the weight: the layer, the forward that runs, or nobody."""
         if not self.keeps or state.mixture is not None:
             return None
-        return self._kept if self._lasts(state) else in_this_forward(self)
+        return self._kept if self._lasts(own, masks) else in_this_forward(self)
 
-    def _lasts(self, state: InForce) -> bool:
-        """Tell whether nobody trains what the weight is made of, as far as one can see."""
-        own = None if self.bank is not None else self.own_weight()
+    def _lasts(self, own: Tensor | None, masks: Sequence[AdapterMask]) -> bool:
+        """Tell whether nobody trains what the weight is made of just now, as far as one can see."""
         if self.owner.training or (own is not None and own.requires_grad):
             return False
-        return all(cast("AdapterMask", self._mask_of(name)).lasts for name in state.names)
+        return all(mask.lasts for mask in masks)
 
     def _guarded(self, weight: Tensor) -> Tensor:
         """Return a weight that refuses to be written to.
@@ -232,19 +251,17 @@ class MaskedWeight(nn.Module):
             return self._mix(state.mixture)
         if state.merged_weight is not None:
             return state.merged_weight
-        masks = [cast("AdapterMask", self._mask_of(name)) for name in state.names]
+        masks = [self._mask_of(name) for name in state.names]
         if not masks:
             return self.fill()
-        from_scores = masks[0].scores is not None
-        weight = self._period() if from_scores else self.fill()
-        is_scratch = not from_scores and self._is_fill_new()
+        weight, is_scratch = self.fill() if masks[0].adds else self._period(), self._is_fill_new()
         for mask in masks[:-1]:
             weight, is_scratch = mask(weight, is_scratch=is_scratch), True
         rounded = self._autocast_dtype(weight.dtype, weight.device.type)
         return masks[-1](weight, is_scratch=is_scratch, dtype=rounded)
 
     def _period(self) -> Tensor:
-        """Return the fill for a mask of scores, which takes numbers that repeat but once.
+        """Return the fill for a mask, which takes numbers that repeat but once.
 
         Torch transforms, and its tracers record, whole tensors.
         """
@@ -262,16 +279,16 @@ class MaskedWeight(nn.Module):
 
         None where the layer may do more with it than what autocast does in that type.
         """
-        kind = getattr(type(self.owner), "_pemn_original", type(self.owner))
-        if kind not in _ONLY_MULTIPLY or self.shared_with or dtype != torch.float32:
+        if dtype != torch.float32 or is_transformed() or not torch.is_autocast_enabled(device):
             return None
-        if is_transformed() or not torch.is_autocast_enabled(device):
+        kind = getattr(type(self.owner), "_pemn_original", type(self.owner))
+        if kind not in _ONLY_MULTIPLY or self.shared_with:
             return None
         return torch.get_autocast_dtype(device)
 
-    def _mask_of(self, name: str) -> nn.Module:
+    def _mask_of(self, name: str) -> AdapterMask:
         """Return an adapter's mask, which a call may have found that somebody has since deleted."""
-        mask = self.pemn_masks._modules.get(name)
+        mask = self._masks().get(name)
         if mask is not None:
             return mask
         message = in_force.DELETED.format(f"mask of {self.target!r}", name)
@@ -279,7 +296,7 @@ class MaskedWeight(nn.Module):
 
     def _mix(self, mixture: Mixture) -> Tensor:
         """Return the mixed effective weight; an adapter without a mask of it adds all of it."""
-        masks = [self.pemn_masks._modules.get(name) for name in mixture.names]
+        masks = [self._masks().get(name) for name in mixture.names]
         return mixture.of_masks(self.fill(), masks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedWeight":
@@ -347,19 +364,22 @@ class MaskedWeight(nn.Module):
         """Whether accelerate moves this layer's tensors in and out around each call."""
         if "_hf_hook" in self.owner.__dict__:
             return True
-        return any("_hf_hook" in mask.__dict__ for mask in self.pemn_masks.values())
+        return any("_hf_hook" in mask.__dict__ for mask in self._masks().values())
 
-    def _sources(self, state: InForce) -> Sources | None:
+    def _sources(
+        self, state: InForce, own: Tensor | None, masks: Sequence[AdapterMask]
+    ) -> Sources | None:
         """Return what the effective weight depends on, or None where that cannot be tracked."""
-        masks = [cast("AdapterMask", self._mask_of(name)) for name in state.names]
-        stores = [store for mask in masks for store in mask.stores]
-        base = self.bank.values if self.bank is not None else self.own_weight()
-        tensors = [tensor for tensor in (base, *stores) if tensor is not None]
+        tensors = [store for mask in masks for store in mask.stores]
+        base = own if self.bank is None else self.bank.values
+        if base is not None:
+            tensors.insert(0, base)
         if any(is_untracked(tensor) for tensor in tensors):
             return None
         dtype = self.drawn_dtype or tensors[0].dtype
         rounded = self._autocast_dtype(dtype, tensors[0].device.type)
-        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), rounded)
+        steps = steps_taken() if any(mask.scores is not None for mask in masks) else None
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), rounded, steps)
         return Sources(state.names, mode, tensors)
 
 

@@ -48,14 +48,16 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
         name: The tensor's name on it.
     """
     for table in _tables(module):
-        if table.get(name) is not None:
-            return table[name]
+        tensor = table.get(name)
+        if tensor is not None:
+            return tensor
     return None
 
 
 def has_place(module: nn.Module, name: str) -> bool:
     """Tell whether a module stores something under a name, if only that there is nothing."""
-    return any(name in table for table in _tables(module))
+    parameters, buffers, attributes = _tables(module)
+    return name in parameters or name in buffers or name in attributes
 
 
 def store(place: Place, tensor: Tensor | None) -> None:

@@ -14,8 +14,9 @@ from pemn_surgery.kernels import product
 from pemn_surgery.masks.selector import Selector
 from pemn_surgery.transforms import is_transformed, takes_functions
 
-# Weights masked at a time where no gradient is needed: a multiple of 8, small beside large layers.
-_PIECE = 1 << 20
+# Weights masked at a time where no gradient is needed, multiples of 8: a processor's temporaries
+# stay in its cache; a device is asked for more at once.
+_PIECE, _PIECE_ON_DEVICE = 1 << 16, 1 << 22
 
 
 def masked(weight: Tensor, mask: Tensor, *, scaled: bool) -> Tensor:
@@ -31,6 +32,40 @@ def masked(weight: Tensor, mask: Tensor, *, scaled: bool) -> Tensor:
     """
     kept = weight * mask.to(weight.dtype)
     return kept * _scale(mask.sum(), mask.numel()) if scaled else kept
+
+
+def masked_by_bits(
+    weight: Tensor,
+    stored: Tensor,
+    shape: tuple[int, ...],
+    *,
+    scaled: bool,
+    in_place: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return what `masked` returns for a stored mask, bit for bit, without gradients.
+
+    Nothing of the weight's size is made but the result.
+
+    Args:
+        weight: Contiguous float tensor W; or one period of it where it repeats (see `spread`).
+        stored: The mask as `bits` stores it.
+        shape: Shape of W.
+        scaled: As in `masked`.
+        in_place: Whether ``weight`` may be overwritten.
+        dtype: Type that the result is rounded to; None for the weight's.
+
+    Returns:
+        Tensor of ``shape``.
+    """
+    wanted = dtype or weight.dtype
+    chosen = product.choose_bits(weight, stored[bits.HEADER_BYTES :], shape, wanted)
+    if chosen is not None:
+        scale = _scale(torch.tensor(chosen.count()), math.prod(shape)) if scaled else None
+        return chosen.product(wanted, None if scale is None else float(scale))
+    whole = spread(weight, shape)
+    in_place = in_place or whole.numel() > weight.numel()
+    return masked_by_pieces(whole, stored, scaled=scaled, in_place=in_place).to(wanted)
 
 
 def masked_by_pieces(weight: Tensor, stored: Tensor, *, scaled: bool, in_place: bool) -> Tensor:
@@ -50,14 +85,14 @@ def masked_by_pieces(weight: Tensor, stored: Tensor, *, scaled: bool, in_place: 
     """
     with torch.no_grad():
         kept = weight if in_place else torch.empty_like(weight)
-        ones = torch.zeros((), dtype=torch.int64, device=weight.device)
         before, after, weights = weight.view(-1), kept.view(-1), weight.numel()
-        for start in range(0, weights, _PIECE):
-            stop = min(start + _PIECE, weights)
-            mask = bits.unpack_piece(stored, start, stop)
-            torch.mul(before[start:stop], mask.to(weight.dtype), out=after[start:stop])
-            ones += mask.sum()
-        return kept.mul_(_scale(ones, weights)) if scaled else kept
+        most = min(_PIECE if weight.is_cpu else _PIECE_ON_DEVICE, weights)
+        room = torch.empty(most, dtype=weight.dtype, device=weight.device)
+        for start in range(0, weights, max(most, 1)):
+            stop = min(start + most, weights)
+            mask = room[: stop - start].copy_(bits.unpack_piece(stored, start, stop))
+            torch.mul(before[start:stop], mask, out=after[start:stop])
+        return kept.mul_(_scale(torch.tensor(bits.count_ones(stored)), weights)) if scaled else kept
 
 
 def masked_straight_through(
@@ -103,8 +138,8 @@ def spread(period: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def goes_by_pieces(weight: Tensor, stored: Tensor) -> bool:
-    """Tell whether a large plain tensor is masked without gradients and outside of tracing."""
-    if is_transformed() or weight.numel() <= _PIECE or not weight.is_contiguous():
+    """Tell whether a plain tensor is masked without gradients and outside of tracing."""
+    if is_transformed() or not weight.is_contiguous():
         return False
     tracked = weight.requires_grad and torch.is_grad_enabled()
     return not tracked and type(weight) in (Tensor, nn.Parameter) and type(stored) is Tensor

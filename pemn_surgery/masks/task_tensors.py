@@ -116,12 +116,18 @@ class TaskTensors(nn.Module):
 
     def now(self) -> InForce:
         """Return what is in force by the attributes."""
-        names = tuple(name for name in self.active_adapter_names() if name in self.pemn_tensors)
+        sets = self._sets()
+        names = tuple([name for name in self.active_adapter_names() if name in sets])
         return InForce(names, None, self.mixture)
+
+    def _sets(self) -> dict[str, Any]:
+        """Return the sets by adapter name, past torch's slow search for a module's attributes."""
+        containers: Any = self._modules
+        return containers["pemn_tensors"]._modules
 
     def holds(self, name: str) -> bool:
         """Tell whether an adapter has tensors of this module."""
-        return name in self.pemn_tensors
+        return name in self._sets()
 
     def parts_of(self, names: Iterable[str]) -> Iterator[Tensor]:
         """Yield the parameters of adapters' tensor sets."""
@@ -130,8 +136,9 @@ class TaskTensors(nn.Module):
 
     def _set_of(self, adapter: str) -> "TensorSet":
         """Return an adapter's tensors, which a call may have found that somebody has deleted."""
-        if adapter in self.pemn_tensors:
-            return cast("TensorSet", self.pemn_tensors[adapter])
+        tensors = self._sets().get(adapter)
+        if tensors is not None:
+            return tensors
         message = in_force.DELETED.format(f"tensors of {self.target!r}", adapter)
         raise AdapterError(message)
 
@@ -155,8 +162,8 @@ class TaskTensors(nn.Module):
         base = self.base(name)
         if base is None or (base.is_meta and self._is_offloaded()):
             return base
-        mixture = in_force.read(self).mixture
-        owned = self.active_tensor(name) if mixture is None else self._mixed(name, base, mixture)
+        names, _, mixture = in_force.read(self)
+        owned = self._first(name, names) if mixture is None else self._mixed(name, base, mixture)
         return base if owned is None else owned.to(base.dtype)
 
     def forward(self, name: str) -> Tensor | None:
@@ -169,7 +176,11 @@ class TaskTensors(nn.Module):
 
     def active_tensor(self, name: str) -> Tensor | None:
         """Return the first active adapter's tensor of this name, or None."""
-        for adapter in in_force.read(self).names:
+        return self._first(name, in_force.read(self).names)
+
+    def _first(self, name: str, adapters: Iterable[str]) -> Tensor | None:
+        """Return the first of these adapters' tensor of this name, or None."""
+        for adapter in adapters:
             tensors = self._set_of(adapter)
             if tensors.holds(name):
                 return tensors(name)

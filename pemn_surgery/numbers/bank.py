@@ -97,8 +97,7 @@ class Layout:
 
     def find(self, shape: Shape) -> Prototype | None:
         """Return the prototype that fills this shape, or None where there is none."""
-        table = dict(self.by_shape)
-        prototype = table.get((), table.get(shape))
+        prototype = next((found for key, found in self.by_shape if key in ((), shape)), None)
         if prototype is None or (not self._tiles and math.prod(shape) > prototype.length):
             return None
         return prototype
@@ -287,8 +286,9 @@ class Bank(nn.Module):
             Tensor of shape (n,), or shorter; a view of the bank unless it had to be rounded.
         """
         prototype = self._prototype_of(shape)
-        values = self.values[prototype.offset : prototype.offset + prototype.length]
-        return values[: math.prod(shape)].to(dtype or values.dtype)
+        count = min(prototype.length, math.prod(shape))
+        values = self.values[prototype.offset : prototype.offset + count]
+        return values if dtype is None else values.to(dtype)
 
     def _prototype_of(self, shape: Shape) -> Prototype:
         prototype = self.layout.find(tuple(shape))

@@ -35,8 +35,9 @@ def refuse_replacing(module: nn.Module, name: str, reader: str) -> None:
     Raises:
         MaskedWeightError: If such a tool reads.
     """
-    came_so = isinstance(module, ParametrizationList) or _is_pruned(module, name)
-    if reader.startswith(_REPLACERS) and not came_so:
+    if not reader.startswith(_REPLACERS):
+        return
+    if not (isinstance(module, ParametrizationList) or _is_pruned(module, name)):
         refuse(module, f"{reader} would replace {name!r}")
 
 

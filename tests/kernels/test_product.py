@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pemn_surgery import pemnify
+from pemn_surgery import bits, pemnify
 from pemn_surgery.kernels import product
 from pemn_surgery.kernels.selection import Rule
 from pemn_surgery.masks import product as masking
@@ -62,6 +62,36 @@ def test_the_product(way, name, scaled):
         whole = masking.spread(weight, (count,))
         expected = plain(whole, scores, selector, scaled, dtype)
         oracles.assert_same(words(made), words(expected))
+
+    check()
+
+
+@every_way
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_product_of_bits(way, scaled):
+    """Whatever the period, so that blocks begin within bytes; the twin serves every type."""
+
+    @given(SIZES, st.integers(0, 99), st.sampled_from([*TYPES, torch.float16]), st.data())
+    def check(count, seed, of_weight, data):
+        dtype = data.draw(st.sampled_from([of_weight, torch.bfloat16]), label="dtype")
+        period = data.draw(st.integers(1, count), label="period")
+        weight = drawn(seed, period, of_weight)
+        mask = drawn(seed + 1, count, torch.float32) > data.draw(st.floats(-2, 2), label="above")
+        stored = bits.pack(mask)
+        with through(way):
+            made = masking.masked_by_bits(
+                weight, stored, (count,), scaled=scaled, in_place=False, dtype=dtype
+            )
+            applied = product.choose_bits(weight, stored[bits.HEADER_BYTES :], (count,), dtype)
+        assert (applied is None) == (way == "python" or torch.float16 == of_weight)
+        if applied is not None:
+            assert applied.count() == int(mask.sum())
+            oracles.assert_same(applied.mask(), mask)
+        whole = masking.spread(weight, (count,))
+        kept = whole * mask.to(of_weight)
+        if scaled:
+            kept = kept * (count / mask.sum().clamp(min=1).float()).sqrt()
+        oracles.assert_same(words(made), words(kept.to(dtype)))
 
     check()
 

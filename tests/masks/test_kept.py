@@ -1,6 +1,7 @@
 """No write escapes a kept weight: a model that keeps them says what one that keeps none says."""
 
 import copy
+import itertools
 import weakref
 
 import pytest
@@ -40,6 +41,25 @@ def assert_as_if_nothing_were_kept(model, run=lambda model: model(X)):
     expected = run(keeping_none(model)).detach().clone()
     oracles.assert_same(run(model).detach().clone(), expected)
     return expected
+
+
+def turning(scores):
+    """Factors that make the smaller half of scores the larger one, as numpy sees them."""
+    size = scores.detach().abs()
+    return torch.where(size < size.median(), 50.0, 0.02).numpy()
+
+
+def turn(scores):
+    scores *= torch.from_numpy(turning(scores))
+
+
+UNNOTICED_SCORES = {
+    "all": lambda s: turn(s.data),
+    "an output": lambda s: turn(s.data[1]),
+    "an input": lambda s: turn(s.data[:, -1]),
+    "numpy": lambda s: s.detach().numpy().__imul__(turning(s)),
+    "other memory": lambda s: setattr(s, "data", s.data.flip(0)),
+}
 
 
 def move_through_data(parameters, others, share=0.5):
@@ -110,6 +130,96 @@ def test_what_was_kept_in_eval_mode_ends_with_it():
     with torch.no_grad():
         assert_as_if_nothing_were_kept(model)
     models.assert_differs(models.logits(model), before)
+
+
+# ---- scores of a model in eval mode, while nobody asks for gradients -----------------------------
+
+
+class ThroughData(torch.optim.Optimizer):
+    """Writes one number of each parameter, where no version counts it and no sample looks."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                places = set(range(parameter.numel()))
+                taken = range(0, parameter.numel(), kept.spaced(parameter).stride(0))
+                place = next(iter(places - set(taken)), None)
+                if place is not None:
+                    parameter.data.view(-1)[place] *= -7.0
+
+
+def trained_scores(model):
+    return [layer.mask_of("default").scores for layer in models.mask_layers(model).values()]
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference"])
+@pytest.mark.parametrize("bank", ["mp", "own"])
+def test_an_evaluation_in_the_middle_of_training_makes_weights_once(monkeypatch, bank, mode):
+    model = models.train(pemnify(models.net(), bank=bank))
+    counted = Counted(monkeypatch)
+    for _ in range(2):
+        model.eval()
+        with MODES[mode]():
+            assert counted.during(lambda: model(X)) == 4
+            assert counted.during(lambda: model(X)) == 0
+            assert_as_if_nothing_were_kept(model)
+        models.train(model, 1, steps=1)
+    with torch.enable_grad():
+        model.eval()
+        assert counted.during(lambda: model(X)) == 4
+        assert counted.during(lambda: model(X)) == 4
+
+
+def test_a_teacher_in_eval_mode_keeps_what_frozen_scores_make(monkeypatch):
+    teacher = pemnify(models.net(), bank="own").eval().requires_grad_(False)
+    counted = Counted(monkeypatch)
+    assert counted.during(lambda: teacher(X)) == 4
+    assert counted.during(lambda: teacher(X)) == 0
+    trained_scores(teacher)[0].requires_grad_(True)
+    assert counted.during(lambda: teacher(X)) == 1
+    assert teacher(X).requires_grad
+
+
+@pytest.mark.parametrize("optimizer", [ThroughData, lambda p: torch.optim.SGD(p, 0.1)])
+@pytest.mark.parametrize("bank", ["mp", "own"])
+def test_a_step_in_eval_mode_ends_what_was_kept(monkeypatch, bank, optimizer):
+    model = pemnify(models.net(), bank=bank).eval()
+    stepper = optimizer([p for p in model.parameters() if p.requires_grad])
+    counted = Counted(monkeypatch)
+    with torch.no_grad():
+        model(X)
+    model(X).square().sum().backward()
+    stepper.step()
+    with torch.no_grad():
+        assert counted.during(lambda: assert_as_if_nothing_were_kept(model)) == 8
+        assert counted.during(lambda: model(X)) == 0
+
+
+def test_a_step_keeps_what_bits_made(monkeypatch):
+    """A frozen teacher does not pay for its student's steps."""
+    teacher, student = serving("own"), pemnify(models.net(), bank="own")
+    counted = Counted(monkeypatch)
+    with torch.no_grad():
+        teacher(X)
+    models.train(student, steps=1)
+    with torch.no_grad():
+        assert counted.during(lambda: teacher(X)) == 0
+
+
+@pytest.mark.parametrize("write", list(UNNOTICED_SCORES))
+@pytest.mark.parametrize("bank", ["mp", "own"])
+def test_scores_written_without_a_trace(bank, write):
+    model, said = pemnify(models.net(), bank=bank).eval(), []
+    with torch.no_grad():
+        for place in range(4):
+            said.append(model(X).clone())
+            UNNOTICED_SCORES[write](trained_scores(model)[place])
+            assert_as_if_nothing_were_kept(model)
+    for one, two in itertools.pairwise(said):
+        models.assert_differs(one, two)
 
 
 # ---- frozen numbers under bits, of a model in eval mode ------------------------------------------

@@ -15,12 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pemn_surgery import bits, keep_weights, pemnify, plan
 from pemn_surgery.adapters import PemnConfig
 from pemn_surgery.errors import MetaTensorError
-from pemn_surgery.masks import adapter_mask, product
+from pemn_surgery.kernels import library
+from pemn_surgery.masks import product
 from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.selector import Selector
 from tests import oracles
 from tests.adapters import models
 from tests.bench import big_models
+from tests.kernels.ways import WAYS, every_way
 
 BANKS = {
     "mp": {"bank": "mp"},
@@ -522,8 +524,9 @@ def test_layers_by_pieces(bank, scaled, monkeypatch):
     whole = product.masked_by_pieces
     monkeypatch.setattr(product, "_PIECE", 64)
     monkeypatch.setattr(
-        adapter_mask, "masked_by_pieces", lambda *a, **k: calls.append(1) or whole(*a, **k)
+        product, "masked_by_pieces", lambda *a, **k: calls.append(1) or whole(*a, **k)
     )
+    monkeypatch.setattr(library, "kernels", lambda: None)
     models.assert_equal(run(model), expected)
     assert len(calls) == 2 * len(models.mask_layers(model))
     models.assert_equal(bank_values, before)
@@ -547,10 +550,12 @@ class Allocations(TorchDispatchMode):
         return made
 
 
+@every_way
 @pytest.mark.parametrize(("name", "expected"), [("mp", 1), ("rp", 1), ("one_layer", 1)])
-def test_an_effective_weight_needs_no_second_tensor_of_its_size(name, expected, monkeypatch):
+def test_an_effective_weight_needs_no_second_tensor_of_its_size(name, expected, way, monkeypatch):
     """Not even one byte a weight beside it."""
     monkeypatch.setattr(product, "_PIECE", 64)
+    monkeypatch.setattr(library, "kernels", lambda: WAYS[way])
     base = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 96))
     model = pemnify(base, inference_mode=True, **BANKS[name])
     layer = models.mask_layers(model)["0.weight"]
