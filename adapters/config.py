@@ -24,7 +24,7 @@ from pemn_surgery.adapters.options import (
     shown,
 )
 from pemn_surgery.adapters.registry import PEMN
-from pemn_surgery.bits import CodingName
+from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.masks.selector import TAKES_DENSITY, Selector, SelectorName
 from pemn_surgery.numbers.bank import BankName, BankSpec, InitName, Shape

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from pemn_surgery import bits, buckets, codec, codes, deflate, entropy, odds
+from pemn_surgery.coding import bits, codec
+from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.numbers import rng
 from pemn_surgery.report.tables import environment, table
 
@@ -153,7 +154,7 @@ def ours(inflate: Any = zlib) -> Way:
     def decode(stored: torch.Tensor, *_: Any) -> np.ndarray:
         standard, deflate.zlib = deflate.zlib, inflate
         try:
-            return codec.decode(stored, "mask").numpy()[bits.HEADER_BYTES :]
+            return codec.decode(stored, "mask").numpy()[HEADER_BYTES:]
         finally:
             deflate.zlib = standard
 
@@ -166,7 +167,7 @@ def of_units(width: int) -> Way:
     def encode(flags: np.ndarray, density: float) -> torch.Tensor:
         stored = bits.pack(torch.from_numpy(flags))
         model = entropy.make_model(width, odds.nearest_odds(density))
-        content = entropy.encode(stored.numpy()[bits.HEADER_BYTES :], len(flags), model)
+        content = entropy.encode(stored.numpy()[HEADER_BYTES:], len(flags), model)
         code = codes.Code(codes.Coding.ENTROPY, width, model.odds, content)
         return codec.sealed(code, bits.verify(stored, "mask"))
 
