@@ -37,12 +37,7 @@ def pack(mask: Tensor, base: bytes = UNKNOWN_BASE) -> Tensor:
 
 
 def with_base(stored: Tensor, base: bytes) -> Tensor:
-    """Return the same mask of another base.
-
-    Args:
-        stored: Uint8 tensor made by `pack`.
-        base: 12 bytes that identify the base.
-    """
+    """Return the same mask, as `pack` made it, of another base."""
     weights = inspect(stored, "the mask").weights
     return assemble("bits", 0, weights, base, stored.cpu().numpy()[HEADER_BYTES:])
 
@@ -67,9 +62,6 @@ def unpack_piece(stored: Tensor, start: int, stop: int) -> Tensor:
         stored: Uint8 tensor made by `pack`.
         start: First weight, a multiple of 8.
         stop: One past the last weight.
-
-    Returns:
-        Bool tensor of shape (stop - start,).
     """
     payload = stored[HEADER_BYTES + start // 8 : HEADER_BYTES + (stop + 7) // 8]
     if stored.device.type == "cpu" and not is_transformed():
@@ -81,11 +73,7 @@ def unpack_piece(stored: Tensor, start: int, stop: int) -> Tensor:
 
 
 def count_ones(stored: Tensor) -> int:
-    """Return the number of ones of a stored mask; nothing is checked.
-
-    Args:
-        stored: Uint8 tensor made by `pack`.
-    """
+    """Return the number of ones of a mask that `pack` made; nothing is checked."""
     payload = stored.detach().cpu().numpy()[HEADER_BYTES:]
     return int.from_bytes(payload.tobytes(), "little").bit_count()
 
@@ -106,9 +94,6 @@ def verify(stored: Tensor, name: str) -> StoredMask:
     Args:
         stored: Tensor that should be a stored mask.
         name: The tensor's name, for the error.
-
-    Returns:
-        What the header says.
 
     Raises:
         MaskFormatError: If `inspect` finds a fault, or the mask is coded.

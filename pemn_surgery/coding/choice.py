@@ -19,13 +19,7 @@ _FEWEST_WEIGHTS = 64  # in a bucket, which has a byte
 
 
 def choose(flags: Array, guides: Sequence[Guide], kernel: Sequence[int]) -> Context:
-    """Return the context with which levels and stream are shortest together.
-
-    Args:
-        flags: The mask, uint8 of shape (weights,).
-        guides: What may guess it; at most their ``log2`` bits are looked at.
-        kernel: Shape of a kernel, the weight's last dimensions.
-    """
+    """Return the context with which levels and stream are shortest; see `codec.encode`."""
     choices = [
         (*_levels(counts.reshape(-1, 2)), places, row, log2s)
         for places, row in _kernels(len(flags), kernel)
@@ -44,9 +38,9 @@ def _kernels(weights: int, kernel: Sequence[int]) -> Iterator[tuple[int, int]]:
     yield 1, 0
     places = math.prod(kernel)
     if 1 < places <= _MOST_PLACES and weights % places == 0:
-        most = _most_buckets(weights)
-        yield from [(places, 0)] * (places <= most)
-        yield from [(places, kernel[-1])] * (NEIGHBOURS * places <= most)
+        near = [0] * (places <= _most_buckets(weights))
+        near += [kernel[-1]] * (NEIGHBOURS * places <= _most_buckets(weights))
+        yield from ((places, row) for row in near)
 
 
 def _most_buckets(weights: int) -> int:
@@ -72,11 +66,7 @@ def _counts(
 
 
 def _levels(counts: Array) -> tuple[float, bytes]:
-    """Return the bits that a mask takes with the best level of each bucket, and those levels.
-
-    Args:
-        counts: Zeros and ones in each bucket, shape (buckets, 2).
-    """
+    """Return a mask's bits with the best levels, and those, by counts of shape (buckets, 2)."""
     between, of_many, of_few = _costs()
     few, many = counts.min(axis=1), counts.max(axis=1)
     best = np.searchsorted(between, many / np.maximum(few, 1e-9))

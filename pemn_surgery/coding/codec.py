@@ -38,8 +38,7 @@ def encode(
 
     Args:
         stored: What `bits.pack` returned.
-        guides: For "context", those that seeds give, at most two; for "base", at most one of them,
-            and the base's own last. None for "entropy".
+        guides: At most two; of "base", the base's own is the last. None for "entropy".
         kernel: For "context" and "base", the shape of a convolution's kernel.
 
     Returns:
@@ -58,13 +57,7 @@ def encode(
 
 
 def by_density(packed: Array, header: StoredMask, ones: int) -> Tensor:
-    """Return a mask coded as independent weights, turned around where most are zeros.
-
-    Args:
-        packed: The mask as bits, uint8 of shape (ceil(weights / 8),).
-        header: Of the mask as bits.
-        ones: Number of ones.
-    """
+    """Return a mask coded as independent weights; as bits it has this header, and so many ones."""
     weights, writer = header.weights, Writer()
     turned = 2 * ones < weights
     density = nearest_density(max(ones, weights - ones), weights)
@@ -73,13 +66,7 @@ def by_density(packed: Array, header: StoredMask, ones: int) -> Tensor:
 
 
 def by_context(flags: Array, chosen: Context, header: StoredMask) -> Tensor:
-    """Return a mask coded beside what is known of its weights.
-
-    Args:
-        flags: The mask, uint8 of shape (weights,).
-        chosen: At most two guides, of which a base's own is the last.
-        header: Of the mask as bits.
-    """
+    """Return a mask, uint8 of shape (weights,), coded beside what is known of its weights."""
     writer = Writer()
     context.encode(flags, chosen, writer)
     of_seeds = [guide for guide in chosen.guides if guide.seed is not None and guide.log2]
@@ -126,7 +113,12 @@ def decode(
         read = _from_density if header.coding == "entropy" else _from_context
         reader, packed = read(payload, header, sizes)
         found = assemble("bits", 0, header.weights, header.base, packed)
-        _check_end(reader, inspect(found, name).checksum)
+        actual = inspect(found, name).checksum
+        expected = int.from_bytes(reader.read(32, HALF).tobytes(), "little")
+        reader.end()
+        if actual != expected:
+            message = f"decodes to checksum {actual:08x}, its payload says {expected:08x}"
+            raise CodeError(message)
     except CodeError as error:
         problem = f"{error} ({header.weights} weights, coding={header.coding!r})"
         if header.coding == "base":
@@ -155,14 +147,6 @@ def _sizes(header: StoredMask, base_sizes: Callable[[], Array | None], name: str
         )
         raise MaskFormatError(message)
     return sizes
-
-
-def _check_end(reader: Reader, actual: int) -> None:
-    expected = int.from_bytes(reader.read(32, HALF).tobytes(), "little")
-    reader.end()
-    if actual != expected:
-        message = f"decodes to checksum {actual:08x}, its payload says {expected:08x}"
-        raise CodeError(message)
 
 
 def _from_density(payload: bytes, header: StoredMask, _: Array | None) -> tuple[Reader, Array]:
@@ -213,6 +197,5 @@ def _from_context(payload: bytes, header: StoredMask, sizes: Array | None) -> tu
 
 def _check_length(payload: bytes, needed: int, what: str) -> None:
     if len(payload) < needed:
-        there = HEADER_BYTES + len(payload)
-        message = f"has {there} bytes, its {what} {HEADER_BYTES + needed}"
+        message = f"has {HEADER_BYTES + len(payload)} bytes, its {what} {HEADER_BYTES + needed}"
         raise CodeError(message)

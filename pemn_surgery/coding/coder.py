@@ -25,11 +25,7 @@ _WORD = 1 << 32
 
 
 class CodeError(Exception):
-    """A payload is no code of the weights that it should hold.
-
-    Attributes:
-        is_newer: Whether it may be of a later release.
-    """
+    """A payload is no code of its weights; ``is_newer``: perhaps it is one of a later release."""
 
     def __init__(self, message: str, *, is_newer: bool = False) -> None:
         super().__init__(message)
@@ -48,7 +44,7 @@ class Writer:
         Args:
             packed: The weights, uint8 of shape (ceil(count / 8),), the first lowest.
             count: Number of weights.
-            density: Of which ones are expected, `table.HALF` to `table.MOST`.
+            density: As ones are expected, `table.HALF` to `table.MOST`.
         """
         rest = np.unpackbits(packed[count // 8 :], count=count % 8, bitorder="little")
         self._pieces += [(packed[: count // 8], density, 8), (rest, density, 1)]
@@ -57,50 +53,38 @@ class Writer:
         """Return the stream of all that was taken."""
         stack = _stack()
         for symbols, density, weights in reversed(self._pieces):
+            model = _model(density, weights, library())
             for part in reversed([*_parts(len(symbols))]):
-                stack.encode_reverse(symbols[part].astype(np.int32) + 1, _model(density, weights))
+                stack.encode_reverse(symbols[part].astype(np.int32) + 1, model)
         return stack.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
 
 
 class Reader:
-    """Returns the weights of a stream, in the order in which a `Writer` took them.
-
-    Args:
-        stream: What `Writer.stream` returned.
-
-    Raises:
-        CodeError: If a byte 0 ends it, which no writer leaves there.
-    """
+    """Returns the weights of a stream, in the order in which a `Writer` took them."""
 
     def __init__(self, stream: bytes) -> None:
+        """Raise a CodeError if a byte 0 ends the stream, which no writer leaves there."""
         if stream.endswith(b"\0"):
             message = "has a payload that ends in a byte 0"
             raise CodeError(message)
         self._stack = _stack(np.frombuffer(stream + bytes(-len(stream) % 4), "<u4"))
 
     def read(self, count: int, density: int) -> Array:
-        """Return the next weights.
-
-        Args:
-            count: Number of weights.
-            density: As they were written.
-
-        Returns:
-            uint8 array of shape (ceil(count / 8),), the first lowest; unused bits are zero.
+        """Return the next weights as they were written, packed; unused bits are zero.
 
         Raises:
             CodeError: If the stream ends before.
         """
         packed = np.zeros(-(-count // 8), np.uint8)
         for part in _parts(count // 8):
-            packed[part] = self._symbols(part.stop - part.start, _model(density, 8))
+            packed[part] = self._symbols(part.stop - part.start, density, 8)
         if count % 8:
-            rest = self._symbols(count % 8, _model(density, 1))
+            rest = self._symbols(count % 8, density, 1)
             packed[-1:] = np.packbits(rest, bitorder="little")
         return packed
 
-    def _symbols(self, count: int, model: Any) -> Array:
-        symbols = self._stack.decode(model, count)
+    def _symbols(self, count: int, density: int, weights: int) -> Array:
+        symbols = self._stack.decode(_model(density, weights, library()), count)
         if not symbols.all():
             message = "has a payload that ends before its weights"
             raise CodeError(message)
@@ -118,11 +102,7 @@ class Reader:
 
 
 def _parts(count: int) -> Iterator[slice]:
-    starts = range(0, count, _AT_ONCE)
-    return (slice(start, min(start + _AT_ONCE, count)) for start in starts)
-
-
-# -- two coders that make the same words ----------------------------------------------------------
+    return (slice(at, min(at + _AT_ONCE, count)) for at in range(0, count, _AT_ONCE))
 
 
 @lru_cache(maxsize=1)
@@ -137,16 +117,11 @@ def library() -> Any:
 def _stack(*words: Array) -> Any:
     """Return a coder, empty or with a stream, uint32, whose last word is not 0."""
     found = library()
-    return (PlainStack if found is None else found.stack.AnsCoder)(*words)
-
-
-def _model(density: int, weights: int) -> Any:
-    """Return a table as the coder takes it."""
-    return _model_of(density, weights, library())
+    return (found.stack.AnsCoder if found else PlainStack)(*words)
 
 
 @lru_cache(maxsize=512)
-def _model_of(density: int, weights: int, stream: Any) -> Any:
+def _model(density: int, weights: int, stream: Any) -> Any:
     """Return constriction's model, or frequencies and how much lies below each.
 
     constriction gives each symbol 1, and shares out what is left in proportion to floats: of

@@ -5,14 +5,12 @@ and *guides*. Training moves scores a little, so a mask differs from its initial
 scores were near the cut, and more where frozen numbers are large: a seed gives both again. On a
 pretrained base large weights are dropped, which its numbers tell to whoever has the base.
 
-* Weights of which the same is known are a *bucket*. A bucket has a *level*, how likely most of its
-  weights are (`table`), and they are turned around where most are zeros.
-* With neighbours weights are taken in *stages*: all of the first place, then all of the second. A
-  stage is read at once, as it needs only stages before.
-* The weights of a stage are taken in *blocks*, those of a block level by level, so that the coder
-  has few and long steps.
+* Weights of which the same is known are a *bucket*. It has a *level*, how likely most of them are
+  (`table`), and they are turned around where most are zeros.
+* With neighbours weights are taken in *stages*: all of the first place, then all of the second.
+* A stage is taken in *blocks*, those level by level, so that the coder has few and long steps.
 
-All that only guesses: every mask can be coded, and one that it says nothing about is no shorter.
+That only guesses: every mask can be coded, and one that it says nothing about is no shorter.
 """
 
 from collections.abc import Iterator
@@ -106,9 +104,7 @@ def decode(reader: Reader, context: Context, weights: int) -> Array:
 def buckets_of(flags: Array, context: Context) -> Iterator[tuple[slice, Array]]:
     """Yield where a block of weights lies and the bucket of each, int32, stage by stage.
 
-    Args:
-        flags: The mask, uint8 of shape (weights,); those of a stage are read after it.
-        context: What decides.
+    Flags, uint8 of shape (weights,), may be unknown until their stage has been yielded.
     """
     stages = context.places if context.row else 1
     for stage in range(stages):
@@ -135,16 +131,10 @@ def _neighbours(flags: Array, row: int, stage: int, place: slice) -> Array:
 def _blocks(
     flags: Array, context: Context
 ) -> Iterator[tuple[slice, Array, list[tuple[int, int]], Array]]:
-    """Yield blocks: where they lie, and of their weights
-
-    * the order by level, int64, which is their own within a level;
-    * the levels that they have, the lowest first, and how many have each;
-    * whether most weights of their buckets are zero, uint8.
-    """  # noqa: D415
+    """Yield where each block lies, its places by level, the levels' sizes, and what is turned."""
     levels = np.frombuffer(context.levels, np.uint8)
     for place, buckets in buckets_of(flags, context):
         chosen = levels[buckets]
         own, turned = chosen & (TURNED - 1), chosen // TURNED
-        counts = enumerate(np.bincount(own).tolist())
-        there = [(level, count) for level, count in counts if count]
+        there = [(one, count) for one, count in enumerate(np.bincount(own).tolist()) if count]
         yield place, np.argsort(own, kind="stable"), there, turned

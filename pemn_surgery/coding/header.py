@@ -1,7 +1,6 @@
 """The head of a stored mask, and what every reader of one checks first.
 
-A stored mask is one uint8 tensor: 32 bytes of header, then a payload (``docs/format.md`` has the
-bytes and their reasons).
+A stored mask is one uint8 tensor: 32 bytes of header, then a payload (``docs/format.md``).
 """
 
 import struct
@@ -23,8 +22,7 @@ MAGIC = b"PEMN"
 VERSION = 1
 UNKNOWN_BASE = bytes(12)
 
-# A coded weight costs 1 / 710 bit or more (`table.MOST`), so no mask is refused; and bytes that
-# claim more are, before memory is taken for them.
+# A coded weight costs 1 / 710 bit or more (`table.MOST`); bytes that claim more are refused.
 MOST_WEIGHTS_A_BYTE = 8192
 
 _LAYOUT = struct.Struct("<4sBBHQI12s")
@@ -62,9 +60,6 @@ def inspect(stored: Tensor, name: str) -> StoredMask:
     Args:
         stored: Tensor that should be a stored mask.
         name: The tensor's name, for the error.
-
-    Returns:
-        What the header says.
 
     Raises:
         MaskFormatError: If anything does not hold. `codec.decode` looks into coded payloads.
@@ -132,15 +127,12 @@ def _content_of(stored: Tensor, name: str) -> memoryview:
 
 
 def refuse(name: str, problem: str, *, old: bool = True) -> NoReturn:
-    """Refuse a stored mask.
+    """Raise a MaskFormatError for a stored mask.
 
     Args:
         name: The tensor's name.
         problem: What is wrong with it, after its name.
         old: Whether it is damaged, not of a later release.
-
-    Raises:
-        MaskFormatError: Always.
     """
     remedy = "get the file again from where it was saved" if old else "upgrade pemn-surgery"
     message = f"The stored mask {name!r} {problem}. Nothing was loaded; {remedy}."

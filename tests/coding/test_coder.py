@@ -74,7 +74,7 @@ def _library():
 def test_constriction_has_exactly_our_frequencies(density, weights):
     """A symbol's is how many states of one word lead to it: at its first and its last."""
     stack, frequencies = _library().stack.AnsCoder, table.frequencies(density, weights)
-    model = coder._model_of(density, weights, _library())
+    model = coder._model(density, weights, _library())
     below = [0, *accumulate(frequencies)]
     for symbol, (first, after) in enumerate(pairwise(below)):
         for state in (first, after - 1):
