@@ -16,12 +16,13 @@ Array = Any  # of numpy; its element type is in the docstrings
 _MOST_PLACES = 255
 _MOST_BUCKETS = 1 << 14
 _FEWEST_WEIGHTS = 64  # in a bucket, which has a byte
+_OF_A_SEED = 24  # bytes
 
 
 def choose(flags: Array, guides: Sequence[Guide], kernel: Sequence[int]) -> Context:
     """Return the context with which levels and stream are shortest; see `codec.encode`."""
     choices = [
-        (*_levels(counts.reshape(-1, 2)), places, row, log2s)
+        (*_levels(counts.reshape(-1, 2), _looking_at(guides, log2s)), places, row, log2s)
         for places, row in _kernels(len(flags), kernel)
         for log2s, counts in _counts(flags, Context(places, row), guides)
     ]
@@ -65,12 +66,13 @@ def _counts(
             yield log2s, apart.sum(axis=tuple(range(2, apart.ndim - 1, 2)))
 
 
-def _levels(counts: Array) -> tuple[float, bytes]:
+def _levels(counts: Array, guides: Sequence[Guide]) -> tuple[float, bytes]:
     """Return a mask's bits with the best levels, and those, by counts of shape (buckets, 2)."""
     between, of_many, of_few = _costs()
     few, many = counts.min(axis=1), counts.max(axis=1)
     best = np.searchsorted(between, many / np.maximum(few, 1e-9))
-    bits = many @ of_many[best] + few @ of_few[best] + 8 * len(best)
+    heads = sum(guide.log2 > 0 and guide.seed is not None for guide in guides)
+    bits = many @ of_many[best] + few @ of_few[best] + 8 * (len(best) + _OF_A_SEED * heads)
     levels = best + TURNED * (counts[:, 0] > counts[:, 1])
     return float(bits), levels.astype(np.uint8).tobytes()
 
