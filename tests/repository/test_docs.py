@@ -192,11 +192,15 @@ def test_load_table():
     rows = [cells(line)[1:] for line in page.splitlines() if line.startswith("|")]
     assert set(LOAD) == {"rp", "own", "coded"}
     for step in ("load_file", "read and check", "load_adapter", "set_adapter"):
-        medians = [LOAD[bank]["steps"][step]["clock_ms"]["median"] for bank in ("rp", "own", "coded")]
+        medians = [
+            LOAD[bank]["steps"][step]["processor_ms"]["median"] for bank in ("rp", "own", "coded")
+        ]
         assert [f"{median:.1f}" for median in medians] in rows
     assert all(bank["masked_weights"] > 86e6 for bank in LOAD.values())
-    loads = {bank: one["steps"]["load_adapter"]["clock_ms"]["median"] for bank, one in LOAD.items()}
-    assert max(loads["rp"], loads["own"]) < 300
+    loads = {
+        bank: one["steps"]["load_adapter"]["processor_ms"]["median"] for bank, one in LOAD.items()
+    }
+    assert max(loads["rp"], loads["own"]) < 500
     assert loads["coded"] < 800
 
 
