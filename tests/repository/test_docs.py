@@ -187,6 +187,11 @@ def test_finetuned_table(case):
 LOAD = json.loads((ROOT / "docs/results/load.json").read_text(encoding="utf-8"))["results"]
 
 
+def times(bank, step):
+    """Milliseconds of the processor."""
+    return LOAD[bank]["steps"][step]["processor_ms"]["median"]
+
+
 def test_load_table():
     page = (ROOT / "docs/saving.md").read_text(encoding="utf-8")
     rows = [cells(line)[1:] for line in page.splitlines() if line.startswith("|")]
