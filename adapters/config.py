@@ -24,7 +24,7 @@ from pemn_surgery.adapters.options import (
     shown,
 )
 from pemn_surgery.adapters.registry import PEMN
-from pemn_surgery.bits import CodingName
+from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.masks.selector import TAKES_DENSITY, Selector, SelectorName
 from pemn_surgery.numbers.bank import BankName, BankSpec, InitName, Shape
@@ -129,9 +129,9 @@ class PemnConfig(PeftConfig):
             each mask's density, .08 bit a weight at .99 (docs/coding.md). "context": also by the
             neighbours in a convolution's kernel, and with "topk" by what the initial scores, drawn
             again from ``seed``, say of each weight: below one bit a weight at density .5. "base":
-            also by the size of the base's own weights, where no seed draws them: 13 to 19 %
-            below the entropy of the density on pretrained models (docs/coding.md), but such a file
-            is read only together with its base. Coded files are read by PEFT's loaders, not by
+            also by the size of the base's own weights, where no seed draws them: up to 11 % below
+            the entropy of the density (docs/coding.md), but such a file is read only together with
+            its base. Coded files are read by PEFT's loaders, not by
             transformers' own.
         fingerprint: Identifies the base that the masks belong to. Filled in by the library.
         digest: Ties ``adapter_config.json`` to the weights it was saved with. Filled in by the

@@ -9,16 +9,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from pemn_surgery import bits
 from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.buckets import Guide, base_sizes
+from pemn_surgery.coding import bits
 from pemn_surgery.errors import NonFiniteScoresError, PemnWarning
 from pemn_surgery.masks import in_force
 from pemn_surgery.masks.adapter_mask import AdapterMask, SignDelta
@@ -31,8 +29,6 @@ from pemn_surgery.numbers.bank import Bank, BankSpec
 from pemn_surgery.planning.layer_kinds import rows_of
 from pemn_surgery.planning.outcomes import Target
 from pemn_surgery.surgery import operate
-
-_LOOK_AT_WEIGHTS = 3  # bits of a frozen number's size that guess a mask (docs/coding.md)
 
 
 class PemnTunerLayer(BaseTunerLayer):
@@ -220,50 +216,6 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             is_final=config.inference_mode,
         )
 
-    def guides(self, config: PemnConfig) -> tuple[Guide, ...]:
-        """Return the seeded numbers that may guess an adapter's mask (``coding="context"``).
-
-        Args:
-            config: The adapter's configuration.
-
-        Returns:
-            What initial scores are made of, and frozen weights if they are drawn; nothing where
-            the size of an initial score says nothing.
-        """
-        drawn = isinstance(config.score_init, str) and config.form == "product"
-        if not drawn or not config.selector_of(None).uses_magnitude:
-            return ()
-        weights = max(int(torch.Size(self.shape).numel()), 1)
-        scores = Guide(rng.key_of(config.seed, _scores_stream(self.target)), weights)
-        fill = self._fill_stream(weights)
-        if fill is None or self.spec.init == "signed_constant":
-            return (scores,)
-        name, period = fill
-        key = rng.key_of(self.spec.seed, name)
-        return scores, Guide(key, min(period, weights), _LOOK_AT_WEIGHTS)
-
-    def base_sizes(self) -> np.ndarray | None:
-        """Return how large the frozen numbers are that no seed draws (``coding="base"``).
-
-        Returns:
-            `buckets.base_sizes` of them, uint8 of shape (weights,); None where a seed draws them,
-            they are quantised, or they are not here whole (on the meta device, sharded).
-        """
-        if self.spec.generated or self.quantization_backend is not None:
-            return None
-        values = self.fill().detach()
-        weights = int(torch.Size(self.shape).numel())
-        if values.is_meta or values.numel() != weights or hasattr(values, "full_tensor"):
-            return None
-        words = values.to(torch.bfloat16).cpu().reshape(-1).view(torch.int16)
-        return base_sizes(words.numpy().view(np.uint16))
-
-    def _fill_stream(self, weights: int) -> tuple[str, int] | None:
-        """Return the stream of the frozen numbers, and their period."""
-        if self.bank is not None:
-            return self.bank.layout.stream(self.shape)
-        return (weight_stream(self.target), weights) if self.spec.generated else None
-
     def mask_of(self, adapter_name: str) -> AdapterMask:
         """Return an adapter's mask of this weight."""
         return cast("AdapterMask", self.pemn_masks[adapter_name])
@@ -381,7 +333,7 @@ def initial_scores(config: PemnConfig, target: str, shape: tuple[int, ...], fan_
     if not isinstance(config.score_init, str):
         return torch.full(shape, cast("float", config.score_init), dtype=torch.float32)
     count = int(torch.Size(shape).numel())
-    values: Any = rng.uniform(config.seed, _scores_stream(target), count, fan_in**-0.5)
+    values: Any = rng.uniform(config.seed, scores_stream(target), count, fan_in**-0.5)
     return torch.from_numpy(values).view(shape)
 
 
@@ -390,5 +342,6 @@ def weight_stream(target: str) -> str:
     return f"weight/{target}"
 
 
-def _scores_stream(target: str) -> str:
+def scores_stream(target: str) -> str:
+    """Return the stream of a weight's initial scores."""
     return f"scores/{target}"

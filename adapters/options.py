@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_args
 
 from peft.utils import TaskType
 
-from pemn_surgery.bits import CodingName
+from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.masks.selector import SelectorName
 from pemn_surgery.numbers.bank import BankName, InitName

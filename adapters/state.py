@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from pemn_surgery import bits, codec
 from pemn_surgery.adapters.base import (
     fingerprint_now,
     gathered,
@@ -24,10 +24,11 @@ from pemn_surgery.adapters.files.adapter_file import (
     is_reading,
     mask_key,
 )
+from pemn_surgery.adapters.guides import base_sizes, guides_of
 from pemn_surgery.adapters.injection.storable import check_is_plain
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
-from pemn_surgery.bits import StoredMask
-from pemn_surgery.buckets import BaseGuide, Guide
+from pemn_surgery.coding import bits, codec
+from pemn_surgery.coding.header import UNKNOWN_BASE, StoredMask, inspect, refuse
 from pemn_surgery.errors import ArchitectureError, PemnWarning
 from pemn_surgery.masks.adapter_mask import AdapterMask, SignDelta
 from pemn_surgery.masks.selector import check_finite
@@ -37,7 +38,6 @@ from pemn_surgery.surgery.layer_groups import base_name
 StateDict = dict[str, Tensor]
 
 _BYTE = torch.uint8
-_LOOK_AT_BASE = 5  # bits of a frozen number's size that guess a mask (docs/coding.md)
 
 
 def pack_for_file(
@@ -150,7 +150,7 @@ def prepare_for_model(
         mask, kind = masks[key]
         _make_wide_enough(mask, value)
         if kind == "bits" and headers[key].coding != "bits":
-            value = codec.decode(value, key, layers[mask.target].base_sizes)
+            value = codec.decode(value, key, partial(base_sizes, layers[mask.target]))
         if kind == "row_scale":
             loaded[key] = value
             continue
@@ -204,17 +204,8 @@ def _coded(saved: StateDict, layers: Mapping[str, PemnLayer], config: PemnConfig
     for key, value in saved.items():
         layer = layers.get(key.removesuffix(".bits"))
         if layer is not None and bits.is_loaded(value):
-            coded[key] = codec.encode(value, _guides(layer, config), layer.shape[2:])
+            coded[key] = codec.encode(value, guides_of(layer, config), layer.shape[2:])
     return coded
-
-
-def _guides(layer: PemnLayer, config: PemnConfig) -> tuple[Guide | BaseGuide, ...] | None:
-    """Return what guesses a mask in the configuration's coding."""
-    if config.coding == "entropy":
-        return None
-    sizes = layer.base_sizes() if config.coding == "base" else None
-    of_base = () if sizes is None else (BaseGuide(sizes, _LOOK_AT_BASE),)
-    return (*layer.guides(config), *of_base)
 
 
 def _kinds(mask: AdapterMask) -> tuple[str, str]:
@@ -241,7 +232,7 @@ def _on_base(stored: Tensor, base: bytes) -> Tensor:
     """Return a mask that was loaded as one of the base that it lies on, if that has changed."""
     if not bits.is_loaded(stored):
         return stored
-    known = fingerprints.from_short_form(bits.inspect(stored, "the mask").base)
+    known = fingerprints.from_short_form(inspect(stored, "the mask").base)
     now = fingerprints.from_short_form(base)
     stays = not now or fingerprints.agree(known, now)
     return stored if stays else bits.with_base(stored, base)
@@ -279,7 +270,7 @@ def _check_masks(
 ) -> dict[str, StoredMask]:
     """Refuse masks that are damaged, of other sizes or of another base; return their headers."""
     placed = {key: masks[key] for key in given if key in masks}
-    headers = {key: bits.inspect(given[key], key) for key in placed if placed[key][1] == "bits"}
+    headers = {key: inspect(given[key], key) for key in placed if placed[key][1] == "bits"}
     for key, (mask, kind) in placed.items():
         count = headers[key].weights if key in headers else given[key].numel()
         _check_size(key, kind, count, mask)
@@ -296,9 +287,9 @@ def _check_scores(
 ) -> None:
     """Refuse scores of another base, which is named beside each."""
     for key, value in named.items():
-        if value.dtype != _BYTE or value.numel() != len(bits.UNKNOWN_BASE):
+        if value.dtype != _BYTE or value.numel() != len(UNKNOWN_BASE):
             shown = f"{value.dtype} of shape {tuple(value.shape)}"
-            bits.refuse(key, f"is {shown}; a base's fingerprint is {len(bits.UNKNOWN_BASE)} bytes")
+            refuse(key, f"is {shown}; a base's fingerprint is {len(UNKNOWN_BASE)} bytes")
         _check_base(bytes(value.tolist()), actual)
     scores = [key for key in given if key in masks and masks[key][1] == "scores"]
     unnamed = [k for k in scores if f"{k.removesuffix('scores')}{FINGERPRINT}" not in named]

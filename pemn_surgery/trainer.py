@@ -13,9 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pemn_surgery import bits
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.coding import bits
+from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.errors import UnsupportedModelError
 from pemn_surgery.gradients import GradientWatch
 
@@ -185,6 +186,6 @@ def _flips(before: dict[str, Tensor], now: dict[str, Tensor]) -> int:
 
 
 def _differing_bits(first: Tensor, second: Tensor) -> int:
-    weights = 8 * (first.numel() - bits.HEADER_BYTES)
+    weights = 8 * (first.numel() - HEADER_BYTES)
     shape = (weights,)
     return int((bits.unpack(first, shape) != bits.unpack(second, shape)).sum())

@@ -22,8 +22,10 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from pemn_surgery import PemnConfig, bits, pemnify
+from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.adapters.tasks.manage import to_trainable
+from pemn_surgery.coding import bits
+from pemn_surgery.coding.header import inspect
 from pemn_surgery.masks.masked_weight import keep_weights
 from tests.adapters import models
 
@@ -254,7 +256,7 @@ class Machine:
             for name in layer.names_in_use():
                 mask = layer.mask_of(name)
                 if mask.scores is None:
-                    base = bits.inspect(mask.bits, name).base
+                    base = inspect(mask.bits, name).base
                     mask.bits.data.copy_(bits.pack(~mask.mask().roll(seed + place), base))
 
     def write_bits(self, seed):
@@ -262,7 +264,7 @@ class Machine:
             for name in layer.names_in_use():
                 mask = layer.mask_of(name)
                 if mask.scores is None:
-                    base = bits.inspect(mask.bits, name).base
+                    base = inspect(mask.bits, name).base
                     mask.bits.copy_(bits.pack(mask.mask().roll((seed + place) % 5), base))
 
     def cast(self, seed):

@@ -3,11 +3,16 @@
 import struct
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 
-from pemn_surgery import bits, codec, codes
+from pemn_surgery.coding import bits, codec
+from pemn_surgery.coding.choice import choose
+from pemn_surgery.coding.context import Guide
+from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.errors import MaskFormatError
+from pemn_surgery.numbers.sizes import drawn_sizes
 from tests import oracles
 
 
@@ -17,6 +22,15 @@ def as_bytes(stored):
 
 def as_tensor(content):
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def drawn(key, period, weights, log2=8):
+    """A guide as its layer or its file gives it."""
+    return Guide(drawn_sizes(key, period, weights), log2, (key, period))
+
+
+def flags_of(mask):
+    return mask.reshape(-1).numpy().view(np.uint8)
 
 
 def changed(content, place, value):
@@ -29,12 +43,18 @@ def resealed(content):
     return changed(content, 16, struct.pack("<I", oracles.checksum(content)))
 
 
-def forced(mask, guides=(), kernel=(), base=bytes(12)):
-    """The form coded by context, also where another is shorter."""
+def by_density(mask, base=bytes(12)):
+    """The form coded by density, also where bits are shorter."""
     stored = bits.pack(mask, base)
-    packed = stored.numpy()[bits.HEADER_BYTES :]
-    code = codes.by_context(packed, mask.numel(), guides, kernel)
-    return codec.sealed(code, bits.verify(stored, "m"))
+    header = bits.verify(stored, "m")
+    return codec.by_density(stored.numpy()[HEADER_BYTES:], header, int(mask.sum()))
+
+
+def forced(mask, guides=(), kernel=(), base=bytes(12), context=None):
+    """The form coded by context, also where another is shorter."""
+    header = bits.verify(bits.pack(mask, base), "m")
+    chosen = context or choose(flags_of(mask), guides, kernel)
+    return codec.by_context(flags_of(mask), chosen, header)
 
 
 def assert_refused(content, said, most, *base_sizes):
@@ -68,4 +88,4 @@ def assert_refused_or_the_same(content, changes, *base_sizes):
         found = codec.decode(as_tensor(resealed(bytes(altered))), "m", *base_sizes)
     except MaskFormatError:
         return
-    assert as_bytes(found)[32:] == expected[32:]  # the end's padding says nothing
+    assert as_bytes(found)[32:] == expected[32:]  # the base's name says nothing

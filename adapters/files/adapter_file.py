@@ -21,7 +21,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pemn_surgery import bits, codec
 from pemn_surgery.adapters.files.contents import (
     FINGERPRINT,
     KEY_PREFIX,
@@ -39,6 +38,8 @@ from pemn_surgery.adapters.files.contents import (
 )
 from pemn_surgery.adapters.files.disk import named_errors
 from pemn_surgery.adapters.files.seal import SEAL, check_seal, digest_of, sealed_configuration
+from pemn_surgery.coding import bits, codec
+from pemn_surgery.coding.header import inspect
 
 __all__ = [
     "CONFIG",
@@ -244,7 +245,7 @@ def seal(path: Path, configuration: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> Contents:
     nbytes, tensors, metadata = _raw(path)
-    stored = {key: bits.inspect(value, key) for key, value in tensors.items() if is_mask(key)}
+    stored = {key: inspect(value, key) for key, value in tensors.items() if is_mask(key)}
     sealed = sealed_configuration(path, metadata)
     if sealed is not None:
         check_seal(path, tensors, sealed)

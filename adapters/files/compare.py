@@ -7,7 +7,7 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import mask_key, one_reading, read_decoded
 from pemn_surgery.adapters.files.file_checks import check_without_base
 from pemn_surgery.adapters.files.opening import open_adapter
-from pemn_surgery.bits import HEADER_BYTES
+from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.errors import AdapterFileError, ArchitectureError
 
 _Masks = dict[str, tuple[int, int]]  # by parameter: weights, and the mask as one whole number

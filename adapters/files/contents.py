@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from pemn_surgery import bits, codec
-from pemn_surgery.bits import StoredMask
+from pemn_surgery.coding import bits, codec
+from pemn_surgery.coding.header import StoredMask
 from pemn_surgery.errors import AdapterFileError, ConfigError, MaskFormatError
 from pemn_surgery.masks.masked_weight import masked_child_name
 

@@ -13,10 +13,10 @@ import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from pemn_surgery import bits
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.files.atomic import config_text, header_bytes, sealed_metadata
+from pemn_surgery.coding import bits
 from pemn_surgery.masks.task_tensors import TASK_CHILD
 from pemn_surgery.numbers.bank import Shape
 from pemn_surgery.numbers.fingerprint import types_of

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from pemn_surgery import bits, codec
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import (
     AdapterFile,
@@ -22,7 +21,8 @@ from pemn_surgery.adapters.files.atomic import CARD, write_adapter
 from pemn_surgery.adapters.files.card import complete_card
 from pemn_surgery.adapters.files.file_checks import check_without_base
 from pemn_surgery.adapters.files.opening import open_adapter
-from pemn_surgery.bits import CodingName
+from pemn_surgery.coding import bits, codec
+from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.masks.selector import check_finite
 from pemn_surgery.numbers import fingerprint as fingerprints

@@ -26,7 +26,6 @@ from peft import PeftModel, set_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from pemn_surgery import bits
 from pemn_surgery.adapters.api import make_config, pemnify
 from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
@@ -38,6 +37,7 @@ from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.quantised import quantised_weights
 from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
+from pemn_surgery.coding import bits
 from pemn_surgery.errors import (
     ConfigError,
     FinetunedMismatchError,

@@ -13,13 +13,13 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from pemn_surgery import bits
 from pemn_surgery.adapters.base import fingerprint_of
 from pemn_surgery.adapters.checks import check_adapters_exist, check_name_is_free
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.names import check_adapter_name, saved_whole
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
+from pemn_surgery.coding import bits
 from pemn_surgery.errors import AdapterError
 from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.selector import Selector

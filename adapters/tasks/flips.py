@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pemn_surgery.adapters.checks import check_adapters_exist
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.guides import is_guessed
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.adapters.tasks.manage import adapter_configs
@@ -122,7 +123,7 @@ def _masks_of(model: nn.Module, adapter_name: str) -> tuple[PemnConfig, list[Pem
         for module in model.modules()
         if isinstance(module, PemnLayer) and adapter_name in module.pemn_masks
     ]
-    if not all(layer.guides(config) for layer in layers):
+    if not all(is_guessed(layer, config) for layer in layers):
         message = (
             f"The adapter {adapter_name!r} has selector={config.selector!r} and "
             f'form={config.form!r}; only masks of the largest scores (selector="topk", '

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from pemn_surgery import bits
+from pemn_surgery.coding import bits
 from pemn_surgery.errors import MaskNotLoadedError
 from pemn_surgery.masks.product import (
     goes_by_pieces,

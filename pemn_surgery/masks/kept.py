@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from pemn_surgery import bits
+from pemn_surgery.coding.header import HEADER_BYTES
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -257,7 +257,7 @@ def _take(tensor: Tensor) -> _Sample:
     Bytes are a stored mask, whose header has the checksum of all of them.
     """
     whole = tensor.detach()
-    there = whole[: bits.HEADER_BYTES] if whole.dtype == torch.uint8 else spaced(whole)
+    there = whole[:HEADER_BYTES] if whole.dtype == torch.uint8 else spaced(whole)
     there = there.view(_INTEGERS[there.element_size()])
     return _Sample(there, there.clone())
 

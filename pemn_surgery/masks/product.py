@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pemn_surgery import bits
+from pemn_surgery.coding import bits
 from pemn_surgery.kernels import product
 from pemn_surgery.masks.selector import Selector
 from pemn_surgery.transforms import is_transformed, takes_functions

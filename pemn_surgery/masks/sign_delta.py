@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pemn_surgery import bits
+from pemn_surgery.coding import bits
 from pemn_surgery.masks.product import goes_by_pieces
 from pemn_surgery.transforms import takes_functions
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pemn_surgery import bits
+from pemn_surgery.coding import bits
 from pemn_surgery.numbers.bank import BankSpec, Layout
 from pemn_surgery.planning.blocks import Block
 from pemn_surgery.planning.outcomes import Left, Owned, Target

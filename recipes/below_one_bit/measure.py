@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pemn_surgery import bits, codec
+from pemn_surgery.adapters.guides import drawn_guides
 from pemn_surgery.adapters.layer import PemnLayer
-from pemn_surgery.buckets import sizes_of
+from pemn_surgery.coding import bits, codec
 
 Array = Any  # of numpy; its element type is in the docstrings
 SETTINGS = ("case", "task", "optimizer", "lr", "pull", "held", "epochs", "by", "share")
@@ -71,7 +71,7 @@ def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]
     sums = dict.fromkeys(("entropy", "score", "context", "bound", "ideal", "changed"), 0.0)
     for name, mask in kept.masks.items():
         layer, stored = layers[name], bits.pack(torch.from_numpy(mask))
-        guides = layer.guides(config)
+        guides = drawn_guides(layer, config)
         sums["entropy"] += 8 * codec.encode(stored).numel()
         coded = codec.encode(stored, guides, layer.shape[2:])
         if not torch.equal(codec.decode(coded, name), stored):
@@ -80,7 +80,7 @@ def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]
         sums["context"] += 8 * coded.numel()
         sums["score"] += 8 * codec.encode(stored, guides[:1]).numel()
         sums["bound"] += ideal(mask, np.zeros(mask.size, int), 1)[0]
-        ranks = sizes_of(guides[0], mask.size)
+        ranks = guides[0].sizes
         sums["ideal"] += ideal(mask, ranks // (256 // RANKS), RANKS)[0]
         sums["changed"] += int(
             (mask != layers[name].mask_of("default").mask().flatten().numpy()).sum()
@@ -132,10 +132,10 @@ def _contexts(
     mask: Array, layer: PemnLayer, config: Any, other: Array | None
 ) -> Iterator[tuple[str, Array, int, float]]:
     """Yield name, bucket of each weight, number of buckets, bits beside the table."""
-    scores, *frozen = layer.guides(config)
+    scores, *frozen = drawn_guides(layer, config)
     n, each = mask.size, np.arange(mask.size)
     places, columns, rows = math.prod(layer.shape[2:]), layer.shape[1], layer.shape[0]
-    rank = sizes_of(scores, n).astype(int)
+    rank = scores.sizes.astype(int)
     changed = mask != (rank >= 128)
     rank //= 256 // RANKS
     place, column, line = each % places, each // places % columns, each // (places * columns)
@@ -144,7 +144,7 @@ def _contexts(
     yield "density of the column", _eighths(mask, column, columns)[column], 8, 3.0 * columns
     yield "score", rank, RANKS, 0.0
     if frozen:
-        large = sizes_of(frozen[0], n)[each % frozen[0].period].astype(int) // (256 // LARGE)
+        large = frozen[0].sizes.astype(int) // (256 // LARGE)
         yield "score, frozen number", rank * LARGE + large, RANKS * LARGE, 0.0
     yield "score, place in the kernel", rank * places + place, RANKS * places, 0.0
     near = {

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pemn_surgery import bits, codec
 from pemn_surgery.adapters.files.adapter_file import MASKS, parameter_name
+from pemn_surgery.coding import bits, codec
+from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.errors import RecipeError
 
 Tools = dict[str, Callable[[bytes], bytes]]
@@ -107,7 +108,7 @@ def of_masks(masks: Mapping[str, Tensor], chosen: Tools) -> dict[str, Any]:
 def _ours(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     coded = [codec.encode(bits.pack(mask)) for mask in masks.values()]
     whole = sum(code.numel() for code in coded)
-    return {"ours": whole, "payload": whole - sum(_header(code) for code in coded)}
+    return {"ours": whole, "payload": whole - HEADER_BYTES * len(coded)}
 
 
 def _of_tools(masks: Mapping[str, Tensor], chosen: Tools) -> dict[str, Any]:
@@ -117,11 +118,6 @@ def _of_tools(masks: Mapping[str, Tensor], chosen: Tools) -> dict[str, Any]:
         name: {tool: len(compress(stream)) for tool, compress in chosen.items()}
         for name, stream in streams.items()
     }
-
-
-def _header(code: Tensor) -> int:
-    is_bits = bits.inspect(code, "mask").coding == "bits"
-    return bits.HEADER_BYTES + (0 if is_bits else 4)
 
 
 def reductions(sizes: Mapping[str, Any], whole: float) -> dict[str, Any]:

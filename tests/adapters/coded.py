@@ -4,7 +4,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from pemn_surgery import bits, pemnify
+from pemn_surgery import pemnify
+from pemn_surgery.coding.header import inspect
 from tests.adapters import models
 
 OPTIONS = {
@@ -55,7 +56,7 @@ def stored_masks(folder):
 
 
 def codings(folder):
-    return {bits.inspect(value, key).coding for key, value in stored_masks(folder).items()}
+    return {inspect(value, key).coding for key, value in stored_masks(folder).items()}
 
 
 def keys(model):

@@ -5,10 +5,12 @@ import torch
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from pemn_surgery import bits, compare_adapters, from_finetuned, pemnify, recode
+from pemn_surgery import compare_adapters, from_finetuned, pemnify, recode
+from pemn_surgery.adapters import state
 from pemn_surgery.adapters.files.adapter_file import read_adapter_file
 from pemn_surgery.adapters.files.card import complete_card
-from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.guides import base_sizes
+from pemn_surgery.coding.header import inspect
 from pemn_surgery.commands.cli import main
 from pemn_surgery.errors import FingerprintError, MaskFormatError
 from tests import oracles, reader
@@ -115,7 +117,7 @@ def test_signs_are_coded_beside_the_base(tmp_path):
     model.save_pretrained(str(tmp_path))
     stored = load_file(tmp_path / models.WEIGHTS_FILE)
     signs = {key: value for key, value in stored.items() if key.endswith(".pemn_masks.bits")}
-    assert "base" in {bits.inspect(value, key).coding for key, value in signs.items()}
+    assert "base" in {inspect(value, key).coding for key, value in signs.items()}
     models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
 
 
@@ -123,7 +125,7 @@ def test_a_base_that_is_not_here_is_asked_for(tmp_path):
     save(tmp_path)
     model = pemnify(net(), bank="own", selector="threshold", inference_mode=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PemnLayer, "base_sizes", lambda _: None)
+        patch.setattr(state, "base_sizes", lambda _: None)
         with pytest.raises(MaskFormatError, match="they are not at hand"):
             set_peft_model_state_dict(model, load_file(tmp_path / models.WEIGHTS_FILE))
 
@@ -131,7 +133,7 @@ def test_a_base_that_is_not_here_is_asked_for(tmp_path):
 def test_sizes_are_those_of_frozen_numbers_that_no_seed_draws():
     def sizes(**options):
         layer = models.mask_layers(pemnify(net(), **options))["conv2.weight"]
-        return layer, layer.base_sizes()
+        return layer, base_sizes(layer)
 
     layer, found = sizes(bank="own")
     order = layer.fill().abs().flatten().argsort(stable=True)

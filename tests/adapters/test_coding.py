@@ -7,7 +7,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from pemn_surgery import PemnConfig, bits, codec, from_finetuned, pemnify
+from pemn_surgery import PemnConfig, from_finetuned, pemnify
+from pemn_surgery.coding import codec
+from pemn_surgery.coding.header import inspect
 from pemn_surgery.commands import cli
 from pemn_surgery.errors import ConfigError, MaskFormatError
 from tests import reader
@@ -69,7 +71,7 @@ def test_signs_and_scales(tmp_path):
     model = from_finetuned(base, tuned, method="sign_delta", coding="entropy")
     model.save_pretrained(str(tmp_path))
     signs = {k: v for k, v in load_file(tmp_path / models.WEIGHTS_FILE).items() if "bits" in k}
-    assert "entropy" in {bits.inspect(value, key).coding for key, value in signs.items()}
+    assert "entropy" in {inspect(value, key).coding for key, value in signs.items()}
     models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
     found = reader.read(tmp_path / models.WEIGHTS_FILE)
     scales = [key for key in found if key.endswith(".row_scale")]
@@ -94,7 +96,7 @@ def test_a_damaged_one_leaves_the_base_alone(tmp_path):
     path = tmp_path / models.WEIGHTS_FILE
     tensors = load_file(path)
     masks = stored_masks(tmp_path)
-    key = next(k for k, value in masks.items() if bits.inspect(value, k).coding == "entropy")
+    key = next(k for k, value in masks.items() if inspect(value, k).coding == "entropy")
     tensors[key][-1] ^= 1
     save_file(tensors, path)
     base = models.net()
@@ -137,7 +139,7 @@ def test_the_independent_reader_reads_every_stored_adapter(folder):
 
 def test_stored_adapters_have_both_codings():
     found = {
-        bits.inspect(value, key).coding
+        inspect(value, key).coding
         for path in FOLDER.glob(f"0.1/entropy*/{models.WEIGHTS_FILE}")
         for key, value in load_file(path).items()
         if key.endswith(".bits")

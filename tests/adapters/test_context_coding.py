@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from pemn_surgery import PemnConfig, bits, codec, pemnify
+from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.adapters.guides import drawn_guides
 from pemn_surgery.adapters.layer import PemnLayer
-from pemn_surgery.buckets import Guide
+from pemn_surgery.coding import bits, codec
+from pemn_surgery.coding.header import inspect
 from pemn_surgery.numbers import rng
 from tests import oracles, reader
 from tests.adapters import coded, models
 from tests.adapters.coded import codings, load, net, size, stored_masks
+from tests.stored import drawn
 
 pytestmark = models.ignore_peft_on_transformers
 
@@ -35,12 +38,14 @@ def test_guides_are_in_the_order_of_scores_and_frozen_numbers(bank, init):
     model = pemnify(net(), bank=bank, bank_init=init, seed=7)
     for name in ("conv2.weight", "conv3.weight", "head.weight"):
         one = layer(model, name)
-        scores, weights = one.guides(model.peft_config["default"])
+        scores, weights = drawn_guides(one, model.peft_config["default"])
         tensors = (one.mask_of("default").scores, one.fill())
         for guide, tensor in zip((scores, weights), tensors, strict=True):
             values = tensor.detach().abs().flatten().numpy()
-            numbers = np.concatenate(list(rng.pieces(guide.key, guide.period)))
-            found = sizes(numbers)[np.arange(values.size) % guide.period]
+            key, period = guide.seed
+            numbers = np.concatenate(list(rng.pieces(key, period)))
+            found = sizes(numbers)[np.arange(values.size) % period]
+            assert (found >> 23).tolist() == guide.sizes.tolist()
             order = np.argsort(values, kind="stable")
             apart = np.diff(values[order]) > 0
             assert apart.any()
@@ -51,7 +56,7 @@ def test_guides_are_in_the_order_of_scores_and_frozen_numbers(bank, init):
 def test_what_is_no_guide():
     def guides(**options):
         model = pemnify(net(), **options)
-        return [guide.log2 for guide in layer(model).guides(model.peft_config["default"])]
+        return [guide.log2 for guide in drawn_guides(layer(model), model.peft_config["default"])]
 
     assert guides(bank="rp") == [8, 3]
     assert guides(bank="rp", permute=True) == [8]  # in another order
@@ -117,7 +122,7 @@ def test_masks_without_guides_are_coded_beside_their_neighbours(tmp_path):
         layer(model).mask_of("default").scores.masked_fill_(off, -1.0)
     model.save_pretrained(str(tmp_path))
     (key,) = [key for key in stored_masks(tmp_path) if ".conv2." in key]
-    assert bits.inspect(stored_masks(tmp_path)[key], key).coding == "context"
+    assert inspect(stored_masks(tmp_path)[key], key).coding == "context"
     as_entropy = codec.encode(codec.decode(stored_masks(tmp_path)[key], key))
     assert stored_masks(tmp_path)[key].numel() < 0.6 * as_entropy.numel()
     models.assert_equal(models.logits(load(tmp_path)), models.logits(model))
@@ -127,4 +132,4 @@ def test_masks_without_guides_are_coded_beside_their_neighbours(tmp_path):
 
 def test_an_empty_weight_has_guides():
     stored = bits.pack(torch.ones(0, dtype=torch.bool))
-    assert torch.equal(codec.encode(stored, [Guide(b"k" * 16, 1)]), stored)
+    assert torch.equal(codec.encode(stored, [drawn(b"k" * 16, 1, 0)]), stored)

@@ -5,7 +5,9 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from pemn_surgery import bits, pemnify
+from pemn_surgery import pemnify
+from pemn_surgery.coding import bits
+from pemn_surgery.coding.header import inspect
 from pemn_surgery.errors import MaskFormatError
 from tests.adapters import models
 from tests.adapters.coded import (
@@ -92,9 +94,7 @@ def test_a_second_adapter_beside_it(coding, tmp_path):
 def test_a_damaged_mask_leaves_the_base_alone(coding, tmp_path):
     save(tmp_path, coding)
     key = next(
-        key
-        for key, value in stored_masks(tmp_path).items()
-        if bits.inspect(value, key).coding == coding
+        key for key, value in stored_masks(tmp_path).items() if inspect(value, key).coding == coding
     )
     content = (tmp_path / models.WEIGHTS_FILE).read_bytes()
     payload = load_file(tmp_path / models.WEIGHTS_FILE)[key].numpy().tobytes()

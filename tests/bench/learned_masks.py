@@ -18,20 +18,21 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pemn_surgery import bits, codec
 from pemn_surgery.adapters.files.adapter_file import parameter_name
-from pemn_surgery.buckets import BaseGuide, base_sizes
+from pemn_surgery.coding import bits, codec
+from pemn_surgery.coding.context import Guide
+from pemn_surgery.coding.header import HEADER_BYTES, inspect
+from pemn_surgery.numbers.sizes import base_sizes
 from pemn_surgery.report.tables import environment, table
 from tests.bench.coding import entropy_of, timed
 
-HEADERS = {"bits": bits.HEADER_BYTES, "entropy": 36, "context": 37, "base": 37}
 CODINGS = ("entropy", "context", "base")
 
 
 def guided(coding: str, weight: torch.Tensor) -> tuple[list[Any] | None, tuple[int, ...]]:
     """Return guides and kernel for a coding."""
     words = weight.to(torch.bfloat16).flatten().view(torch.int16).numpy().view(np.uint16)
-    guides = [BaseGuide(base_sizes(words), 5)] if coding == "base" else []
+    guides = [Guide(base_sizes(words), 5)] if coding == "base" else []
     return (None if coding == "entropy" else guides), tuple(weight.shape[2:])
 
 
@@ -45,7 +46,7 @@ def measure(file: Path) -> dict[str, Any]:
         if not key.endswith(".pemn_masks.bits"):
             continue
         plain, weight = codec.decode(stored, key), of_weights[parameter_name(key)]
-        mask = bits.unpack(plain, (bits.inspect(plain, key).weights,))
+        mask = bits.unpack(plain, (inspect(plain, key).weights,))
         found["masks"] += 1
         found["weights"] += mask.numel()
         found["bound"] += mask.numel() * entropy_of(float(mask.double().mean())) / 8
@@ -59,10 +60,10 @@ def measure(file: Path) -> dict[str, Any]:
             if not torch.equal(again, plain):
                 message = f"{file}: {key} is not decoded as it was"
                 raise SystemExit(message)
-            used = bits.inspect(coded, key).coding
+            used = inspect(coded, key).coding
             found[f"by_{name}"] += used == name
             found[name] += coded.numel()
-            found[f"{name}_payload"] += coded.numel() - HEADERS[used]
+            found[f"{name}_payload"] += coded.numel() - HEADER_BYTES
     return found | {"seconds": seconds}
 
 

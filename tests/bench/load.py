@@ -1,4 +1,4 @@
-"""How long an adapter of bits takes to load: onto ViT-B/16, beside another one that is there.
+"""How long an adapter takes to load, as bits or coded: onto ViT-B/16, beside one that is there.
 
 Random weights, no network. In every round each step runs once, in an order of its own, so that what
 else the machine does meets all alike; medians and all measurements are kept, by the clock and by
@@ -32,6 +32,7 @@ WEIGHTS = "adapter_model.safetensors"
 BANKS: dict[str, dict[str, Any]] = {
     "rp": {"bank": "rp", "ratio": 1e-2},
     "own": {"bank": "own", "modules_to_save": []},
+    "coded": {"bank": "rp", "ratio": 1e-2, "density": 0.9, "coding": "entropy"},
 }
 
 

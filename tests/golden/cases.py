@@ -66,7 +66,7 @@ class Mixture(nn.Module):
 
 
 class Kernels(nn.Module):
-    """Kernels enough for a table: bits are coded beside their place and their neighbours."""
+    """Kernels enough for levels: bits are coded beside their place and their neighbours."""
 
     def __init__(self):
         super().__init__()
@@ -134,9 +134,9 @@ CASES = {
     "experts_own": ("mixture", {"bank": "own", "functional_weights": EXPERTS}),
     "entropy": ("attention", {"bank": "rp", "ratio": 0.2, "density": 0.9, "coding": "entropy"}),
     "entropy_low": ("attention", {"bank": "own", "density": 0.08, "coding": "entropy"}),
-    "entropy_words": ("kernels", {"bank": "rp", "density": 0.58, "coding": "entropy"}),
-    "entropy_bytes": ("kernels", {"bank": "rp", "density": 0.75, "coding": "entropy"}),
-    "entropy_gaps": ("kernels", {"bank": "rp", "density": 0.95, "coding": "entropy"}),
+    "entropy_near_half": ("kernels", {"bank": "rp", "density": 0.58, "coding": "entropy"}),
+    "entropy_middle": ("kernels", {"bank": "rp", "density": 0.75, "coding": "entropy"}),
+    "entropy_high": ("kernels", {"bank": "rp", "density": 0.95, "coding": "entropy"}),
     "context_guides": ("kernels", {"bank": "rp", "ratio": 0.1, "coding": "context"}),
     "context_neighbours": (
         "kernels",

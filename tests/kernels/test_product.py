@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pemn_surgery import bits, pemnify
+from pemn_surgery import pemnify
+from pemn_surgery.coding import bits
 from pemn_surgery.kernels import product
 from pemn_surgery.kernels.selection import Rule
 from pemn_surgery.masks import product as masking

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from pemn_surgery import PemnConfig, bits, pemnify
+from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.coding import bits
+from pemn_surgery.coding.header import inspect
 from pemn_surgery.errors import AlreadyPemnifiedError, MaskedWeightError
 from pemn_surgery.masks import kept
 from pemn_surgery.masks.masked_weight import MaskedWeight, keep_weights
@@ -278,7 +280,7 @@ def test_bits_written_without_a_trace(bank):
         before = model(X).clone()
         for layer in models.mask_layers(model).values():
             mask = layer.mask_of("default")
-            mask.bits.data.copy_(bits.pack(~mask.mask(), bits.inspect(mask.bits, "").base))
+            mask.bits.data.copy_(bits.pack(~mask.mask(), inspect(mask.bits, "").base))
         models.assert_differs(assert_as_if_nothing_were_kept(model), before)
 
 

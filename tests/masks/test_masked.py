@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pemn_surgery import PemnConfig, bits, pemnify
+from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.coding import bits
 from pemn_surgery.errors import MaskNotLoadedError
 from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.kept import one_forward

@@ -27,7 +27,8 @@ from torch.func import (
     vmap,
 )
 
-from pemn_surgery import PemnConfig, bits, from_finetuned, pemnify
+from pemn_surgery import PemnConfig, from_finetuned, pemnify
+from pemn_surgery.coding import bits
 from pemn_surgery.errors import MaskedWeightError, MaskNotLoadedError
 from pemn_surgery.masks.mixture import Mixture
 from pemn_surgery.masks.selector import Selector

@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from pemn_surgery import bits, pemnify
+from pemn_surgery import pemnify
 from pemn_surgery import recipe as recipes
+from pemn_surgery.coding import bits
 from pemn_surgery.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from pemn_surgery import bits, codec
+from pemn_surgery.coding import bits, codec
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import load, networks
 from pemn_surgery.report import tables as report

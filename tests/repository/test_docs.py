@@ -76,8 +76,8 @@ def test_there_are_links_and_anchors_to_check():
     found = [link for page in PAGES for link in links(page)]
     assert len(found) > 40
     assert sum(bool(anchor) for _, anchor in found) >= 10
-    assert {file for file, _ in links(ROOT / "docs/format.md")} >= {"results/load.json"}
-    assert {"words-of-16-weights", "at-run-time"} < anchors(ROOT / "docs/format.md")
+    assert {file for file, _ in links(ROOT / "docs/saving.md")} >= {"results/load.json"}
+    assert {"one-stored-mask-version-1", "at-run-time"} < anchors(ROOT / "docs/format.md")
 
 
 def test_every_page_is_in_the_index_and_in_the_menu():
@@ -187,15 +187,26 @@ def test_finetuned_table(case):
 LOAD = json.loads((ROOT / "docs/results/load.json").read_text(encoding="utf-8"))["results"]
 
 
+def times(bank, step):
+    """Milliseconds of the processor."""
+    return LOAD[bank]["steps"][step]["processor_ms"]["median"]
+
+
 def test_load_table():
-    page = (ROOT / "docs/format.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/saving.md").read_text(encoding="utf-8")
     rows = [cells(line)[1:] for line in page.splitlines() if line.startswith("|")]
-    assert set(LOAD) == {"rp", "own"}
+    assert set(LOAD) == {"rp", "own", "coded"}
     for step in ("load_file", "read and check", "load_adapter", "set_adapter"):
-        medians = [LOAD[bank]["steps"][step]["clock_ms"]["median"] for bank in ("rp", "own")]
+        medians = [
+            LOAD[bank]["steps"][step]["processor_ms"]["median"] for bank in ("rp", "own", "coded")
+        ]
         assert [f"{median:.1f}" for median in medians] in rows
     assert all(bank["masked_weights"] > 86e6 for bank in LOAD.values())
-    assert all(bank["steps"]["load_adapter"]["clock_ms"]["median"] < 300 for bank in LOAD.values())
+    loads = {
+        bank: one["steps"]["load_adapter"]["processor_ms"]["median"] for bank, one in LOAD.items()
+    }
+    assert max(loads["rp"], loads["own"]) < 500
+    assert loads["coded"] < 800
 
 
 CODING = json.loads((ROOT / "docs/results/coding.json").read_text(encoding="utf-8"))
@@ -219,10 +230,9 @@ def test_coding_tables():
             speeds += [f"{figures['mb_per_s']:.0f} ({low:.0f}-{high:.0f})"]
             speeds += [f"{figures['times_numpy']:.1f}"]
         assert [str(density), *speeds] in rows
-    assert all(row["size_to_entropy"] <= 1.01 for row in CODING["rows"] if row["weights"] >= 10**6)
-    large = [found[10_000_000, density] for density in densities]
-    assert min(row["encode"]["mb_per_s"] for row in large) >= 50
-    assert min(row["decode"]["mb_per_s"] for row in large) >= 150
+    for (weights, _), row in found.items():
+        payload = (row["bytes"] - 32) / row["bytes"] * row["size_to_entropy"]
+        assert payload <= 1.001 or weights < 10**6
 
 
 CONTEXT = json.loads((ROOT / "docs/results/context.json").read_text(encoding="utf-8"))["contexts"]
@@ -245,14 +255,16 @@ def test_coding_comparison():
     page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
     rows = [cells(line.replace("`", "")) for line in page.splitlines() if line.startswith("|")]
     ways = {row["way"] for row in CODING["compared"]}
-    assert len(ways) == 10
+    assert len(ways) == 2
     found = {(row["way"], row["density"]): row for row in CODING["compared"]}
     for way in ways:
         figures = [found[way, density] for density in (0.6, 0.8, 0.9, 0.975)]
         shown = [
-            f"{row['size_to_entropy']:.3f}, {row['decode']['mb_per_s']:.0f}" for row in figures
+            f"{row['encode']['mb_per_s']:.1f}, {row['decode']['mb_per_s']:.1f}" for row in figures
         ]
         assert [way, *shown] in rows
+    same = {(row["density"], row["bytes"]) for row in CODING["compared"]}
+    assert len(same) == len(found) / 2  # both write the same bytes
 
 
 CODINGS = ["entropy", "context", "base"]
@@ -260,10 +272,10 @@ LEARNED = json.loads((ROOT / "docs/results/learned_masks.json").read_text(encodi
 
 
 def test_learned_masks_table():
-    """And what is said of it: coded beside their base, all but the tiniest are below the bound."""
+    """And what is said of it."""
     page = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
     rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
-    assert len(LEARNED["rows"]) == 13
+    assert len(LEARNED["rows"]) == 6
     ratios = {}
     for one in LEARNED["rows"]:
         keys = [f"{name}_payload" for name in CODINGS] + CODINGS
@@ -277,7 +289,14 @@ def test_learned_masks_table():
             *(f"{ratios[one['adapter']][key]:.4f}" for key in keys),
         ]
         assert shown in rows, shown
-    tiny = ratios.pop("rotation/resnet20-e3-s0/masks_lr10")
-    assert 0.955 < tiny["base_payload"] < 0.965 < 1.3 < tiny["base"]
-    assert all(0.8 < one["base_payload"] < 0.875 for one in ratios.values())
-    assert all(0.87 < one["base"] < 0.98 for one in ratios.values())
+    for one in ratios.values():
+        assert one["base"] <= one["context"] <= one["entropy"]
+    assert 0.88 < ratios["wide/masks_lr3"]["base_payload"] < 0.89
+
+
+COMPARED = json.loads((ROOT / "docs/results/coders.json").read_text(encoding="utf-8"))["masks"]
+
+
+def test_no_file_is_longer_than_the_earlier_coders():
+    assert len(COMPARED) > 80
+    assert all(one["bytes"] <= 1.002 * one["bytes_before"] for one in COMPARED)

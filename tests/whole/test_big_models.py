@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pemn_surgery import bits, keep_weights, pemnify, plan
+from pemn_surgery import keep_weights, pemnify, plan
 from pemn_surgery.adapters import PemnConfig
+from pemn_surgery.coding import bits
 from pemn_surgery.errors import MetaTensorError
 from pemn_surgery.kernels import library
 from pemn_surgery.masks import product

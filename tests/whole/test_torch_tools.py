@@ -10,7 +10,9 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 
-from pemn_surgery import PemnConfig, bits, pemnify
+from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.coding import bits
+from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.masks.kept import one_forward
 from tests import oracles
 from tests.adapters import models
@@ -283,7 +285,7 @@ def test_export_of_the_unmerged_model_follows_its_masks(bank, kind):
             if kind == "scores":
                 state[name].copy_(state[name].flip(0) * 0.5)
             else:
-                state[name][bits.HEADER_BYTES :].bitwise_not_()
+                state[name][HEADER_BYTES:].bitwise_not_()
         models.assert_differs(program(x), expected)
 
 

@@ -23,7 +23,7 @@ from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.adapters import config, guard
 from pemn_surgery.adapters.files import atomic
 from pemn_surgery.adapters.files.adapter_file import seal
-from pemn_surgery.bits import CodingName
+from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import AdapterError, AdapterFileError, AdapterWriteError, ConfigError
 from tests import fuzz
 from tests.adapters import models

@@ -15,17 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pemn_surgery import (
-    PemnConfig,
-    bits,
-    from_finetuned,
-    keep_weights,
-    measure_errors,
-    pemnify,
-    plan,
-)
+from pemn_surgery import PemnConfig, from_finetuned, keep_weights, measure_errors, pemnify, plan
 from pemn_surgery.adapters.files.adapter_file import read_adapter_file
 from pemn_surgery.adapters.finetuned.convert import nearest_mask, nearest_signs
+from pemn_surgery.coding import bits
 from pemn_surgery.errors import (
     AlreadyPemnifiedError,
     ArchitectureError,

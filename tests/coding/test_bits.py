@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pemn_surgery import bits
+from pemn_surgery.coding import bits
+from pemn_surgery.coding.header import UNKNOWN_BASE
 from pemn_surgery.errors import AdapterFileError, MaskFormatError, PemnError
 from tests import oracles
 
@@ -90,7 +91,7 @@ def test_header_layout():
 
 
 def test_unknown_base_is_zeros():
-    assert as_bytes(bits.pack(some_mask()))[20:32] == bytes(12) == bits.UNKNOWN_BASE
+    assert as_bytes(bits.pack(some_mask()))[20:32] == bytes(12) == UNKNOWN_BASE
 
 
 def test_non_contiguous_mask_is_packed_row_by_row():
