@@ -35,6 +35,11 @@ from pemn_surgery.adapters.injection.matching import (
     is_saved_whole,
     plan_for,
 )
+from pemn_surgery.adapters.injection.new_rows import (
+    check_new_rows,
+    models_with_new_rows,
+    tell_sizes,
+)
 from pemn_surgery.adapters.injection.operation import Operation
 from pemn_surgery.adapters.injection.storable import check_can_be_stored, warn_of_extra_state
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
@@ -90,6 +95,7 @@ class PemnModel(BaseTuner):
         check_model(model)
         check_no_other_method(model)
         settle_heads(peft_config, model)
+        check_new_rows(peft_config, model)
         for name in self.peft_config:
             check_adapter_name(name, saved_whole([peft_config]))
         plan = plan_for(model, peft_config, forward_of(model, peft_config))
@@ -176,16 +182,25 @@ class PemnModel(BaseTuner):
         """Activate adapters, for calls that begin from now on."""
         with self._switching():
             super().set_adapter(adapter_name, inference_mode=inference_mode)
+        tell_sizes(models_with_new_rows(self.model))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out."""
+        grown = models_with_new_rows(self.model)
+        super().delete_adapter(adapter_name)
+        tell_sizes(grown)
 
     def enable_adapter_layers(self) -> None:
         """Enable the adapters, for calls that begin from now on."""
         with self._switching():
             super().enable_adapter_layers()
+        tell_sizes(models_with_new_rows(self.model))
 
     def disable_adapter_layers(self) -> None:
         """Disable the adapters, for calls that begin from now on."""
         with self._switching():
             super().disable_adapter_layers()
+        tell_sizes(models_with_new_rows(self.model))
 
     def unmerge_adapter(self) -> None:
         """Go back to unmerged adapters, for calls that begin from now on."""
@@ -245,6 +260,7 @@ class PemnModel(BaseTuner):
             self._added.add(adapter_name)
             config.put_in_force()
             mark_forward(model)
+        tell_sizes(models_with_new_rows(model))
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -321,11 +337,12 @@ class PemnModel(BaseTuner):
             check_can_store(self.model)
             if kwargs.get("safe_merge"):
                 self._check_mergeable(kwargs.get("adapter_names"))
-        reads = graphs.graph_reads(self.model)
+        reads, grown = graphs.graph_reads(self.model), models_with_new_rows(self.model)
         with _not_taken_for_layers(self.model), told_sizes(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         graphs.restore_graphs(reads)
         unmark_forward(model)
+        tell_sizes(grown)
         return model
 
     @classmethod
