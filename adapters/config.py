@@ -366,8 +366,9 @@ class PemnConfig(PeftConfig):
         Args:
             rows: The rows, by the tensor's name.
         """
-        self.new_rows = {name: new.more for name, new in rows.items()} or None
-        self.base_rows = {name: new.first for name, new in rows.items()} or None
+        counts = {name: new.more for name, new in rows.items()} or None
+        first = {name: new.first for name, new in rows.items()} or None
+        self.__dict__.update(new_rows=counts, base_rows=first)  # a model may grow under adapters
 
     def densities(self, shapes: Mapping[str, Shape]) -> dict[str, float]:
         """Return the densities of some weights' masks.

@@ -28,6 +28,7 @@ from pemn_surgery.adapters.checks import (
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import KEY_PREFIX, ignores_sizes
 from pemn_surgery.adapters.files.file_checks import check_loader_decodes
+from pemn_surgery.adapters.injection.growing import growing
 from pemn_surgery.adapters.injection.heads import settle_heads, warn_of_heads
 from pemn_surgery.adapters.injection.matching import (
     forward_of,
@@ -211,10 +212,11 @@ class PemnModel(BaseTuner):
         return in_force.switching(choosing_layers(self.model))
 
     def __getattr__(self, name: str) -> Any:
-        """Pass attributes on as PEFT does, but for two kinds.
+        """Pass attributes on as PEFT does, but for three kinds.
 
-        Copied by a graph module's way of copying itself, PEFT's own part would be left behind; and
-        what timm asks about parameters is asked in the names that they have here.
+        Copied by a graph module's way of copying itself, PEFT's own part would be left behind; what
+        timm asks about parameters is asked in the names that they have here; and more tokens are
+        rows of every adapter.
         """
         if name in {"__deepcopy__", "__copy__"}:
             raise AttributeError(name)
@@ -222,6 +224,8 @@ class PemnModel(BaseTuner):
             found = super().__getattr__(name)
         except AttributeError as error:
             raise AttributeError(_NO_CONFIG if name == "config" else str(error)) from error
+        if name == "resize_token_embeddings":
+            return growing(self.model, cast("dict[str, PemnConfig]", self.peft_config), found)
         asked = name in layer_groups.QUESTIONS and callable(found)
         return layer_groups.answer(self, name, found, _inner_name) if asked else found
 

@@ -1,6 +1,7 @@
 """The PEFT tuner layer of tensors that are not masked."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -62,6 +63,38 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
                     shared=one and item.first_row is None, first_row=item.first_row,
                 )  # fmt: skip
         self.pemn_tensors[adapter_name] = copies
+
+    def grow_tensors(self, adapter_name: str, item: Owned, *, is_trained: bool) -> None:
+        """Give an adapter new rows, which the module's own tensor has by now.
+
+        Args:
+            adapter_name: The adapter.
+            item: The tensor; of one that the adapter has whole its rows stay.
+            is_trained: Whether the adapter is trained.
+        """
+        if adapter_name not in self.pemn_tensors:
+            self.pemn_tensors[adapter_name] = TensorSet(keeps_eval=False)
+        held = cast("TensorSet", self.pemn_tensors[adapter_name])
+        start, before = cast("Tensor", self._start_of(item)), held(item.tensor)
+        trained = item.trained
+        if before is not None:
+            trained, dtype = isinstance(before, nn.Parameter), before.dtype
+            start = torch.cat([before.detach(), start.detach()[len(before) :].to(dtype)])
+            (held._parameters if trained else held._buffers).pop(item.tensor)
+        held.add(item.tensor, start, trained=trained, saved=item.saved, first_row=item.first_row)
+        if trained:
+            held._parameters[item.tensor].requires_grad_(is_trained)  # pyright: ignore
+
+    def drop_tensor(self, adapter_name: str, name: str) -> None:
+        """Take a copy away that another module's serves in place of.
+
+        Args:
+            adapter_name: The adapter.
+            name: Name of the tensor on the module.
+        """
+        held = self.pemn_tensors._modules.get(adapter_name)
+        for table in () if held is None else (held._parameters, held._buffers):
+            table.pop(name, None)
 
     def _start_of(self, item: Owned) -> Tensor | None:
         """Return the values that a copy starts from; of rows that the module lacks zeros."""

@@ -68,6 +68,27 @@ def check_new_rows(config: PemnConfig, model: nn.Module) -> None:
                 "adapter was trained on; it need not be resized. Nothing was changed."
             )
             raise ArchitectureError(message)
+    _check_other_rows(config, model)
+    _check_beside_head(config, model)
+
+
+def _check_beside_head(config: PemnConfig, model: nn.Module) -> None:
+    """Refuse a base whose head adds numbers, no task's, for another number of tokens (BART)."""
+    for one in _language_models(model):
+        bias = one._buffers.get("final_logits_bias")
+        new = [config.rows_by_name.get(name) for name in names_of_tables(model, one)]
+        totals = {rows.first + rows.more for rows in new if rows is not None}
+        if bias is not None and totals - {bias.shape[-1]}:
+            total = max(totals)
+            message = (
+                f"The adapter has rows for {total} tokens, but the base's final_logits_bias is for "
+                f"{bias.shape[-1]}, and no task has that. Resize the base first: "
+                f"model.resize_token_embeddings({total}). Nothing was changed."
+            )
+            raise ArchitectureError(message)
+
+
+def _check_other_rows(config: PemnConfig, model: nn.Module) -> None:
     for path, module in base_modules(model):
         for parameter in module._parameters:
             new = config.rows_by_name.get(full_name(path, parameter))
@@ -90,7 +111,7 @@ def models_with_new_rows(model: nn.Module) -> list[PreTrainedModel]:
         model: A model with adapters.
     """
     inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return [one for one in inner if any(_has_new_rows(table) for table in _tables(one))]
+    return [one for one in inner if any(_has_new_rows(table) for table in language_tables(one))]
 
 
 def tell_sizes(models: list[PreTrainedModel]) -> None:
@@ -100,7 +121,7 @@ def tell_sizes(models: list[PreTrainedModel]) -> None:
         models: What `models_with_new_rows` returned, whichever adapters are in force now.
     """
     for model in models:
-        tables = _tables(model)
+        tables = language_tables(model)
         count = _rows_in_force(tables[-1])
         text = cast("PreTrainedConfig", model.config).get_text_config()
         text.vocab_size = count
@@ -130,8 +151,8 @@ def _found(model: nn.Module) -> dict[str, int]:
     """Return the numbers of rows that tables have more than their checkpoint, by name."""
     places, found = dict(_places(model)), {}
     for one in _language_models(model):
-        names = _names(model, one)
-        table = _tables(one)[0]._parameters.get("weight")
+        names = names_of_tables(model, one)
+        table = language_tables(one)[0]._parameters.get("weight")
         known = _rows_of_checkpoint(one) if getattr(table, _FROM_SCRATCH, False) else None
         if known is not None and names and 0 < known < places[names[0]]:
             found |= {name: places[name] - known for name in names if places[name] > known}
@@ -141,7 +162,7 @@ def _found(model: nn.Module) -> dict[str, int]:
 def _asked(asked: dict[str, int] | int, model: nn.Module) -> dict[str, int]:
     """Return the rows that a user asks for by name; one number is of all tables of tokens."""
     if isinstance(asked, int):
-        names = [name for one in _language_models(model) for name in _names(model, one)]
+        names = [name for one in _language_models(model) for name in names_of_tables(model, one)]
         return dict.fromkeys(names, asked) if asked else {}
     places = dict(_places(model))
     unknown = [name for name in asked if name not in places]
@@ -168,7 +189,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield the parameters that may have new rows, and how many rows the base has of them."""
     for path, module in base_modules(model):
         for name in module._parameters if isinstance(module, (nn.Embedding, nn.Linear)) else ():
-            rows = _rows(module, name)
+            rows = count_rows(module, name)
             if rows:
                 yield full_name(path, name), rows
         for name, tensor in module._parameters.items():
@@ -177,7 +198,13 @@ def _places(model: nn.Module) -> Iterator[tuple[str, int]]:
                 yield full_name(path, name), len(cast("Tensor", tensor))
 
 
-def _rows(module: nn.Module, name: str) -> int:
+def count_rows(module: nn.Module, name: str) -> int:
+    """Return how many rows the base has of a parameter, with those that no mask lies on.
+
+    Args:
+        module: The module.
+        name: The parameter's name on it.
+    """
     masked = find_masked(module, name)
     tensor = module._parameters[name]
     if masked is not None:
@@ -190,13 +217,17 @@ def _language_models(model: nn.Module) -> Iterator[PreTrainedModel]:
     outer: list[str] = []
     for path, module in base_modules(model):
         inside = any(not at or f"{path}.".startswith(f"{at}.") for at in outer)
-        if isinstance(module, PreTrainedModel) and not inside and _tables(module):
+        if isinstance(module, PreTrainedModel) and not inside and language_tables(module):
             outer.append(path)
             yield module
 
 
-def _tables(model: PreTrainedModel) -> list[nn.Module]:
-    """Return a model's embedding of tokens and, if it has one, the head over them."""
+def language_tables(model: PreTrainedModel) -> list[nn.Module]:
+    """Return a model's embedding of tokens and, if it has one, the head over them.
+
+    Args:
+        model: The model.
+    """
     try:
         found = [model.get_input_embeddings(), model.get_output_embeddings()]
     except (NotImplementedError, AttributeError):
@@ -206,9 +237,14 @@ def _tables(model: PreTrainedModel) -> list[nn.Module]:
     return plain if plain and plain[0] is found[0] else []
 
 
-def _names(model: nn.Module, one: PreTrainedModel) -> list[str]:
-    """Return the names of a language model's tables and biases of tokens, tied ones too."""
-    tables = {id(table) for table in _tables(one)}
+def names_of_tables(model: nn.Module, one: PreTrainedModel) -> list[str]:
+    """Return the names of a language model's tables and biases of tokens, tied ones too.
+
+    Args:
+        model: The model that names are of.
+        one: The language model in it, or itself.
+    """
+    tables = {id(table) for table in language_tables(one)}
     tied = _tied(model)
     own = [
         full_name(path, name)

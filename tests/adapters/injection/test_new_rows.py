@@ -338,6 +338,58 @@ def test_copied_with_its_rows(checkpoints):
     models.assert_equal(logits(twin), expected)
 
 
+# -- on a model that has adapters -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [OWN, SETTINGS["rp"], SETTINGS["mp-stats"]], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_model_with_adapters_gets_more_tokens(name, options, checkpoints, tmp_path):
+    model = pemnify(base_of(checkpoints, name, None), **options)
+    trained(model, tokens=TOKENS % OLD)
+    model.add_adapter("b", PemnConfig(**options))
+    before = logits(model, TOKENS % OLD)
+    table = model.resize_token_embeddings(NEW)
+    assert (
+        table.num_embeddings == len(table.weight) == model.get_base_model().config.vocab_size == NEW
+    )
+    grown = logits(model)
+    models.assert_equal(logits(model, TOKENS % OLD)[..., :OLD], before)
+    for adapter in ("default", "b"):
+        model.set_adapter(adapter)
+        trained(model)
+    model.save_pretrained(str(tmp_path))
+    for adapter, folder in (("default", tmp_path), ("b", tmp_path / "b")):
+        model.set_adapter(adapter)
+        expected = logits(model)
+        assert not torch.equal(expected[..., OLD:], grown[..., OLD:]), "the rows were trained"
+        assert (OLD, WIDTH) not in floats(folder).values()
+        for size in (None, NEW):
+            base = base_of(checkpoints, name, size, seed=2)
+            models.assert_equal(logits(PeftModel.from_pretrained(base, str(folder))), expected)
+    models.assert_equal(logits(model.merge_and_unload()), expected)
+
+
+def test_only_what_is_trained_gets_trained_rows(checkpoints, tmp_path):
+    pemnify(base_of(checkpoints, "llama", None), **OWN).save_pretrained(str(tmp_path))
+    model = PeftModel.from_pretrained(base_of(checkpoints, "llama", None), str(tmp_path))
+    model.resize_token_embeddings(NEW - 3, pad_to_multiple_of=4)
+    assert model.get_base_model().config.vocab_size == NEW
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_fewer_tokens_or_past_peft_are_refused_under_masks(checkpoints):
+    model = pemnify(base_of(checkpoints, "llama", None), **OWN)
+    before = models.Snapshot(model, lambda net: logits(net, TOKENS % OLD))
+    with pytest.raises(MaskedWeightError, match=r"resize_token_embeddings\(30\) would put another"):
+        model.resize_token_embeddings(30)
+    with pytest.raises(MaskedWeightError, match="call it on PEFT's model"):
+        model.get_base_model().resize_token_embeddings(NEW)
+    before.assert_unchanged()
+    model.resize_token_embeddings(NEW)
+    with pytest.raises(MaskedWeightError, match="resize before masks"):  # once
+        model.resize_token_embeddings(NEW + 2)
+
+
 # -- what is asked for, and what cannot be --------------------------------------------------------
 
 
@@ -422,6 +474,32 @@ def test_a_base_without_the_old_rows_is_refused(checkpoints, tmp_path):
         PeftModel.from_pretrained(base, str(tmp_path))
     before.assert_unchanged()
     assert base.config.vocab_size == OLD - 2
+
+
+def test_a_bias_that_no_task_owns_asks_for_a_resized_base(tmp_path):
+    """BART adds a buffer to its logits."""
+    config = transformers.BartConfig(
+        vocab_size=OLD, d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+        encoder_attention_heads=2, decoder_attention_heads=2, decoder_ffn_dim=32, pad_token_id=0,
+        max_position_embeddings=32, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+    kind = transformers.BartForConditionalGeneration
+    torch.manual_seed(0)
+    kind(config).save_pretrained(tmp_path / "bart")
+
+    def bart(size, seed):
+        torch.manual_seed(seed)
+        model = kind.from_pretrained(tmp_path / "bart")
+        model.resize_token_embeddings(size)
+        return model.eval()
+
+    model = trained(pemnify(bart(NEW, 1), **OWN))
+    model.save_pretrained(str(tmp_path / "task"))
+    again = PeftModel.from_pretrained(bart(NEW, 2), str(tmp_path / "task"))
+    models.assert_equal(logits(again), logits(model))
+    with pytest.raises(ArchitectureError, match=r"rows for 44 tokens.*is for 40.*embeddings\(44\)"):
+        PeftModel.from_pretrained(bart(OLD, 2), str(tmp_path / "task"))
 
 
 def test_another_base_is_refused(checkpoints, tmp_path):
