@@ -148,7 +148,8 @@ def _attach(
         layer.grow_tensors(adapter, item, is_trained=is_trained)
     parts = masks[0].parts
     if parts is not None:
-        names = dict.fromkeys((*parts.owned, *(one.name for one in owned if not one.tied_to)))
+        tied = {one.name: bool(one.tied_to) for one in owned}
+        names = [name for name in dict.fromkeys((*parts.owned, *tied)) if not tied.get(name)]
         for mask in masks:
             mask.parts = replace(parts, owned=tuple(names))
 
