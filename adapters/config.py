@@ -358,7 +358,8 @@ class PemnConfig(PeftConfig):
     def rows_by_name(self) -> dict[str, NewRows]:
         """Which rows are new, of each tensor that has such rows, once that is settled."""
         counts = self.new_rows if isinstance(self.new_rows, dict) else {}
-        return {name: NewRows((self.base_rows or {})[name], counts[name]) for name in counts}
+        first = self.base_rows or {}
+        return {name: NewRows(first[name], counts[name]) for name in counts if name in first}
 
     def settle_rows(self, rows: Mapping[str, NewRows]) -> None:
         """Write down which rows are new.
