@@ -329,6 +329,7 @@ IDLES = [
     ({"overall_density": 0.3}, 'belongs to density="erk"; density=0.5 decides'),
     ({"selector": "threshold", "density_pattern": {"a": 0.3}}, 'selector="topk"'),
     ({**SIGNS, "density_pattern": {"a": 0.3}}, 'form="product"'),
+    ({**SIGNS, "new_rows": 2}, 'form="product"'),
     ({"threshold": 0.3}, 'selector="threshold", not selector="topk"'),
     ({**SIGNS, "selector": "threshold", "threshold": 1}, 'form="product"'),
     ({"score_init": 1.0}, "equal scores have no order"),
