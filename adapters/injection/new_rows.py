@@ -193,9 +193,10 @@ def _places(model: nn.Module) -> Iterator[tuple[str, int]]:
             if rows:
                 yield full_name(path, name), rows
         for name, tensor in module._parameters.items():
-            is_bias = tensor is not None and tensor.dim() == 1 and name.endswith("bias")
-            if is_bias and not isinstance(module, (nn.Embedding, nn.Linear)):
-                yield full_name(path, name), len(cast("Tensor", tensor))
+            is_bias = name.endswith("bias") and not isinstance(module, (nn.Embedding, nn.Linear))
+            rows = count_rows(module, name) if is_bias else 0
+            if rows and tensor is not None and tensor.dim() == 1:
+                yield full_name(path, name), rows
 
 
 def count_rows(module: nn.Module, name: str) -> int:
@@ -208,8 +209,11 @@ def count_rows(module: nn.Module, name: str) -> int:
     masked = find_masked(module, name)
     tensor = module._parameters[name]
     if masked is not None:
-        return len(masked.bare())
-    return 0 if tensor is None or not tensor.dim() else tensor.shape[0]
+        own = masked.own_rows()
+        return sum(masked.shape[:1]) + (0 if own is None else len(own))
+    if tensor is None or isinstance(tensor, nn.parameter.UninitializedParameter):
+        return 0
+    return sum(tensor.shape[:1])
 
 
 def _language_models(model: nn.Module) -> Iterator[PreTrainedModel]:
