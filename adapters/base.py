@@ -155,8 +155,14 @@ def _held(layers: Mapping[str, PemnLayer], state_dict: Mapping[str, Tensor]) -> 
         key = f"{owner}.{layer.parameter}" if owner else layer.parameter
         is_own = layer.bank is None and layer.quantization_backend is None and not layer.aside
         if is_own and key in state_dict:
-            found[layer.target] = state_dict[key]
+            found[layer.target] = _masked_rows(layer, state_dict[key])
     return found
+
+
+def _masked_rows(layer: PemnLayer, weight: Tensor) -> Tensor:
+    """Return the rows of a layer's weight that masks lie on, without those that are new."""
+    is_longer = layer.shape and weight.dim() and weight.shape[0] > layer.shape[0]
+    return weight[: layer.shape[0]] if is_longer else weight
 
 
 def _frozen(layer: PemnLayer, given: Tensor | None) -> Tensor:
@@ -166,7 +172,7 @@ def _frozen(layer: PemnLayer, given: Tensor | None) -> Tensor:
     value = layer.fill()
     if value.is_meta and layer.quantization_backend is None:
         moved = offloaded(layer.owner, layer.parameter)
-        value = value if moved is None else moved
+        value = value if moved is None else _masked_rows(layer, moved)
     is_whole = value.numel() == _count(layer) and not hasattr(value, "full_tensor")
     return value if is_whole else torch.empty(layer.shape, device="meta")
 

@@ -29,7 +29,7 @@ from pemn_surgery.errors import ConfigError
 from pemn_surgery.masks.selector import TAKES_DENSITY, Selector, SelectorName
 from pemn_surgery.numbers.bank import BankName, BankSpec, InitName, Shape
 from pemn_surgery.planning.densities import ErkName, densities_by_name, erdos_renyi_kernel
-from pemn_surgery.planning.request import RestName, TiedName
+from pemn_surgery.planning.request import NewRows, RestName, TiedName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
 ScaleName = Literal["sqrt_density"]
@@ -118,6 +118,14 @@ class PemnConfig(PeftConfig):
         carried: Further unmasked tensors, by full name, that the task has its own copy of: those in
             which a fine-tuned model differs from its base, and those that came with no checkpoint.
             Filled in by the library.
+        new_rows: Last rows of embeddings and of a head that the checkpoint does not have (tokens
+            that were added, ``resize_token_embeddings``): the task's own, trained and saved as
+            floats, while masks lie on the rows before them. Number of rows by the tensor's name, or
+            one number for the input and output embeddings of transformers' models. Default: what
+            these models have more than the configuration of their checkpoint says (docs/heads.md);
+            0 or an empty dict: nothing is new.
+        base_rows: Number of rows before the new ones, by the tensor's name. Filled in by the
+            library.
         tied: What happens to a weight that is tied to an embedding, as most language models' heads
             are. "leave": neither is masked. "untie": the head gets a masked copy. "both": head and
             embedding share one mask.
@@ -162,6 +170,8 @@ class PemnConfig(PeftConfig):
     functional_weights: list[str] | None = None
     rewritten_weights: list[str] | None = None
     carried: list[str] | None = None
+    new_rows: dict[str, int] | int | None = None
+    base_rows: dict[str, int] | None = None
     tied: TiedName = "leave"
     modules_to_save: list[str] | None = None
     trainable_token_indices: None = None
@@ -315,6 +325,7 @@ class PemnConfig(PeftConfig):
         for name in ("functional_weights", "rewritten_weights", "carried"):
             named = getattr(self, name)
             setattr(self, name, named and [file.wish.renamed(one) for one in named])
+        self.settle_rows({file.wish.renamed(one): new for one, new in self.rows_by_name.items()})
         if self.density_pattern:
             names = dict.fromkeys(file.called.values(), ())
             old = densities_by_name(names, self.density_pattern)
@@ -342,6 +353,23 @@ class PemnConfig(PeftConfig):
     @property
     def _overall(self) -> float:
         return cast("float", self.overall_density if self.density == "erk" else self.density)
+
+    @property
+    def rows_by_name(self) -> dict[str, NewRows]:
+        """Which rows are new, of each tensor that has such rows, once that is settled."""
+        counts = self.new_rows if isinstance(self.new_rows, dict) else {}
+        first = self.base_rows or {}
+        return {name: NewRows(first[name], counts[name]) for name in counts if name in first}
+
+    def settle_rows(self, rows: Mapping[str, NewRows]) -> None:
+        """Write down which rows are new.
+
+        Args:
+            rows: The rows, by the tensor's name.
+        """
+        counts = {name: new.more for name, new in rows.items()} or None
+        first = {name: new.first for name, new in rows.items()} or None
+        self.__dict__.update(new_rows=counts, base_rows=first)  # a model may grow under adapters
 
     def densities(self, shapes: Mapping[str, Shape]) -> dict[str, float]:
         """Return the densities of some weights' masks.

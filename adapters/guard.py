@@ -60,6 +60,8 @@ MUST_AGREE = [
     "form",
     "rest",
     "tied",
+    "new_rows",
+    "base_rows",
 ]
 
 

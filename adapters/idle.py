@@ -89,7 +89,7 @@ IDLE: tuple[Idle, ...] = (
     ),
     *(
         Idle(name, lambda config: config.form != "product", _SIGNS)
-        for name in ("overall_density", "density_pattern")
+        for name in ("overall_density", "density_pattern", "new_rows")
     ),
     Idle(
         "density",

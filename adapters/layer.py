@@ -20,8 +20,6 @@ from pemn_surgery.coding import bits
 from pemn_surgery.errors import NonFiniteScoresError, PemnWarning
 from pemn_surgery.masks import in_force
 from pemn_surgery.masks.adapter_mask import AdapterMask, SignDelta
-from pemn_surgery.masks.in_force import InForce
-from pemn_surgery.masks.kept import Kept
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.masks.selector import Selector, check_finite
 from pemn_surgery.numbers import rng
@@ -143,11 +141,9 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         stored = self.own_weight() if self.quantization_backend is not None else None
         return stored if stored is not None and self.is_bare() else super().read()
 
-    def _keeper(
-        self, state: InForce, own: Tensor | None, masks: Sequence[AdapterMask]
-    ) -> Kept | None:
+    def _may_be_kept(self) -> bool:
         """A quantised weight's values are never kept: that they are not is what it is for."""
-        return super()._keeper(state, own, masks) if self.quantization_backend is None else None
+        return self.quantization_backend is None and super()._may_be_kept()
 
     def _is_fill_new(self) -> bool:
         return self.quantization_backend is not None or super()._is_fill_new()

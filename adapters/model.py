@@ -28,12 +28,18 @@ from pemn_surgery.adapters.checks import (
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import KEY_PREFIX, ignores_sizes
 from pemn_surgery.adapters.files.file_checks import check_loader_decodes
+from pemn_surgery.adapters.injection.growing import growing
 from pemn_surgery.adapters.injection.heads import settle_heads, warn_of_heads
 from pemn_surgery.adapters.injection.matching import (
     forward_of,
     is_excluded,
     is_saved_whole,
     plan_for,
+)
+from pemn_surgery.adapters.injection.new_rows import (
+    check_new_rows,
+    models_with_new_rows,
+    tell_sizes,
 )
 from pemn_surgery.adapters.injection.operation import Operation
 from pemn_surgery.adapters.injection.storable import check_can_be_stored, warn_of_extra_state
@@ -90,6 +96,7 @@ class PemnModel(BaseTuner):
         check_model(model)
         check_no_other_method(model)
         settle_heads(peft_config, model)
+        check_new_rows(peft_config, model)
         for name in self.peft_config:
             check_adapter_name(name, saved_whole([peft_config]))
         plan = plan_for(model, peft_config, forward_of(model, peft_config))
@@ -176,16 +183,25 @@ class PemnModel(BaseTuner):
         """Activate adapters, for calls that begin from now on."""
         with self._switching():
             super().set_adapter(adapter_name, inference_mode=inference_mode)
+        tell_sizes(models_with_new_rows(self.model))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out."""
+        grown = models_with_new_rows(self.model)
+        super().delete_adapter(adapter_name)
+        tell_sizes(grown)
 
     def enable_adapter_layers(self) -> None:
         """Enable the adapters, for calls that begin from now on."""
         with self._switching():
             super().enable_adapter_layers()
+        tell_sizes(models_with_new_rows(self.model))
 
     def disable_adapter_layers(self) -> None:
         """Disable the adapters, for calls that begin from now on."""
         with self._switching():
             super().disable_adapter_layers()
+        tell_sizes(models_with_new_rows(self.model))
 
     def unmerge_adapter(self) -> None:
         """Go back to unmerged adapters, for calls that begin from now on."""
@@ -196,10 +212,11 @@ class PemnModel(BaseTuner):
         return in_force.switching(choosing_layers(self.model))
 
     def __getattr__(self, name: str) -> Any:
-        """Pass attributes on as PEFT does, but for two kinds.
+        """Pass attributes on as PEFT does, but for three kinds.
 
-        Copied by a graph module's way of copying itself, PEFT's own part would be left behind; and
-        what timm asks about parameters is asked in the names that they have here.
+        Copied by a graph module's way of copying itself, PEFT's own part would be left behind; what
+        timm asks about parameters is asked in the names that they have here; and more tokens are
+        rows of every adapter.
         """
         if name in {"__deepcopy__", "__copy__"}:
             raise AttributeError(name)
@@ -207,6 +224,8 @@ class PemnModel(BaseTuner):
             found = super().__getattr__(name)
         except AttributeError as error:
             raise AttributeError(_NO_CONFIG if name == "config" else str(error)) from error
+        if name == "resize_token_embeddings":
+            return growing(self.model, cast("dict[str, PemnConfig]", self.peft_config), found)
         asked = name in layer_groups.QUESTIONS and callable(found)
         return layer_groups.answer(self, name, found, _inner_name) if asked else found
 
@@ -245,6 +264,7 @@ class PemnModel(BaseTuner):
             self._added.add(adapter_name)
             config.put_in_force()
             mark_forward(model)
+        tell_sizes(models_with_new_rows(model))
 
     def _inject_parameters(
         self, peft_config: PemnConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -321,11 +341,12 @@ class PemnModel(BaseTuner):
             check_can_store(self.model)
             if kwargs.get("safe_merge"):
                 self._check_mergeable(kwargs.get("adapter_names"))
-        reads = graphs.graph_reads(self.model)
+        reads, grown = graphs.graph_reads(self.model), models_with_new_rows(self.model)
         with _not_taken_for_layers(self.model), told_sizes(self.model):
             model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         graphs.restore_graphs(reads)
         unmark_forward(model)
+        tell_sizes(grown)
         return model
 
     @classmethod

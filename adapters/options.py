@@ -72,6 +72,12 @@ def _is_list_of(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, (list, tuple, set)) and all(map(holds, value))
 
 
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        _is_text(name) and _is_whole(count) and count > 0 for name, count in value.items()
+    )
+
+
 def _is_fingerprint(value: Any) -> bool:
     return isinstance(value, dict) and all(
         _is_text(name) and _is_text(digest) and _FINGERPRINT.fullmatch(digest)
@@ -152,6 +158,13 @@ OPTIONS: dict[str, Option] = {
     "functional_weights": _or_none(_NAMES),
     "rewritten_weights": _or_none(_NAMES),
     "carried": _internal(_NAMES),
+    "new_rows": _or_none(
+        Option(
+            "a whole number, or a dict of tensors' names to whole numbers above 0",
+            lambda value: _is_rows(value) or (_is_whole(value) and value >= 0),
+        )
+    ),
+    "base_rows": _internal(Option("whole numbers above 0 by tensors' names", _is_rows)),
     "tied": _choice(*get_args(TiedName)),
     "modules_to_save": _or_none(_NAMES),
     "trainable_token_indices": Option(

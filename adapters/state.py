@@ -1,7 +1,7 @@
 """Masks between a model and a file: scores packed to bits, bits checked and put in place."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -82,15 +82,21 @@ def pack_for_file(
         else:
             check_finite(whole, mask.target)
             saved[f"{place}.bits"] = bits.pack(mask.selector.mask(whole), base)
-    return AdapterEntries(_coded(saved, layers, config) if config.coding != "bits" else saved)
+    coded = _coded(saved, layers, config) if config.coding != "bits" else saved
+    return AdapterEntries(coded, config.rows_by_name)
 
 
 class AdapterEntries(dict[str, Tensor]):
     """An adapter's entries, to which PEFT adds: modules that are saved whole, and embeddings.
 
     Where tokens were added it adds every tensor below the embeddings and the head as it is in the
-    model, scores and copies of adapters too. What the adapter has already is not taken again.
+    model, scores and copies of adapters too. What the adapter has already is not taken again, nor
+    a tensor of which it has the new rows.
     """
+
+    def __init__(self, entries: Mapping[str, Tensor], grown: Iterable[str] = ()) -> None:
+        super().__init__(entries)
+        self._grown = {*grown, *(KEY_PREFIX + name for name in grown)}
 
     def update(self, added: Mapping[str, Tensor]) -> None:  # pyright: ignore
         """Take what the adapter has in no form yet, under the name that it has in the base.
@@ -101,7 +107,7 @@ class AdapterEntries(dict[str, Tensor]):
         Raises:
             UnsupportedModelError: If no file can hold one of them.
         """
-        held = {base_name(key) for key in self}
+        held = {*self._grown, *(base_name(key) for key in self)}
         for key, value in added.items():
             name = base_name(key)
             if name not in held:

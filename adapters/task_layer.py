@@ -1,12 +1,14 @@
 """The PEFT tuner layer of tensors that are not masked."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import nn
+from torch import Tensor, nn
 
 from pemn_surgery.adapters.layer import PemnTunerLayer
+from pemn_surgery.masks.attached import find_masked, held_masks
 from pemn_surgery.masks.task_tensors import TaskTensors, TensorSet
 from pemn_surgery.planning.outcomes import Owned
 from pemn_surgery.surgery import operate
@@ -53,11 +55,59 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
         """
         copies = TensorSet(keeps_eval=keeps_eval)
         for item in owned:
-            base = self.base(item.tensor)
+            base = self._start_of(item)
             if base is not None:
                 one = shared and base.dtype not in (torch.float16, torch.bfloat16)
-                copies.add(item.tensor, base, trained=item.trained, saved=item.saved, shared=one)
+                copies.add(
+                    item.tensor, base, trained=item.trained, saved=item.saved,
+                    shared=one and item.first_row is None, first_row=item.first_row,
+                )  # fmt: skip
         self.pemn_tensors[adapter_name] = copies
+
+    def grow_tensors(self, adapter_name: str, item: Owned, *, is_trained: bool) -> None:
+        """Give an adapter new rows, which the module's own tensor has by now.
+
+        Args:
+            adapter_name: The adapter.
+            item: The tensor; of one that the adapter has whole its rows stay.
+            is_trained: Whether the adapter is trained.
+        """
+        if adapter_name not in self.pemn_tensors:
+            self.pemn_tensors[adapter_name] = TensorSet(keeps_eval=False)
+        held = cast("TensorSet", self.pemn_tensors[adapter_name])
+        start, before = cast("Tensor", self._start_of(item)), held(item.tensor)
+        trained = item.trained
+        if before is not None:
+            trained, dtype = isinstance(before, nn.Parameter), before.dtype
+            start = torch.cat([before.detach(), start.detach()[len(before) :].to(dtype)])
+            (held._parameters if trained else held._buffers).pop(item.tensor)
+        held.add(item.tensor, start, trained=trained, saved=item.saved, first_row=item.first_row)
+        if trained:
+            held._parameters[item.tensor].requires_grad_(is_trained)  # pyright: ignore
+
+    def drop_tensor(self, adapter_name: str, name: str) -> None:
+        """Take a copy away that another module's serves in place of.
+
+        Args:
+            adapter_name: The adapter.
+            name: Name of the tensor on the module.
+        """
+        held = self.pemn_tensors._modules.get(adapter_name)
+        for table in () if held is None else (held._parameters, held._buffers):
+            table.pop(name, None)
+
+    def _start_of(self, item: Owned) -> Tensor | None:
+        """Return the values that a copy starts from; of rows that the module lacks zeros."""
+        masked = find_masked(self.owner, item.tensor)
+        base = self.base(item.tensor) if masked is None else masked.bare()
+        if base is None or item.first_row is None:
+            return base
+        device = torch.get_default_device() if base.is_meta else base.device
+        rows = torch.zeros(item.shape, dtype=base.dtype, device=device)
+        own = base.detach()[item.first_row :][: len(rows)]
+        if not own.is_meta:
+            rows[: len(own)] = own
+        return nn.Parameter(rows) if isinstance(base, nn.Parameter) else rows
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Keep these adapters' tensors in force, and store them in the module.
@@ -88,6 +138,8 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
         """
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            for name, masked in held_masks(self.owner).items():
+                masked.take_rows(self.new_rows(name, self.active_adapter_names()))
         self.aside.put_back()
         operate.restore_tensors(self, keep_active=merge)
 

@@ -46,7 +46,7 @@ from pemn_surgery.errors import (
 )
 from pemn_surgery.masks.adapter_mask import SignDelta
 from pemn_surgery.masks.sign_delta import Rows
-from pemn_surgery.masks.task_tensors import TASK_CHILD
+from pemn_surgery.masks.task_tensors import TASK_CHILD, TensorSet
 from pemn_surgery.numbers import fingerprint as fingerprints
 from pemn_surgery.planning.plan import Plan
 
@@ -109,10 +109,12 @@ def from_finetuned(
     covered = {name for target in plan.targets for name in (target.name, *target.tied)}
     covered |= {item.name for item in plan.whole}
     new = set(config.carried or ())
+    old_rows = {name: slice(rows.first) for name, rows in config.rows_by_name.items()}
     config.carried = [
         name
         for name, value in before.items()
-        if name not in covered and (name in new or tensors_differ(value, state[name]))
+        if name not in covered
+        and (name in new or _rows_differ(value, state[name], old_rows.get(name)))
     ]
     model = pemnify(base, config, adapter_name=adapter_name)
     set_peft_model_state_dict(model, dict(_entries(model, state, adapter_name)), adapter_name)
@@ -242,6 +244,13 @@ def _check_tensors(name: str, before: Any, after: Any) -> None:
             raise MetaTensorError(message)
 
 
+def _rows_differ(before: Tensor, after: Tensor, rows: slice | None) -> bool:
+    """Tell whether two tensors differ, of those with new rows in the rows before these."""
+    if rows is None:
+        return tensors_differ(before, after)
+    return tensors_differ(before[rows], after[rows])
+
+
 def _place(value: Any) -> tuple[Any, ...]:
     """Return what names of one tensor have in common; those without memory share nothing."""
     if not isinstance(value, Tensor) or value.numel() == 0 or value.is_meta:
@@ -253,7 +262,8 @@ def _check_values(plan: Plan, before: Mapping[str, Tensor], after: Mapping[str, 
     """A comparison with NaN is false, so it would become a mask like any other."""
     for target in plan.targets:
         for whose, state in (("the base's", before), ("the fine-tuned", after)):
-            bad = target.weights - int(torch.isfinite(state[target.name]).sum())
+            rows = state[target.name][: target.shape[0]]
+            bad = target.weights - int(torch.isfinite(rows).sum())
             if bad:
                 _refuse(
                     "cannot be compared with its base: "
@@ -271,9 +281,11 @@ def _entries(
             yield from _mask_entries(module, state[module.target], model, adapter_name)
         elif isinstance(module, PemnTaskLayer):
             prefix = f"{module.target}." if module.target else ""
-            for name in module.pemn_tensors[adapter_name].state_dict():
+            held = cast("TensorSet", module.pemn_tensors[adapter_name])
+            for name in held.state_dict():
                 key = f"{KEY_PREFIX}{prefix}{TASK_CHILD}.{TENSORS}.{name}"
-                yield key, state[f"{prefix}{name}"]
+                value, first = state[f"{prefix}{name}"], held.first_rows.get(name)
+                yield key, value[first:] if first else value
         elif isinstance(module, ModulesToSaveWrapper):
             inside = f"{path.removeprefix(KEY_PREFIX)}."
             names = [name for name in state if name.startswith(inside)]
@@ -284,6 +296,7 @@ def _mask_entries(
     layer: PemnLayer, wanted: Tensor, model: PeftModel, adapter_name: str
 ) -> Iterator[tuple[str, Tensor]]:
     mask, base = layer.mask_of(adapter_name), layer.fill()
+    wanted = wanted[: len(base)]
     config = cast("PemnConfig", model.peft_config[adapter_name])
     if isinstance(mask, SignDelta):
         chosen, scale = nearest_signs(base, wanted, mask.rows)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.injection.matching import is_saved_whole
+from pemn_surgery.adapters.injection.new_rows import settle_new_rows
 from pemn_surgery.errors import HeadWarning
 from pemn_surgery.planning.outcomes import Target
 from pemn_surgery.planning.plan import Plan
@@ -58,7 +59,9 @@ def settle_heads(config: PemnConfig, model: nn.Module) -> None:
     """
     if config.trained_on is not None:
         return
-    new, of_task = new_parts(model), _TASK_HEADS.get(config.task_type or "", ())
+    settle_new_rows(config, model)
+    new = _without_grown(config, new_parts(model))
+    of_task = _TASK_HEADS.get(config.task_type or "", ())
     asked = config.modules_to_save
     heads = [*(asked or ()), *of_task]
     is_open = asked is None or (bool(asked) and set(asked) <= set(of_task))  # PEFT's, not a user's
@@ -81,7 +84,8 @@ def warn_of_heads(config: PemnConfig, model: nn.Module, plan: Plan) -> None:
     """
     if config.trained_on is not None or config.signs_follow:
         return
-    missing = [path for path in new_parts(model).modules if not is_saved_whole(config, path)]
+    new = _without_grown(config, new_parts(model))
+    missing = [path for path in new.modules if not is_saved_whole(config, path)]
     lost = [path for path in missing if _is_lost(path, model, plan)]
     if lost:
         given = config.modules_to_save or []
@@ -121,6 +125,16 @@ def new_parts(model: nn.Module) -> NewParts:
                 new.update(_above(f"{path}.{name}"))
                 names.append(f"{path}.{name}")
     return _grouped(model, names, {path for path in new if new[path] == total[path]})
+
+
+def _without_grown(config: PemnConfig, new: NewParts) -> NewParts:
+    """Return the new parts but those of which only the last rows are new (added tokens)."""
+    grown = config.rows_by_name
+    holders = {name.rpartition(".")[0] for name in grown}
+    return NewParts(
+        tuple(path for path in new.modules if path not in holders),
+        tuple(name for name in new.tensors if name not in grown),
+    )
 
 
 def _grouped(model: nn.Module, names: list[str], whole: set[str]) -> NewParts:

@@ -134,6 +134,7 @@ def plan_for(
             rewritten=frozenset(config.rewritten_weights or ()),
             tied=config.tied,
             carried=frozenset(config.carried or ()),
+            new_rows=config.rows_by_name,
             row_scaled=config.form == "sign_delta",
             densities=config.densities,
             quantised=quantised_weights(model, config.bank_spec),

@@ -27,7 +27,7 @@ from pemn_surgery.masks.adapter_mask import Parts
 from pemn_surgery.masks.attached import find_masked, find_task
 from pemn_surgery.numbers import bank as banks
 from pemn_surgery.numbers import fingerprint as fingerprints
-from pemn_surgery.numbers.bank import Bank
+from pemn_surgery.numbers.bank import Bank, Shape
 from pemn_surgery.planning.outcomes import Owned, Target
 from pemn_surgery.planning.plan import Plan
 from pemn_surgery.planning.roles import base_modules
@@ -103,18 +103,22 @@ class Operation:
         weight = cast("nn.Parameter", module._parameters[target.parameter])
         stream = weight_stream(target.name)
         drawn = banks.draw(self.config.bank_spec, stream, target.fan_in, target.weights)
-        weight.data = torch.from_numpy(drawn).view(target.shape).to(weight.device, weight.dtype)
+        values = torch.from_numpy(drawn).view(target.shape).to(weight.device, weight.dtype)
+        rows = weight.data[len(values) :] if values.dim() else weight.data[:0]
+        weight.data = torch.cat([values, rows]) if len(rows) else values
 
     def _attach_task(self, adapter_name: str) -> None:
         owned: dict[str, list[Owned]] = defaultdict(list)
         for path in self.plan.frozen_norms:
             owned[path] = []
         shared = []
+        masked = {name for target in self.plan.targets for name in (target.name, *target.tied)}
         for item in self.plan.owned:
             (shared if item.tied_to else owned[item.path]).append(item)
         for path, items in owned.items():
             layer = find_task(self.modules[path]) or self._own(path)
-            operate.own_tensors(layer, tuple(item.tensor for item in items))
+            plain = (item.tensor for item in items if item.name not in masked)
+            operate.own_tensors(layer, tuple(plain))
             frozen = path in self.plan.frozen_norms
             cast("PemnTaskLayer", layer).add_tensors(
                 adapter_name, items, keeps_eval=frozen, shared=self.is_lean
@@ -143,11 +147,15 @@ class Operation:
         weight = self._weight(largest.name)
         device = self.device if weight.is_meta else weight.device
         dtype = banks.common_dtype(self._dtype(target.name) for target in self.plan.targets)
-        return banks.build(layout, self._weight, dtype, device)
+        shapes = {target.name: target.shape for target in self.plan.targets}
+        return banks.build(
+            layout, lambda name: _first_rows(self._weight(name), shapes[name]), dtype, device
+        )
 
     def _supply(self) -> materialise.Supply:
         """A configuration that names its base was read with an adapter: values will follow."""
-        carried = {item.name for item in (*self.plan.owned, *self.plan.whole) if item.saved}
+        saved = (item for item in (*self.plan.owned, *self.plan.whole) if item.saved)
+        carried = {item.name for item in saved if not item.first_row}
         loading = self.config.trained_on is not None
         return materialise.Supply(loading, carried, verified=self.config.file is not None)
 
@@ -162,7 +170,7 @@ class Operation:
         def frozen_numbers() -> Iterable[Tensor]:
             if self.bank is not None:
                 return self.bank.prototypes(self._dtype)
-            return (self._values(targets[name].name) for name in sorted(targets))
+            return (self._values(targets[name]) for name in sorted(targets))
 
         return fingerprints.make_fingerprint(spec, layout, shapes, frozen_numbers)
 
@@ -203,17 +211,17 @@ class Operation:
         held = find_masked(self.modules[path], parameter)
         return self._weight(name).dtype if held is None else cast("PemnLayer", held).dtype
 
-    def _values(self, name: str) -> Tensor:
-        """Return a weight's numbers; of a quantised one what it stands for."""
-        path, _, parameter = name.rpartition(".")
-        module = self.modules[path]
+    def _values(self, target: Target) -> Tensor:
+        """Return a weight's numbers under masks; of a quantised one what it stands for."""
+        name, parameter = target.name, target.parameter
+        module = self.modules[target.path]
         held = find_masked(module, parameter)
         backend = None if held is not None else self._backend(module, parameter)
         if backend is not None:
             return dequantised(backend, module, self._weight(name))
         weight = self._weight(name) if held is None else held.fill()
         moved = offloaded(module, parameter) if weight.is_meta else None
-        return weight if moved is None else moved
+        return _first_rows(weight if moved is None else moved, target.shape)
 
     def _backend(self, module: nn.Module, parameter: str) -> QuantizationBackend | None:
         return resolve_backend(module, self.requantiser) if parameter == "weight" else None
@@ -222,6 +230,11 @@ class Operation:
         for module in self.modules.values():
             children = module._modules.values()
             yield from (child for child in children if isinstance(child, PemnLayer))
+
+
+def _first_rows(weight: Tensor, shape: Shape) -> Tensor:
+    """Return the rows of a weight that masks lie on, without those that are new."""
+    return weight[: shape[0]] if shape and tuple(weight.shape) != shape else weight
 
 
 def _parts_of(plan: Plan) -> Parts:

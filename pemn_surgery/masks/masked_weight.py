@@ -32,6 +32,7 @@ from pemn_surgery.masks.kept import (
 from pemn_surgery.masks.mixture import Mixture
 from pemn_surgery.masks.places import Aside
 from pemn_surgery.masks.read_only import read_only
+from pemn_surgery.masks.task_tensors import TASK_CHILD, TaskTensors
 from pemn_surgery.numbers.bank import Bank
 from pemn_surgery.transforms import is_transformed
 
@@ -75,6 +76,7 @@ class MaskedWeight(nn.Module):
     """
 
     _unshown: Tensor | None
+    _tail: Tensor | None  # rows behind those that a bank fills, or that an adapter left
 
     def __init__(
         self,
@@ -103,6 +105,7 @@ class MaskedWeight(nn.Module):
         self.pemn_masks = nn.ModuleDict()
         self.aside = Aside()
         self.register_buffer("_unshown", None, persistent=False)
+        self.register_buffer("_tail", None, persistent=False)
         self.drawn_dtype = self._start_drawing()
 
     @property
@@ -183,7 +186,7 @@ class MaskedWeight(nn.Module):
         return self.aside.original(self.owner, self.parameter)
 
     def fill(self) -> Tensor:
-        """Return the unmasked weight.
+        """Return the unmasked weight, of ``shape``.
 
         Raises:
             AttributeError: If the layer has no such weight at the moment, as ``hasattr`` expects.
@@ -196,7 +199,55 @@ class MaskedWeight(nn.Module):
         if weight is None:
             message = f"{type(self.owner).__name__!r} object has no attribute {self.parameter!r}"
             raise AttributeError(message)
-        return weight
+        return weight[: self.shape[0]] if self._is_longer(weight) else weight
+
+    def bare(self) -> Tensor:
+        """Return the weight without adapters: the fill, and rows that no mask lies on."""
+        weight = None if self.bank is not None else self.own_weight()
+        if weight is not None and self._is_longer(weight):
+            return weight
+        return self._with_rows(self.fill(), ())
+
+    def own_rows(self) -> Tensor | None:
+        """Return the layer's own rows behind those that masks lie on; None where there are none."""
+        if self.bank is not None or self._tail is not None:
+            return self._tail
+        weight = self.own_weight()
+        longer = weight is not None and self._is_longer(weight)
+        return cast("Tensor", weight)[self.shape[0] :] if longer else None
+
+    def take_rows(self, rows: Tensor | None) -> None:
+        """Hold an adapter's rows as the layer's own: what has them is about to be taken away.
+
+        Args:
+            rows: Float tensor of shape (new rows, ...); None changes nothing.
+        """
+        self._tail = self._tail if rows is None else rows.detach().clone()
+
+    def count_rows(self) -> int:
+        """Return how many rows the effective weight has, without making it."""
+        state = self.now()
+        if state.merged_weight is not None:
+            return len(state.merged_weight)
+        rows = self._rows(state.names)
+        return self.shape[0] + (0 if rows is None else len(rows))
+
+    def _is_longer(self, weight: Tensor) -> bool:
+        """Tell whether a weight has rows that no mask lies on (added tokens)."""
+        return bool(self.shape) and weight.dim() > 0 and weight.shape[0] > self.shape[0]
+
+    def _rows(self, names: Sequence[str]) -> Tensor | None:
+        """Return the rows behind the masked ones: the first adapter's that has some, or the own."""
+        rows = self._new_rows(names)
+        return self.own_rows() if rows is None else rows
+
+    def _new_rows(self, names: Sequence[str]) -> Tensor | None:
+        task = self.owner._modules.get(TASK_CHILD)
+        return task.new_rows(self.parameter, names) if isinstance(task, TaskTensors) else None
+
+    def _with_rows(self, weight: Tensor, names: Sequence[str]) -> Tensor:
+        rows = self._rows(names)
+        return weight if rows is None else torch.cat([weight, rows.to(weight.device, weight.dtype)])
 
     def forward(self) -> Tensor:
         """Return the effective weight, the kept one if nothing that it depends on has changed."""
@@ -206,8 +257,9 @@ class MaskedWeight(nn.Module):
             return self._make(state)
         masks = [self._mask_of(name) for name in state.names]
         own = None if self.bank is not None else self.own_weight()
-        kept = self._keeper(state, own, masks)
-        sources = None if kept is None else self._sources(state, own, masks)
+        rows = self._new_rows(state.names)
+        kept = self._keeper(state, own, rows, masks)
+        sources = None if kept is None else self._sources(state, own, rows, masks)
         if kept is None or sources is None:
             return self._guarded(self._make(state))
         held = kept.serve(sources)
@@ -217,16 +269,24 @@ class MaskedWeight(nn.Module):
         return held
 
     def _keeper(
-        self, state: InForce, own: Tensor | None, masks: Sequence[AdapterMask]
+        self,
+        state: InForce,
+        own: Tensor | None,
+        rows: Tensor | None,
+        masks: Sequence[AdapterMask],
     ) -> Kept | None:
         """Return who keeps the weight: the layer, the forward that runs, or nobody."""
-        if not self.keeps or state.mixture is not None:
+        if not self._may_be_kept() or state.mixture is not None:
             return None
-        return self._kept if self._lasts(own, masks) else in_this_forward(self)
+        return self._kept if self._lasts(own, rows, masks) else in_this_forward(self)
 
-    def _lasts(self, own: Tensor | None, masks: Sequence[AdapterMask]) -> bool:
+    def _may_be_kept(self) -> bool:
+        return self.keeps
+
+    def _lasts(self, own: Tensor | None, rows: Tensor | None, masks: Sequence[AdapterMask]) -> bool:
         """Tell whether nobody trains what the weight is made of just now, as far as one can see."""
-        if self.owner.training or (own is not None and own.requires_grad):
+        trained = any(one is not None and one.requires_grad for one in (own, rows))
+        if self.owner.training or trained:
             return False
         return all(mask.lasts for mask in masks)
 
@@ -253,12 +313,13 @@ class MaskedWeight(nn.Module):
             return state.merged_weight
         masks = [self._mask_of(name) for name in state.names]
         if not masks:
-            return self.fill()
+            return self.bare()
         weight, is_scratch = self.fill() if masks[0].adds else self._period(), self._is_fill_new()
         for mask in masks[:-1]:
             weight, is_scratch = mask(weight, is_scratch=is_scratch), True
         rounded = self._autocast_dtype(weight.dtype, weight.device.type)
-        return masks[-1](weight, is_scratch=is_scratch, dtype=rounded)
+        weight = masks[-1](weight, is_scratch=is_scratch, dtype=rounded)
+        return self._with_rows(weight, state.names)
 
     def _period(self) -> Tensor:
         """Return the fill for a mask, which takes numbers that repeat but once.
@@ -297,7 +358,10 @@ class MaskedWeight(nn.Module):
     def _mix(self, mixture: Mixture) -> Tensor:
         """Return the mixed effective weight; an adapter without a mask of it adds all of it."""
         masks = [self._masks().get(name) for name in mixture.names]
-        return mixture.of_masks(self.fill(), masks)
+        weight = mixture.of_masks(self.fill(), masks)
+        rows = [self._rows((name,)) for name in mixture.names]
+        held = [one for one in rows if one is not None]
+        return torch.cat([weight, mixture.of_tensors(held).to(weight.dtype)]) if held else weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MaskedWeight":
         """Forget first: ``.to()`` and ``.half()`` replace data without a trace in versions."""
@@ -324,6 +388,11 @@ class MaskedWeight(nn.Module):
             return None
         own, values = self.own_weight(), self.bank.values
         dtype = values.dtype if own is None else own.dtype
+        if own is not None and self._is_longer(own):
+            rows = own.detach()[self.shape[0] :]
+            self._tail = (
+                torch.zeros_like(rows, device=values.device) if own.is_meta else rows.clone()
+            )
         self.bank.add_layer(dtype)
         return dtype
 
@@ -350,6 +419,7 @@ class MaskedWeight(nn.Module):
             weight = self.fill()
             for name in self.in_order(names):
                 weight = self.pemn_masks[name](weight)
+            weight = self._with_rows(weight, names)
             return weight.detach() + 0.0  # turns -0.0, which a mask makes of w < 0, into 0.0
 
     def extra_repr(self) -> str:
@@ -367,13 +437,16 @@ class MaskedWeight(nn.Module):
         return any("_hf_hook" in mask.__dict__ for mask in self._masks().values())
 
     def _sources(
-        self, state: InForce, own: Tensor | None, masks: Sequence[AdapterMask]
+        self,
+        state: InForce,
+        own: Tensor | None,
+        rows: Tensor | None,
+        masks: Sequence[AdapterMask],
     ) -> Sources | None:
         """Return what the effective weight depends on, or None where that cannot be tracked."""
-        tensors = [store for mask in masks for store in mask.stores]
+        stores = [store for mask in masks for store in mask.stores]
         base = own if self.bank is None else self.bank.values
-        if base is not None:
-            tensors.insert(0, base)
+        tensors = [tensor for tensor in (base, *stores, rows) if tensor is not None]
         if any(is_untracked(tensor) for tensor in tensors):
             return None
         dtype = self.drawn_dtype or tensors[0].dtype

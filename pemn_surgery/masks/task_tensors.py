@@ -8,6 +8,7 @@ stay as they are and serve while adapters are disabled.
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from pemn_surgery.errors import AdapterError
@@ -28,24 +29,38 @@ class TensorSet(nn.Module):
 
     Attributes:
         keeps_eval: Whether the module stays in eval mode while this adapter trains.
+        first_rows: Of tables with new rows (added tokens), by name: how many rows before those that
+            the adapter has are the module's own; 0 where the adapter has all.
     """
 
     def __init__(self, *, keeps_eval: bool) -> None:
         super().__init__()
         self.keeps_eval = keeps_eval
+        self.first_rows: dict[str, int] = {}
 
     def add(
-        self, name: str, base: Tensor, *, trained: bool, saved: bool, shared: bool = False
+        self,
+        name: str,
+        base: Tensor,
+        *,
+        trained: bool,
+        saved: bool,
+        shared: bool = False,
+        first_row: int | None = None,
     ) -> None:
-        """Take a copy of one of the module's tensors.
+        """Take a copy of one of the module's tensors, or of its last rows.
 
         Args:
             name: Its name on the module.
-            base: Its value.
+            base: Its value, of shape (rows, ...); of last rows these alone.
             trained: Whether it becomes a parameter.
             saved: Whether it is part of the state dict.
             shared: Whether to take the tensor itself instead, so that its memory is needed once.
+            first_row: Of a table with new rows the number of rows before these that stay the
+                module's own.
         """
+        if first_row is not None:
+            self.first_rows[name] = first_row
         value = base.detach() if shared else base.detach().clone()
         if not trained:
             self.register_buffer(name, value, persistent=saved)
@@ -183,8 +198,38 @@ class TaskTensors(nn.Module):
         for adapter in adapters:
             tensors = self._set_of(adapter)
             if tensors.holds(name):
-                return tensors(name)
+                return self._whole(tensors, name)
         return None
+
+    def new_rows(self, name: str, adapters: Iterable[str]) -> Tensor | None:
+        """Return the rows that the first of some adapters has beside a tensor's own, or None.
+
+        Args:
+            name: Name of the tensor on the module; it may be masked.
+            adapters: The adapters.
+        """
+        for adapter in adapters:
+            held = self.pemn_tensors._modules.get(adapter)
+            if isinstance(held, TensorSet) and name in held.first_rows:
+                return held(name)
+        return None
+
+    def first_rows(self, name: str) -> list[int]:
+        """Return, for each adapter with new rows of a tensor, the number of rows before its own.
+
+        Args:
+            name: Name of the tensor on the module; it may be masked.
+        """
+        held = (cast("TensorSet", one).first_rows for one in self.pemn_tensors.values())
+        return [rows[name] for rows in held if name in rows]
+
+    def _whole(self, tensors: TensorSet, name: str) -> Tensor | None:
+        """Return an adapter's tensor; before rows that are new the module's own."""
+        value, first = tensors(name), tensors.first_rows.get(name)
+        base = self.base(name) if first else None
+        if value is None or base is None:
+            return value
+        return torch.cat([base[:first], value.to(base.dtype)])
 
     def _mixed(self, name: str, base: Tensor, mixture: Mixture) -> Tensor:
         """Return the mixture; an adapter without such a tensor adds the module's own.
@@ -199,7 +244,7 @@ class TaskTensors(nn.Module):
         if adapter not in self.pemn_tensors:
             return None
         tensors = cast("TensorSet", self.pemn_tensors[adapter])
-        return tensors(name) if tensors.holds(name) else None
+        return self._whole(tensors, name) if tensors.holds(name) else None
 
     def write(self, name: str, value: Tensor | None) -> bool:
         """Replace what a reader gets; return False where that is the module's own tensor.

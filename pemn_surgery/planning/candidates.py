@@ -171,11 +171,13 @@ class _Known:
 
     @property
     def shape(self) -> Shape:
-        """Shape of its values; packed ones are stored in another."""
+        """Shape of its values, without rows that are new; packed ones are stored in another."""
         if self.name in self.request.quantised:
             layer: Any = self.module
             return (layer.out_features, layer.in_features)
-        return tuple(self.tensor.shape)
+        new = self.request.new_rows.get(self.name)
+        shape = tuple(self.tensor.shape)
+        return shape if new is None else (new.first, *shape[1:])
 
 
 def _candidate(known: _Known) -> Iterator[Candidate]:

@@ -116,6 +116,8 @@ class Owned:
         trained: Whether it is trained; otherwise it moves (statistics) or is only saved.
         saved: Whether it is in the task's file: not a batch counter that nothing reads.
         tied_to: Name of the owned tensor that it is the same tensor as, or "".
+        first_row: Of a table with new rows (added tokens), how many rows before the task's are the
+            base's; 0 where the task has all. ``shape`` is that of the task's rows. Else None.
     """
 
     path: str
@@ -126,6 +128,7 @@ class Owned:
     trained: bool
     saved: bool = True
     tied_to: str = ""
+    first_row: int | None = None
 
     @property
     def name(self) -> str:

@@ -1,12 +1,15 @@
 """The unmasked tensors of a plan: which of them every task has its own copy of."""
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
+from pemn_surgery.masks.attached import held_masks
 from pemn_surgery.models.graph_modules import GraphUse
 from pemn_surgery.planning.outcomes import Owned
-from pemn_surgery.planning.request import Request
+from pemn_surgery.planning.request import NewRows, Request
 from pemn_surgery.planning.roles import (
     base_modules,
     full_name,
@@ -38,14 +41,46 @@ def owned_tensors(
             trained = can_train and _is_trained(module, request, use)
             full = full_name(path, name)
             carried = full in request.carried or _is_carried(module, name, tensor, request, use)
-            if not (trained or carried):
+            new = request.new_rows.get(full)
+            if not (trained or carried or new):
                 continue
             first = seen.setdefault(id(tensor), full)
             tied_to = "" if first == full else first
             saved = not is_idle_counter(module, name)
-            yield _describe_owned(
+            item = _describe_owned(
                 path, name, tensor, trained=trained, saved=saved, tied_to=tied_to, widened=trained
             )  # PEFT trains 16-bit tensors of its layers in float32, and saves them so
+            yield item if new is None else _with_new_rows(item, new, whole=trained or carried)
+    yield from _behind_masks(model, request, masked)
+
+
+def _with_new_rows(item: Owned, new: NewRows, *, whole: bool) -> Owned:
+    """Return a tensor with as many new rows as the task has; where the base's stay, these alone."""
+    first = 0 if whole else new.first
+    shape = (new.first + new.more - first, *item.shape[1:])
+    element = item.nbytes // max(math.prod(item.shape), 1)
+    nbytes = math.prod(shape) * (element if whole else max(element, 4))
+    trained = item.trained or not whole
+    return replace(item, shape=shape, nbytes=nbytes, trained=trained, first_row=first)
+
+
+def _behind_masks(model: nn.Module, request: Request, masked: set[str]) -> Iterator[Owned]:
+    """Yield the new rows of weights whose other rows are masked, of tied weights once."""
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        held = held_masks(module)
+        for name, tensor in module._parameters.items():
+            full = full_name(path, name)
+            new = request.new_rows.get(full)
+            made = held.get(name)
+            like = tensor if made is None else made
+            if new is None or like is None or full not in masked or id(like) in seen:
+                continue
+            seen.add(id(like))
+            shape = (new.more, *like.shape[1:])
+            element = 4 if tensor is None else max(tensor.element_size(), 4)
+            nbytes = math.prod(shape) * element
+            yield Owned(path, name, shape, True, nbytes, trained=True, first_row=new.first)
 
 
 def whole_tensors(model: nn.Module, request: Request) -> Iterator[Owned]:

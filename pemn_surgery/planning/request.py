@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pemn_surgery.models.forward import Trace
 from pemn_surgery.numbers.bank import BankSpec, Shape
@@ -10,6 +10,18 @@ from pemn_surgery.numbers.bank import BankSpec, Shape
 RestName = Literal["train", "norms", "stats", "freeze"]
 
 TiedName = Literal["leave", "untie", "both"]
+
+
+class NewRows(NamedTuple):
+    """The last rows of a tensor, which the base's checkpoint does not have (added tokens).
+
+    Attributes:
+        first: Number of rows that the base has: the first new row.
+        more: Number of new rows.
+    """
+
+    first: int
+    more: int
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class Request:
         untraced: Why there is no trace.
         unseen: Whether no forward has ever shown which raw parameters are weights.
         carried: Names of further unmasked tensors that the task has its own copy of.
+        new_rows: Of tensors whose last rows are the task's alone, by name, which rows.
         row_scaled: Whether a mask has a scale for each output.
         densities: Gives, for the shapes of all masked weights by name, the densities of their
             masks; none where the selector has no density.
@@ -50,6 +63,7 @@ class Request:
     untraced: str = ""
     unseen: bool = False
     carried: Collection[str] = ()
+    new_rows: Mapping[str, NewRows] = field(default_factory=dict)
     row_scaled: bool = False
     densities: Callable[[Mapping[str, Shape]], Mapping[str, float]] = field(
         default=lambda shapes: {}

@@ -105,7 +105,7 @@ def restore_parameter(child: MaskedWeight, weight: Tensor | None) -> None:
     if weight is None and child.untied:
         own = child.untied[0]
     elif own is None:
-        values = weight if weight is not None else child.fill().clone()
+        values = weight if weight is not None else child.bare().clone()
         own = nn.Parameter(values.contiguous(), requires_grad=False)
         vars(own).update(child.marks)
     elif weight is not None:

@@ -86,6 +86,8 @@ def _assign(module: nn.Module, name: str, value: Tensor | None, makers: Makers) 
     if makers.owned is not None:
         _check_can_be_saved(module, name, value)
         child, source = makers.owned
+        if any(child.first_rows(source)):
+            refuse(module, f"{name!r} is the base's rows and a task's new ones, no one tensor")
         return child.write(source, value)
     if makers.masked is not None and value is not None:
         _check_can_be_masked(module, name, makers.masked, value)
@@ -113,7 +115,9 @@ def _check_can_be_masked(module: nn.Module, name: str, masked: MaskedWeight, val
     _refuse_where_banked(module, name, masked)
     if masked.merged_weight is not None:
         refuse(module, f"{name!r} is merged: unmerge_adapter() would take an assigned one away")
-    if tuple(value.shape) != masked.shape:
+    own = masked.own_weight()
+    wanted = masked.shape if own is None else tuple(own.shape)
+    if tuple(value.shape) != wanted:
         shapes = f"{tuple(value.shape)}, but its masks {masked.shape}"
         refuse(module, f"{name!r} would have the shape {shapes}")
     if type(value.data) is not Tensor:

@@ -76,6 +76,12 @@ def shares(value):
     return type(value) is dict and all(type(key) is str and share(value[key]) for key in value)
 
 
+def rows(value):
+    return type(value) is dict and all(
+        type(key) is str and whole(value[key]) and value[key] > 0 for key in value
+    )
+
+
 NONE, NAMES = one_of(None), a_list_of(str)
 TARGETS = any_of(NONE, pattern, NAMES)
 
@@ -105,6 +111,8 @@ TAKES = {
     "functional_weights": any_of(NONE, NAMES),
     "rewritten_weights": any_of(NONE, NAMES),
     "carried": any_of(NONE, NAMES),
+    "new_rows": any_of(NONE, rows, lambda value: whole(value) and value >= 0),
+    "base_rows": any_of(NONE, rows),
     "tied": one_of("leave", "untie", "both"),
     "modules_to_save": any_of(NONE, NAMES),
     "trainable_token_indices": NONE,
@@ -321,6 +329,7 @@ IDLES = [
     ({"overall_density": 0.3}, 'belongs to density="erk"; density=0.5 decides'),
     ({"selector": "threshold", "density_pattern": {"a": 0.3}}, 'selector="topk"'),
     ({**SIGNS, "density_pattern": {"a": 0.3}}, 'form="product"'),
+    ({**SIGNS, "new_rows": 2}, 'form="product"'),
     ({"threshold": 0.3}, 'selector="threshold", not selector="topk"'),
     ({**SIGNS, "selector": "threshold", "threshold": 1}, 'form="product"'),
     ({"score_init": 1.0}, "equal scores have no order"),

@@ -655,21 +655,18 @@ def test_added_tokens_with_a_head_of_their_own(bank, door, grown, tmp_path):
 
 
 def test_the_file_holds_every_tensor_once(grown, tmp_path):
-    """With its own numbers the grown head is whole, with a bank it is bits, embeddings beside."""
+    """Of the grown head bits and new rows; of the table, which a bank does not fill, all rows."""
     head, table = "base_model.model.lm_head.", "base_model.model.model.embed_tokens."
-    save_grown(grown, tmp_path / "own", bank="own")
-    tensors = load_file(tmp_path / "own" / models.WEIGHTS_FILE)
-    found = {key: tuple(value.shape) for key, value in tensors.items() if "_tokens" in key}
-    found |= {key: tuple(value.shape) for key, value in tensors.items() if "lm_head" in key}
-    assert found == {f"{head}weight": (NEW, WIDTH), f"{table}weight": (NEW, WIDTH)}
-    save_grown(grown, tmp_path / "rp", bank="rp")
-    tensors = load_file(tmp_path / "rp" / models.WEIGHTS_FILE)
-    found = {key: len(value) for key, value in tensors.items() if "_tokens" in key}
-    found |= {key: len(value) for key, value in tensors.items() if "lm_head" in key}
-    assert found == {
-        f"{head}masked_weight.pemn_masks.bits": 32 + NEW * WIDTH // 8,
-        f"{table}task_tensors.pemn_tensors.weight": NEW,
-    }
+    for bank, rows in (("own", NEW - OLD), ("rp", NEW)):
+        save_grown(grown, tmp_path / bank, bank=bank)
+        tensors = load_file(tmp_path / bank / models.WEIGHTS_FILE)
+        found = {key: len(value) for key, value in tensors.items() if "_tokens" in key}
+        found |= {key: len(value) for key, value in tensors.items() if "lm_head" in key}
+        assert found == {
+            f"{head}masked_weight.pemn_masks.bits": 32 + OLD * WIDTH // 8,
+            f"{head}task_tensors.pemn_tensors.weight": NEW - OLD,
+            f"{table}task_tensors.pemn_tensors.weight": rows,
+        }
 
 
 def test_a_grown_head_of_which_nobody_knows_is_bits_alone(grown, tmp_path):
