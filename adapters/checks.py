@@ -2,7 +2,9 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -37,6 +39,24 @@ _WRAPPERS = (
 )
 
 _OPTION = {"init": "bank_init"}  # what users call a field of `BankSpec`
+
+
+_SIGNS_FOLLOW: ContextVar[bool] = ContextVar("pemn_signs_follow", default=False)
+
+
+@contextmanager
+def signs_follow() -> Iterator[None]:
+    """Put masks on a model whose signs and scales are put in place next (`from_finetuned`)."""
+    token = _SIGNS_FOLLOW.set(True)
+    try:
+        yield
+    finally:
+        _SIGNS_FOLLOW.reset(token)
+
+
+def do_signs_follow() -> bool:
+    """Tell whether signs and scales are put in place next."""
+    return _SIGNS_FOLLOW.get()
 
 
 def check_model(model: nn.Module) -> None:
@@ -152,7 +172,7 @@ def check_signs(model: nn.Module, plan: Plan, config: PemnConfig) -> None:
     """
     if config.form != "sign_delta":
         return
-    if config.trained_on is None and not config.signs_follow:
+    if config.origin.fingerprint is None and not do_signs_follow():
         message = (
             'PemnConfig got form="sign_delta", whose signs come from a fine-tuned model: call '
             'from_finetuned(base, finetuned, method="sign_delta"), or load an adapter that it '
@@ -256,7 +276,7 @@ def warn_of_low_coverage(plan: Plan, config: PemnConfig) -> None:
         config.exclude_modules,
         config.layers_to_transform,
         config.modules_to_save,
-        config.file,
+        config.origin.file,
     )
     if plan.warning and all(value is None for value in chosen):
         warnings.warn(

@@ -4,7 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -61,6 +61,20 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "rest": "stats",
     },
 }
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a configuration was read with; a model's configuration may be given to another model.
+
+    Attributes:
+        file: The adapter's file; None where none was read.
+        fingerprint: Identifies the base that the file names, or that the names in it were turned
+            into those of; None of a new adapter.
+    """
+
+    file: AdapterFile | None
+    fingerprint: dict[str, str] | None
 
 
 @dataclass
@@ -192,12 +206,8 @@ class PemnConfig(PeftConfig):
         # Runtime only, never saved: whether float scores are kept, in files (Trainer checkpoints)
         # and in models that load them for inference.
         self.keep_scores = False
-        # Runtime only: whether signs and scales are put in place next (`from_finetuned`).
-        self.signs_follow = False
-        # Runtime only: the file that this configuration was read with, and the base it names. The
-        # field is written anew at each save, and a model's configuration may be given to another.
-        self.file: AdapterFile | None = None
-        self.trained_on = self.fingerprint
+        # Runtime only. The field `fingerprint` is written anew at each save.
+        self.origin = Origin(None, self.fingerprint)
         self._fill_in_defaults()
         self._check_form()
         self._check_targets()
@@ -312,7 +322,7 @@ class PemnConfig(PeftConfig):
                 raise  # other JSON and no weights, so no adapter: PEFT says so itself
             refuse_file(folder / CONFIG, f"is no configuration ({type(error).__name__}: {error})")
         if isinstance(config, PemnConfig):
-            config.file = file
+            config.origin = replace(config.origin, file=file)
             if file is not None and file.is_renamed:
                 config._rename(file)
         return config
@@ -386,7 +396,7 @@ class PemnConfig(PeftConfig):
         """
         if self.selector not in TAKES_DENSITY or self.form != "product":
             return {}
-        is_new = self.file is None
+        is_new = self.origin.file is None
         named = densities_by_name(shapes, self.density_pattern or {}, all_fit=is_new)
         others = {name: shape for name, shape in shapes.items() if name not in named}
         if self.density == "erk":

@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -23,29 +23,23 @@ from torch import Tensor, nn
 from pemn_surgery.adapters.base import fingerprint_now, fingerprint_of, masked_layers
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import (
-    CONFIG,
     WEIGHTS,
     AdapterFile,
     Wish,
     held_tensors,
-    holds_masks,
     is_fingerprint_key,
     one_reading,
     put_on_base,
     read_decoded,
 )
-from pemn_surgery.adapters.files.config_file import read_json
-from pemn_surgery.adapters.files.disk import is_there
+from pemn_surgery.adapters.files.opening import adapter_folder, check_adapter, check_method
 from pemn_surgery.adapters.injection.all_or_nothing import tensors_of
-from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.adapters.state import warn_of_bits
 from pemn_surgery.adapters.tasks.manage import to_trainable
 from pemn_surgery.adapters.versions import check_versions
-from pemn_surgery.errors import AdapterError, AdapterFileError
+from pemn_surgery.errors import AdapterError
 from pemn_surgery.numbers.fingerprint import check_fingerprint, short_form
 from pemn_surgery.surgery.undo import undone_on_error
-
-PICKLE = "adapter_model.bin"
 
 # What neither fingerprint nor tensors tell: weights that take the place of others get their meaning
 # from the configuration that is there.
@@ -65,36 +59,6 @@ MUST_AGREE = [
 ]
 
 
-def check_adapter(folder: Path) -> PemnConfig | None:
-    """Check the files of a local adapter.
-
-    Args:
-        folder: What may be an adapter's folder.
-
-    Returns:
-        Its configuration; None if it is not a folder with masks.
-
-    Raises:
-        AdapterFileError: If a file is missing, truncated, altered, or pickle.
-    """
-    weights = folder / WEIGHTS
-    if not is_there(folder / CONFIG) or not _is_ours(folder):
-        return None
-    if not is_there(weights):
-        _refuse_without_weights(folder)
-    return PemnConfig.from_pretrained(str(folder))
-
-
-def adapter_folder(source: Any, options: Mapping[str, Any] | None) -> Path:
-    """Return the folder that a loading method means, if it is one.
-
-    Args:
-        source: Folder, or name on the hub.
-        options: Further arguments of the method.
-    """
-    return Path(source) / ((options or {}).get("subfolder") or "")
-
-
 def or_held(load_file: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
     """Return what was checked where PEFT would read the file again."""
 
@@ -103,8 +67,8 @@ def or_held(load_file: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
         tensors = held_tensors(Path(filename))
         if tensors is None:
             return load_file(filename, *args, **kwargs)
-        place = torch.device(kwargs.get("device", args[0] if args else "cpu"))
-        return {key: value.to(place) for key, value in tensors.items()}
+        device = torch.device(kwargs.get("device", args[0] if args else "cpu"))
+        return {key: value.to(device) for key, value in tensors.items()}
 
     return safe_load_file
 
@@ -145,7 +109,7 @@ def checked_first(load: Callable[..., Any]) -> Callable[..., Any]:
                 return load(self, *args, **kwargs)
             given["key_mapping"] = {}
             if held is None:
-                _check_method(folder / CONFIG)
+                check_method(folder)
             elif isinstance(held, PemnConfig):
                 _check_agrees(given["adapter_name"], held, checked)
                 _check_base(self, given["adapter_name"], checked)
@@ -207,7 +171,7 @@ def _load_as_stored(
 
     Bits that are to be trained become scores afterwards; what else trains is left alone.
     """
-    file = cast("AdapterFile", config.file)
+    file = cast("AdapterFile", config.origin.file)
     config.keep_scores = len(file.headers) < len(file.masks)
     if not options.get("is_trainable") or config.keep_scores or config.form != "product":
         return load(model, **options)
@@ -222,34 +186,6 @@ def _load_as_stored(
     for parameter, is_trained in trained:
         parameter.requires_grad_(is_trained)
     return found
-
-
-def _is_ours(folder: Path) -> bool:
-    """Tell by either file; the other may be damaged."""
-    if is_there(folder / WEIGHTS):
-        try:
-            return holds_masks(folder / WEIGHTS)
-        except AdapterFileError:
-            pass
-    return _method(folder / CONFIG) == PEMN.value
-
-
-def _method(path: Path) -> Any:
-    try:
-        return read_json(path).get("peft_type")
-    except AdapterFileError:  # of whichever method; its own loader says so
-        return None
-
-
-def _check_method(path: Path) -> None:
-    method = _method(path)
-    if method != PEMN.value:
-        message = (
-            f"{str(path)!r} says peft_type={method!r}, but the weights beside it are masks "
-            f"({PEMN.value}): a save was killed, or the file was altered. Nothing was loaded; save "
-            "the adapter again, or load it with PeftModel.from_pretrained."
-        )
-        raise AdapterFileError(message)
 
 
 def _check_agrees(name: str, held: PemnConfig, given: PemnConfig) -> None:
@@ -270,22 +206,13 @@ def _check_base(model: nn.Module, name: str, given: PemnConfig) -> None:
     """Refuse an adapter of another base; of other sizes it is refused when it is put in place."""
     layers = masked_layers(model, name).values()
     sizes = {layer.target: torch.Size(layer.shape).numel() for layer in layers}
-    file = given.file
-    if not given.trained_on or file is None or file.sizes != sizes:
+    file = given.origin.file
+    if not given.origin.fingerprint or file is None or file.sizes != sizes:
         return
     now = fingerprint_now(model, name)
     if not file.is_renamed:
-        check_fingerprint(given.trained_on, now, "the given model")
+        check_fingerprint(given.origin.fingerprint, now, "the given model")
         return
     as_stored = fingerprint_of(list(layers), called=file.called)
-    check_fingerprint(given.trained_on, as_stored, "the given model")
+    check_fingerprint(given.origin.fingerprint, as_stored, "the given model")
     put_on_base(file, short_form(now))
-
-
-def _refuse_without_weights(folder: Path) -> NoReturn:
-    pickled = f"; {PICKLE} is pickle, which is never read" * (folder / PICKLE).is_file()
-    message = (
-        f"The adapter in {str(folder)!r} has no {WEIGHTS}{pickled}. Nothing was loaded; get the "
-        "file from where it was saved."
-    )
-    raise AdapterFileError(message)

@@ -179,7 +179,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         self, config: PemnConfig, fingerprint: Mapping[str, str], selector: Selector
     ) -> AdapterMask:
         holds_bits = config.inference_mode and not config.keep_scores
-        loading = holds_bits and config.file is not None
+        loading = holds_bits and config.origin.file is not None
         scores = None if loading else initial_scores(config, self.target, self.shape, self.fan_in)
         stored = None
         if holds_bits:
@@ -308,12 +308,12 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         base = self.bank.values if self.bank is not None else self.own_weight()
-        place = device if device is not None else (base.device if base is not None else None)
-        if place is None or place.type == "meta" or adapter_name not in self.pemn_masks:
+        where = device if device is not None else (base.device if base is not None else None)
+        if where is None or where.type == "meta" or adapter_name not in self.pemn_masks:
             return
         mask = self.mask_of(adapter_name)
         if mask.store.device.type != "meta":
-            mask.to(place)
+            mask.to(where)
 
 
 def initial_scores(config: PemnConfig, target: str, shape: tuple[int, ...], fan_in: int) -> Tensor:

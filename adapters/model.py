@@ -257,8 +257,8 @@ class PemnModel(BaseTuner):
         with undone_on_error(self, config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.target_parameters = asked
-            if config.file is not None and not ignores_sizes():
-                shapes = {key: shape for key, (shape, _) in config.file.others.items()}
+            if config.origin.file is not None and not ignores_sizes():
+                shapes = {key: shape for key, (shape, _) in config.origin.file.others.items()}
                 take_sizes(model, adapter_name, shapes)
             graphs.rewrite_graphs(model)
             self._added.add(adapter_name)

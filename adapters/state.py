@@ -63,25 +63,25 @@ def pack_for_file(
         NonFiniteScoresError: If scores contain NaN or infinity.
     """
     layers = _layers_by_key(model, adapter_name)
-    masks = {place: layer.mask_of(adapter_name) for place, layer in layers.items()}
+    masks = {path: layer.mask_of(adapter_name) for path, layer in layers.items()}
     base = _name_base(config, model, adapter_name, state_dict)
     config.digest = None  # that of an earlier file, if the adapter was loaded
     if config.modules_to_save is not None:  # PEFT adds a task's heads again at each load
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     saved: StateDict = {}
     for key, value in entries.items():
-        place, _, kind = key.rpartition(".")
-        mask = masks.get(place)
+        path, _, kind = key.rpartition(".")
+        mask = masks.get(path)
         whole = gathered(value)
         if mask is None or kind == "row_scale":
             saved[key] = whole
         elif kind == "bits":
             saved[key] = _on_base(whole, base)
         elif are_scores_kept(config):
-            saved |= {key: whole, f"{place}.{FINGERPRINT}": torch.tensor(list(base), dtype=_BYTE)}
+            saved |= {key: whole, f"{path}.{FINGERPRINT}": torch.tensor(list(base), dtype=_BYTE)}
         else:
             check_finite(whole, mask.target)
-            saved[f"{place}.bits"] = bits.pack(mask.selector.mask(whole), base)
+            saved[f"{path}.bits"] = bits.pack(mask.selector.mask(whole), base)
     coded = _coded(saved, layers, config) if config.coding != "bits" else saved
     return AdapterEntries(coded, config.rows_by_name)
 

@@ -50,6 +50,18 @@ def takes_functions() -> bool:
     return torch.compiler.is_compiling() or not is_transformed()
 
 
+def count_rows(tensor: Tensor) -> int:
+    """Return a tensor's first size as a number: ``torch.jit.trace`` would note who asks.
+
+    Args:
+        tensor: A tensor of at least one dimension.
+    """
+    if torch.compiler.is_compiling() or _C._get_tracing_state() is None:
+        return tensor.shape[0]
+    with untransformed():
+        return tensor.shape[0]
+
+
 def can_be_read(tensor: Tensor) -> bool:
     """Tell whether Python may read a tensor's values, though operations be transformed.
 

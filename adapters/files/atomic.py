@@ -51,7 +51,7 @@ except ImportError:  # Windows: what a killed save left stays until somebody rem
     fcntl = None
 
 CARD = "README.md"
-_PLACE = ".pemn_saving_"
+_SCRATCH = ".pemn_saving_"
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -64,9 +64,9 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         AdapterWriteError: If it cannot be written; the old file is still there.
     """
-    with _named_errors(path), _beside(path.parent) as place:
-        (place / path.name).write_bytes(content)
-        _move(place / path.name, path)
+    with _named_errors(path), _beside(path.parent) as scratch:
+        (scratch / path.name).write_bytes(content)
+        _move(scratch / path.name, path)
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PemnConfig) -> None:
@@ -80,10 +80,10 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PemnConfi
     Raises:
         AdapterWriteError: If it cannot be written; an old adapter is still there.
     """
-    with _named_errors(folder), _beside(folder) as place:
-        save_file(dict(tensors), place / WEIGHTS, {"format": "pt"})
-        config.save_pretrained(str(place))
-        _put_in_place(place, folder)
+    with _named_errors(folder), _beside(folder) as scratch:
+        save_file(dict(tensors), scratch / WEIGHTS, {"format": "pt"})
+        config.save_pretrained(str(scratch))
+        _put_in_place(scratch, folder)
 
 
 def save_whole(save: Callable[..., None], given: inspect.BoundArguments) -> None:
@@ -103,12 +103,12 @@ def save_whole(save: Callable[..., None], given: inspect.BoundArguments) -> None
     if folder.is_file() or not options["is_main_process"]:  # PEFT refuses, or writes nothing
         save(*given.args, **given.kwargs)
         return
-    with _named_errors(folder), _beside(folder) as place:
+    with _named_errors(folder), _beside(folder) as scratch:
         if (folder / CARD).is_file():
-            shutil.copyfile(folder / CARD, place / CARD)  # PEFT completes the card that it finds
-        options["save_directory"] = str(place)
+            shutil.copyfile(folder / CARD, scratch / CARD)  # PEFT completes the card that it finds
+        options["save_directory"] = str(scratch)
         save(*given.args, **given.kwargs)
-        _put_in_place(place, folder)
+        _put_in_place(scratch, folder)
 
 
 def _check_no_pickle(options: Mapping[str, Any]) -> None:
@@ -140,21 +140,21 @@ def _number(error: Exception) -> int:
     return getattr(error, "errno", None) or (int(said[1]) if said else errno.EIO)
 
 
-def _put_in_place(place: Path, folder: Path) -> None:
-    adapters = [path.parent for path in sorted(place.rglob(CONFIG))]
+def _put_in_place(scratch: Path, folder: Path) -> None:
+    adapters = [path.parent for path in sorted(scratch.rglob(CONFIG))]
     for adapter in adapters:
         _seal(adapter)
-        _put_adapter(adapter, folder / adapter.relative_to(place))
-    if (place / CARD).is_file():
-        _move(place / CARD, folder / CARD)
+        _put_adapter(adapter, folder / adapter.relative_to(scratch))
+    if (scratch / CARD).is_file():
+        _move(scratch / CARD, folder / CARD)
 
 
 def _put_adapter(adapter: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)  # an adapter may be called "project/task"
     if adapter.stat().st_dev != folder.stat().st_dev:  # a link to another disk: rename on that one
-        with _beside(folder) as place:
-            shutil.copytree(adapter, place, dirs_exist_ok=True)
-            _move_both(place, folder)
+        with _beside(folder) as scratch:
+            shutil.copytree(adapter, scratch, dirs_exist_ok=True)
+            _move_both(scratch, folder)
     else:
         _move_both(adapter, folder)
 
@@ -230,11 +230,11 @@ def _beside(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _remove_leftovers(folder)
-        place, lock = _new_place(folder)
+        scratch, lock = _new_scratch(folder)
         try:
-            yield _inner(place)
+            yield _inner(scratch)
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             if lock is not None:
                 os.close(lock)
     finally:
@@ -243,41 +243,41 @@ def _beside(folder: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _inner(place: Path) -> Path:
+def _inner(scratch: Path) -> Path:
     """Return a folder within: the ``Trainer`` takes a checkpoint's own folders for adapters."""
-    inner = place / "new"
+    inner = scratch / "new"
     inner.mkdir()
     return inner
 
 
-def _new_place(folder: Path) -> tuple[Path, int | None]:
+def _new_scratch(folder: Path) -> tuple[Path, int | None]:
     """Make a folder and lock it; another where a save takes it for a leftover before that."""
     while True:
-        place = Path(tempfile.mkdtemp(prefix=_PLACE, dir=folder))
+        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder))
         try:
-            lock = _lock(place)
+            lock = _lock(scratch)
         except (BlockingIOError, FileNotFoundError):
             continue
         except OSError:  # a file system without locks, where leftovers stay
-            return place, None
-        if place.exists():
-            return place, lock
+            return scratch, None
+        if scratch.exists():
+            return scratch, lock
         os.close(lock)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for place in folder.glob(f"{_PLACE}*"):
+    for scratch in folder.glob(f"{_SCRATCH}*"):
         with contextlib.suppress(OSError):  # locked: someone is saving
-            lock = _lock(place)
-            shutil.rmtree(place, ignore_errors=True)
+            lock = _lock(scratch)
+            shutil.rmtree(scratch, ignore_errors=True)
             os.close(lock)
 
 
-def _lock(place: Path) -> int:
+def _lock(scratch: Path) -> int:
     """Return a descriptor that holds the folder's lock until it is closed."""
     if fcntl is None:
-        raise OSError(place)
-    descriptor = os.open(place, os.O_RDONLY)
+        raise OSError(scratch)
+    descriptor = os.open(scratch, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -62,7 +62,7 @@ def describe(name: str, config: PemnConfig, code: BaseCode) -> str:
         "frozen numbers": _numbers(config),
         "masks chosen by": _selection(config),
         **({"task type": f"{config.task_type}"} if config.task_type else {}),
-        **(_measured(config.file) if config.file is not None else {}),
+        **(_measured(config.origin.file) if config.origin.file is not None else {}),
     }
     subfolder = f', subfolder="{name}"' if name else ""
     loading = _LOADING.format(imports=code.imports, base=code.base, subfolder=subfolder)

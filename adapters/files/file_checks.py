@@ -96,7 +96,7 @@ def check_loader_decodes(config: PemnConfig) -> None:
     Raises:
         MaskFormatError: If the adapter's file holds coded masks.
     """
-    if config.coding != "bits" and config.trained_on is not None:
+    if config.coding != "bits" and config.origin.fingerprint is not None:
         message = (
             f"The adapter's masks are coded for files (coding={config.coding!r}), and "
             "transformers' load_adapter and from_pretrained put tensors in place without decoding "

@@ -1,12 +1,21 @@
-"""Opening an adapter's folder without a model: its configuration and what its file holds."""
+"""Opening an adapter's folder: its configuration and what its file holds.
 
+Who wants masks calls `open_adapter`; who may be given another method's, as PEFT's loaders,
+`check_adapter`.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import CONFIG, WEIGHTS, AdapterFile
+from pemn_surgery.adapters.files.adapter_file import CONFIG, WEIGHTS, AdapterFile, holds_masks
+from pemn_surgery.adapters.files.config_file import read_json
 from pemn_surgery.adapters.files.disk import is_there
+from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.errors import AdapterFileError
+
+PICKLE = "adapter_model.bin"
 
 # What PEFT raises on JSON that is no configuration of any method.
 _NO_CONFIGURATION = (KeyError, TypeError, ValueError, AttributeError)
@@ -32,9 +41,59 @@ def open_adapter(folder: str | Path) -> tuple[PemnConfig, AdapterFile]:
     if not isinstance(config, PemnConfig):
         method = str(getattr(config, "peft_type", None) or "no method").rpartition(".")[2]
         _refuse(folder, f"is an adapter of PEFT's method {method}, which has no masks")
-    if config.file is None:
+    if config.origin.file is None:
         _refuse(folder, f"has no {WEIGHTS}, so there are no masks to read")
-    return config, config.file
+    return config, config.origin.file
+
+
+def check_adapter(folder: Path) -> PemnConfig | None:
+    """Check the files of a local adapter.
+
+    Args:
+        folder: What may be an adapter's folder.
+
+    Returns:
+        Its configuration; None if it is not a folder with masks.
+
+    Raises:
+        AdapterFileError: If a file is missing, truncated, altered, or pickle.
+    """
+    weights = folder / WEIGHTS
+    if not is_there(folder / CONFIG) or not _is_ours(folder):
+        return None
+    if not is_there(weights):
+        _refuse_without_weights(folder)
+    return PemnConfig.from_pretrained(str(folder))
+
+
+def adapter_folder(source: Any, options: Mapping[str, Any] | None) -> Path:
+    """Return the folder that a loading method means, if it is one.
+
+    Args:
+        source: Folder, or name on the hub.
+        options: Further arguments of the method.
+    """
+    return Path(source) / ((options or {}).get("subfolder") or "")
+
+
+def check_method(folder: Path) -> None:
+    """Refuse a folder whose weights are masks, but whose configuration says another method.
+
+    Args:
+        folder: An adapter's folder.
+
+    Raises:
+        AdapterFileError: If it says so; PEFT would load the weights as that.
+    """
+    path = folder / CONFIG
+    method = _method(path)
+    if method != PEMN.value:
+        message = (
+            f"{str(path)!r} says peft_type={method!r}, but the weights beside it are masks "
+            f"({PEMN.value}): a save was killed, or the file was altered. Nothing was loaded; save "
+            "the adapter again, or load it with PeftModel.from_pretrained."
+        )
+        raise AdapterFileError(message)
 
 
 def _read(where: Path) -> Any:
@@ -57,5 +116,31 @@ def _refuse(folder: str | Path, problem: str) -> NoReturn:
     message = (
         f"{str(folder)!r} {problem}. Give the folder of an adapter of masks that save_pretrained "
         f"made, with {CONFIG} and {WEIGHTS} in it."
+    )
+    raise AdapterFileError(message)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Tell by either file; the other may be damaged."""
+    if is_there(folder / WEIGHTS):
+        try:
+            return holds_masks(folder / WEIGHTS)
+        except AdapterFileError:
+            pass
+    return _method(folder / CONFIG) == PEMN.value
+
+
+def _method(path: Path) -> Any:
+    try:
+        return read_json(path).get("peft_type")
+    except AdapterFileError:  # of whichever method; its own loader says so
+        return None
+
+
+def _refuse_without_weights(folder: Path) -> NoReturn:
+    pickled = f"; {PICKLE} is pickle, which is never read" * (folder / PICKLE).is_file()
+    message = (
+        f"The adapter in {str(folder)!r} has no {WEIGHTS}{pickled}. Nothing was loaded; get the "
+        "file from where it was saved."
     )
     raise AdapterFileError(message)

@@ -51,11 +51,11 @@ def recode(folder: str | Path, coding: RecodingName, out: str | Path | None = No
         AdapterWriteError: If it cannot be written; the old adapter is still there.
     """
     _check_coding(coding, folder)
-    place = Path(folder if out is None else out)
+    into = Path(folder if out is None else out)
     with one_reading():
         config, file = open_adapter(folder)
         check_without_base(file)
-        _check_keeps_scores(file, Path(folder), place)
+        _check_keeps_scores(file, Path(folder), into)
         given = read_decoded(file.path).tensors
         densities = config.densities(
             {parameter_name(k): tuple(v.shape) for k, v in given.items() if _is_scores(k)}
@@ -66,15 +66,15 @@ def recode(folder: str | Path, coding: RecodingName, out: str | Path | None = No
             if not is_fingerprint_key(key)  # bits have it in their header
         }
     config.coding = coding
-    write_adapter(place, tensors, config)
-    _bring_card(Path(folder), place)
-    return read_adapter_file(place / file.path.name)
+    write_adapter(into, tensors, config)
+    _bring_card(Path(folder), into)
+    return read_adapter_file(into / file.path.name)
 
 
-def _bring_card(folder: Path, place: Path) -> None:
-    if (folder / CARD).is_file() and not (place / CARD).exists():
-        shutil.copyfile(folder / CARD, place / CARD)
-    complete_card(place)
+def _bring_card(folder: Path, into: Path) -> None:
+    if (folder / CARD).is_file() and not (into / CARD).exists():
+        shutil.copyfile(folder / CARD, into / CARD)
+    complete_card(into)
 
 
 def _recoded(
@@ -117,9 +117,9 @@ def _check_coding(coding: Any, folder: str | Path) -> None:
     raise ConfigError(message)
 
 
-def _check_keeps_scores(file: AdapterFile, folder: Path, place: Path) -> None:
+def _check_keeps_scores(file: AdapterFile, folder: Path, into: Path) -> None:
     scores = len(file.masks) - len(file.headers)
-    if scores and folder.resolve() == place.resolve():
+    if scores and folder.resolve() == into.resolve():
         message = (
             f"{str(folder)!r} holds float scores of {scores} masks, a training to be resumed; "
             "masks in their place would lose it. Give another folder for the masks (out, --out)."

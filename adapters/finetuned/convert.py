@@ -27,7 +27,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.api import make_config, pemnify
-from pemn_surgery.adapters.checks import check_fresh, check_model
+from pemn_surgery.adapters.checks import check_fresh, check_model, signs_follow
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import FINGERPRINT, KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.finetuned.errors import tensors_differ
@@ -116,7 +116,8 @@ def from_finetuned(
         if name not in covered
         and (name in new or _rows_differ(value, state[name], old_rows.get(name)))
     ]
-    model = pemnify(base, config, adapter_name=adapter_name)
+    with signs_follow():
+        model = pemnify(base, config, adapter_name=adapter_name)
     set_peft_model_state_dict(model, dict(_entries(model, state, adapter_name)), adapter_name)
     return model
 
@@ -171,7 +172,7 @@ def _config(method: str, options: Mapping[str, Any], *, is_trainable: bool) -> P
             "it out."
         )
         raise ConfigError(message)
-    config = make_config(
+    return make_config(
         None,
         {
             **options,
@@ -181,8 +182,6 @@ def _config(method: str, options: Mapping[str, Any], *, is_trainable: bool) -> P
             "inference_mode": not is_trainable,
         },
     )
-    config.signs_follow = True
-    return config
 
 
 def _check_not_quantised(base: nn.Module, config: PemnConfig) -> None:

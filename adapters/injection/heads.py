@@ -19,6 +19,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
+from pemn_surgery.adapters.checks import do_signs_follow
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.injection.matching import is_saved_whole
 from pemn_surgery.adapters.injection.new_rows import settle_new_rows
@@ -57,7 +58,7 @@ def settle_heads(config: PemnConfig, model: nn.Module) -> None:
             adapter, which says what it holds.
         model: The model.
     """
-    if config.trained_on is not None:
+    if config.origin.fingerprint is not None:
         return
     settle_new_rows(config, model)
     new = _without_grown(config, new_parts(model))
@@ -82,7 +83,7 @@ def warn_of_heads(config: PemnConfig, model: nn.Module, plan: Plan) -> None:
         model: The model.
         plan: What will be masked, trained and saved.
     """
-    if config.trained_on is not None or config.signs_follow:
+    if config.origin.fingerprint is not None or do_signs_follow():
         return
     new = _without_grown(config, new_parts(model))
     missing = [path for path in new.modules if not is_saved_whole(config, path)]

@@ -80,7 +80,7 @@ def forward_of(model: nn.Module, config: PemnConfig) -> Trace | TraceError | Non
 def _follow(
     model: nn.Module, config: PemnConfig, inputs: Mapping[str, Any] | None
 ) -> Trace | TraceError:
-    if config.file is not None:
+    if config.origin.file is not None:
         return _NotNeededError("the adapter's configuration says which weights are masked")
     if any(isinstance(module, MaskedWeight) for module in model.modules()):
         return _NotNeededError("the model carries masks already")
@@ -102,7 +102,7 @@ def plan_for(
     """
     matcher = _matcher(config, model)
     own_paths = _own_paths(model)
-    if config.file is None:
+    if config.origin.file is None:
         _check_layers_exist(model, matcher)
     by_layer = config.target_modules is None and config.layers_to_transform is not None
 

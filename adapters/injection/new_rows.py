@@ -32,17 +32,17 @@ def settle_new_rows(config: PemnConfig, model: nn.Module) -> None:
     Raises:
         ConfigError: If a tensor has no such rows.
     """
-    if config.trained_on is not None or config.base_rows is not None:
+    if config.origin.fingerprint is not None or config.base_rows is not None:
         return
     if config.new_rows is None:
         found = {} if config.form != "product" else _found(model)
     else:
         found = _asked(config.new_rows, model)
-    places = dict(_places(model))
-    rows = {name: NewRows(places[name] - count, count) for name, count in found.items()}
+    rows_of = dict(_rows_by_name(model))
+    rows = {name: NewRows(rows_of[name] - count, count) for name, count in found.items()}
     short = [name for name, new in rows.items() if new.first <= 0]
     if short:
-        _refuse_option(config, f"{short[0]!r} has {places[short[0]]} rows")
+        _refuse_option(config, f"{short[0]!r} has {rows_of[short[0]]} rows")
     of_parts = {n: new for n, new in rows.items() if not is_saved_whole(config, _path(n))}
     config.settle_rows(of_parts)
 
@@ -58,9 +58,9 @@ def check_new_rows(config: PemnConfig, model: nn.Module) -> None:
         ArchitectureError: If the base has fewer rows.
         AdapterError: If masks of the model's other adapters lie on another number of rows.
     """
-    places = dict(_places(model))
+    rows_of = dict(_rows_by_name(model))
     for name, new in config.rows_by_name.items():
-        held = places.get(name, 0)
+        held = rows_of.get(name, 0)
         if held < new.first:
             message = (
                 f"The adapter's {new.more} new rows of {name!r} (added tokens) follow {new.first} "
@@ -149,13 +149,13 @@ def _rows_in_force(table: nn.Module) -> int:
 
 def _found(model: nn.Module) -> dict[str, int]:
     """Return the numbers of rows that tables have more than their checkpoint, by name."""
-    places, found = dict(_places(model)), {}
+    rows_of, found = dict(_rows_by_name(model)), {}
     for one in _language_models(model):
         names = names_of_tables(model, one)
         table = language_tables(one)[0]._parameters.get("weight")
         known = _rows_of_checkpoint(one) if getattr(table, _FROM_SCRATCH, False) else None
-        if known is not None and names and 0 < known < places[names[0]]:
-            found |= {name: places[name] - known for name in names if places[name] > known}
+        if known is not None and names and 0 < known < rows_of[names[0]]:
+            found |= {name: rows_of[name] - known for name in names if rows_of[name] > known}
     return found
 
 
@@ -164,13 +164,13 @@ def _asked(asked: dict[str, int] | int, model: nn.Module) -> dict[str, int]:
     if isinstance(asked, int):
         names = [name for one in _language_models(model) for name in names_of_tables(model, one)]
         return dict.fromkeys(names, asked) if asked else {}
-    places = dict(_places(model))
-    unknown = [name for name in asked if name not in places]
+    rows_of = dict(_rows_by_name(model))
+    unknown = [name for name in asked if name not in rows_of]
     if unknown:
         message = (
             f"PemnConfig got new_rows={asked!r}, but {unknown[0]!r} is no weight or bias of an "
             "Embedding or Linear layer of the model. Name such a parameter, for example "
-            f"{next(iter(places), None)!r}. Nothing was changed."
+            f"{next(iter(rows_of), None)!r}. Nothing was changed."
         )
         raise ConfigError(message)
     tied = _tied(model)
@@ -185,7 +185,7 @@ def _refuse_option(config: PemnConfig, problem: str) -> NoReturn:
     raise ConfigError(message)
 
 
-def _places(model: nn.Module) -> Iterator[tuple[str, int]]:
+def _rows_by_name(model: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield the parameters that may have new rows, and how many rows the base has of them."""
     for path, module in base_modules(model):
         for name in module._parameters if isinstance(module, (nn.Embedding, nn.Linear)) else ():

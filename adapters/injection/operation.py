@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -54,15 +55,15 @@ class Operation:
             check_in_place(model, "replace them by the bank's")
         if config.bank == "own" or not config.bank_spec.generated:
             materialise.check_own_weights(model, plan)
-        if config.file is not None:
+        if config.origin.file is not None:
             sized = {item.path for item in plan.whole if outputs_of(self.modules[item.path])}
-            check_file_fits(config.file, plan, set(self._tensor_names()), sized)
+            check_file_fits(config.origin.file, plan, set(self._tensor_names()), sized)
         self.bank = self._find_or_build_bank()
         self.fingerprint = self._fingerprint()
         self._check_base()
-        if config.file is not None:
-            decode_held(config.file)
-            self._take_names_of_model(config.file)
+        if config.origin.file is not None:
+            decode_held(config.origin.file)
+            self._take_names_of_model(config.origin.file)
         from_meta = materialise.is_on_meta(model, plan)
         # Built without memory and not to be trained: nothing is held twice, nothing dense is kept.
         self.is_lean = from_meta and config.inference_mode
@@ -156,8 +157,8 @@ class Operation:
         """A configuration that names its base was read with an adapter: values will follow."""
         saved = (item for item in (*self.plan.owned, *self.plan.whole) if item.saved)
         carried = {item.name for item in saved if not item.first_row}
-        loading = self.config.trained_on is not None
-        return materialise.Supply(loading, carried, verified=self.config.file is not None)
+        loading = self.config.origin.fingerprint is not None
+        return materialise.Supply(loading, carried, verified=self.config.origin.file is not None)
 
     def _fingerprint(self, names: Mapping[str, str] | None = None) -> fingerprints.Fingerprint:
         """Return the base's fingerprint, under other names of the weights where they are given."""
@@ -177,18 +178,18 @@ class Operation:
     def _take_names_of_model(self, file: AdapterFile) -> None:
         """Let a file whose weights were called otherwise be of the base as it is called here."""
         if file.is_renamed:
-            self.config.trained_on = self.fingerprint
+            self.config.origin = replace(self.config.origin, fingerprint=self.fingerprint)
             put_on_base(file, fingerprints.short_form(self.fingerprint))
 
     def _check_base(self) -> None:
         """Refuse masks of another base: the configuration names one, and so does every mask."""
-        given, file = "the given model", self.config.file
+        given, file = "the given model", self.config.origin.file
         actual_base = self.fingerprint
         if file is not None and file.is_renamed:
             check_can_rename(self.config)
             actual_base = self._fingerprint(file.called)
-        if self.config.trained_on is not None:
-            fingerprints.check_fingerprint(self.config.trained_on, actual_base, given)
+        if self.config.origin.fingerprint is not None:
+            fingerprints.check_fingerprint(self.config.origin.fingerprint, actual_base, given)
         headers = file.headers.values() if file is not None else ()
         for mask in headers:
             expected = fingerprints.from_short_form(mask.base)

@@ -19,7 +19,7 @@ def warn_of_extra_state(model: nn.Module, config: PemnConfig) -> None:
         model: The model.
         config: What was asked for; on its own weights a model has that state with them.
     """
-    if not config.bank_spec.generated or config.file is not None:
+    if not config.bank_spec.generated or config.origin.file is not None:
         return
     plain = nn.Module.get_extra_state
     keeping = [p for p, m in base_modules(model) if type(m).get_extra_state is not plain]

@@ -7,6 +7,7 @@ with `to_trainable`.
 import copy
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, cast, get_args
 
 import torch
@@ -218,7 +219,7 @@ def _combined_config(
     config.selector, config.threshold, config.score_init = "threshold", 0.0, 0.01
     config.overall_density = config.density_pattern = None
     config.density = 0.5 if config.density == "erk" else config.density
-    config.file = None
+    config.origin = replace(config.origin, file=None)
     saved = [configs[name].modules_to_save for name in adapters if configs[name].modules_to_save]
     config.modules_to_save = saved[0] if saved else None
     layers = _masked_layers(model, adapters)

@@ -22,7 +22,7 @@ from pemn_surgery.adapters.checks import check_not_merged
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import MASKS, TENSORS, one_reading
 from pemn_surgery.adapters.files.file_checks import check_swap_fits
-from pemn_surgery.adapters.guard import adapter_folder, check_adapter
+from pemn_surgery.adapters.files.opening import adapter_folder, check_adapter
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.errors import AdapterFileError
 from pemn_surgery.numbers import fingerprint as fingerprints
@@ -51,7 +51,7 @@ def swap_masks(
     held = get_peft_model_state_dict(inner, adapter_name=adapter_name, save_embedding_layers=False)
     check_swap_fits(given, held)
     base = fingerprint_now(inner, adapter_name)
-    fingerprints.check_fingerprint(config.trained_on or {}, base, "the given model")
+    fingerprints.check_fingerprint(config.origin.fingerprint or {}, base, "the given model")
     set_peft_model_state_dict(inner, given, adapter_name=adapter_name)
 
 
@@ -73,10 +73,10 @@ def or_checked(load: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str
         with one_reading():
             checked = check_adapter(adapter_folder(model_id, kwargs))
             tensors = load(model_id, *args, **kwargs)
-        if checked is None or checked.file is None:
+        if checked is None or checked.origin.file is None:
             return tensors
         saved = SavedTensors(tensors)
-        saved.digest = (checked.file.sealed or {}).get("digest")
+        saved.digest = (checked.origin.file.sealed or {}).get("digest")
         return saved
 
     return load_peft_weights
@@ -129,10 +129,11 @@ def or_nothing_to_do(convert: Callable[[nn.Module], bool]) -> Callable[[nn.Modul
 
 def _check_same_save(state_dict: dict[str, Tensor], config: PemnConfig) -> None:
     """Refuse tensors that were saved after PEFT had read and compared the configuration."""
-    read = config.file.sealed if config.file is not None else None
+    file = config.origin.file
+    read = None if file is None else file.sealed
     if isinstance(state_dict, SavedTensors) and read and state_dict.digest != read["digest"]:
         message = (
-            f"The adapter in {str(config.file and config.file.path.parent)!r} was saved anew while "
+            f"The adapter in {str(file and file.path.parent)!r} was saved anew while "
             f"it was read (digest {read['digest']!r}, then {state_dict.digest!r}). Nothing was "
             "changed; swap it again."
         )

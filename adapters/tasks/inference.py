@@ -98,6 +98,7 @@ def infer_task(
         raise ConfigError(message)
     _check_forms(model, names)
     _check_heads(model, names)
+    _check_rows(model, names)
     rounds: list[Mapping[str, float]] = []
     with _only_looking(model):
         batch = tree_map(_usable, inputs)
@@ -148,6 +149,23 @@ def _check_heads(model: nn.Module, names: Sequence[str]) -> None:
                     "heads (adapters=[...]), or give all tasks one head of the largest size."
                 )
                 raise TaskInferenceError(message)
+
+
+def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse adapters with rows for different numbers of added tokens."""
+    for module in (one for one in model.modules() if isinstance(one, TaskTensors)):
+        for tensor in module.grown_tensors():
+            held = [module.new_rows(tensor, (name,)) for name in names]
+            counts = [0 if rows is None else len(rows) for rows in held]
+            for name, count in zip(names, counts, strict=True):
+                if count != counts[0]:
+                    message = (
+                        f"Adapter {name!r} has {count} new rows of {tensor!r} in "
+                        f"{module.target!r} (added tokens), {names[0]!r} has {counts[0]}: their "
+                        "logits cannot be mixed. Infer among adapters with equal numbers of tokens "
+                        "(adapters=[...])."
+                    )
+                    raise TaskInferenceError(message)
 
 
 def _heads(wrapper: ModulesToSaveWrapper, names: Sequence[str]) -> list[nn.Module]:

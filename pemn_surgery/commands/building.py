@@ -123,12 +123,12 @@ def find_model(name: str) -> Source:
     """
     import timm
 
-    place = Path(name)
-    if (place / "config.json").is_file():
-        library = _library_of(place / "config.json")
+    path = Path(name)
+    if (path / "config.json").is_file():
+        library = _library_of(path / "config.json")
         return Source(library, f"local-dir:{name}" if library == "timm" else name)
-    if place.exists():
-        _refuse(name, "is a folder without config.json" if place.is_dir() else "is a file")
+    if path.exists():
+        _refuse(name, "is a folder without config.json" if path.is_dir() else "is a file")
     if name.startswith(_TIMM_SOURCES):
         found = hub_name(name.partition(":")[2])
         if found is not None and not name.startswith("local-dir:"):

@@ -34,7 +34,7 @@ from pemn_surgery.masks.places import Aside
 from pemn_surgery.masks.read_only import read_only
 from pemn_surgery.masks.task_tensors import TASK_CHILD, TaskTensors
 from pemn_surgery.numbers.bank import Bank
-from pemn_surgery.transforms import is_transformed
+from pemn_surgery.transforms import count_rows, is_transformed
 
 
 def masked_child_name(parameter: str) -> str:
@@ -234,7 +234,7 @@ class MaskedWeight(nn.Module):
 
     def _is_longer(self, weight: Tensor) -> bool:
         """Tell whether a weight has rows that no mask lies on (added tokens)."""
-        return bool(self.shape) and weight.dim() > 0 and weight.shape[0] > self.shape[0]
+        return bool(self.shape) and weight.dim() > 0 and count_rows(weight) > self.shape[0]
 
     def _rows(self, names: Sequence[str]) -> Tensor | None:
         """Return the rows behind the masked ones: the first adapter's that has some, or the own."""
@@ -311,15 +311,24 @@ class MaskedWeight(nn.Module):
             return self._mix(state.mixture)
         if state.merged_weight is not None:
             return state.merged_weight
-        masks = [self._mask_of(name) for name in state.names]
+        return self._apply_masks(state.names, for_autocast=True)
+
+    def _apply_masks(self, names: Sequence[str], *, for_autocast: bool) -> Tensor:
+        """Return the weight with adapters applied in this order.
+
+        Args:
+            names: The adapters.
+            for_autocast: Whether autocast would round it next, and it may be made so.
+        """
+        masks = [self._mask_of(name) for name in names]
         if not masks:
             return self.bare()
         weight, is_scratch = self.fill() if masks[0].adds else self._period(), self._is_fill_new()
         for mask in masks[:-1]:
             weight, is_scratch = mask(weight, is_scratch=is_scratch), True
-        rounded = self._autocast_dtype(weight.dtype, weight.device.type)
+        rounded = self._autocast_dtype(weight.dtype, weight.device.type) if for_autocast else None
         weight = masks[-1](weight, is_scratch=is_scratch, dtype=rounded)
-        return self._with_rows(weight, state.names)
+        return self._with_rows(weight, names)
 
     def _period(self) -> Tensor:
         """Return the fill for a mask, which takes numbers that repeat but once.
@@ -416,10 +425,7 @@ class MaskedWeight(nn.Module):
     def merge_names(self, names: Sequence[str]) -> Tensor:
         """Return the fill with these adapters applied, detached."""
         with torch.no_grad():
-            weight = self.fill()
-            for name in self.in_order(names):
-                weight = self.pemn_masks[name](weight)
-            weight = self._with_rows(weight, names)
+            weight = self._apply_masks(self.in_order(names), for_autocast=False)
             return weight.detach() + 0.0  # turns -0.0, which a mask makes of w < 0, into 0.0
 
     def extra_repr(self) -> str:

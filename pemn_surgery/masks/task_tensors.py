@@ -214,6 +214,11 @@ class TaskTensors(nn.Module):
                 return held(name)
         return None
 
+    def grown_tensors(self) -> list[str]:
+        """Return the names of the tensors that some adapter has new rows of."""
+        held = (cast("TensorSet", one).first_rows for one in self.pemn_tensors.values())
+        return list(dict.fromkeys(name for rows in held for name in rows))
+
     def first_rows(self, name: str) -> list[int]:
         """Return, for each adapter with new rows of a tensor, the number of rows before its own.
 

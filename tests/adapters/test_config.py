@@ -90,8 +90,8 @@ def test_reading_checks_the_masks_beside_it(tmp_path):
     model = pemnify(models.net(), bank="rp")
     model.save_pretrained(str(tmp_path / "sub"))
     config = PemnConfig.from_pretrained(str(tmp_path), subfolder="sub")
-    assert isinstance(config.file, AdapterFile)
-    assert dict(config.file.sizes) == {"conv1.weight": 216, "conv2.weight": 576,
+    assert isinstance(config.origin.file, AdapterFile)
+    assert dict(config.origin.file.sizes) == {"conv1.weight": 216, "conv2.weight": 576,
                                        "conv3.weight": 576, "head.weight": 32}  # fmt: skip
     path = tmp_path / "sub" / models.WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:100])

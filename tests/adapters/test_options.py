@@ -210,8 +210,8 @@ def test_values_of_a_pemnify_call_are_refused_before_the_model_changes():
 def test_unknown_options_are_answered_with_what_users_give():
     internal = {
         "fingerprint", "digest", "carried", "peft_type", "peft_version", "auto_mapping",
-        "base_model_name_or_path", "trainable_token_indices", "file", "trained_on", "keep_scores",
-        "signs_follow", "is_in_force",
+        "base_model_name_or_path", "trainable_token_indices", "origin", "keep_scores",
+        "is_in_force",
     }  # fmt: skip
     doors = [
         lambda **options: pemnify(models.net(), **options),

@@ -100,7 +100,7 @@ def make(seed: int, **options: Any) -> PeftModel:
 def read(folder: Path) -> tuple[bytes, dict[str, Any]]:
     config = PemnConfig.from_pretrained(str(folder))
     meaning = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
-    if config.file is None:
+    if config.origin.file is None:
         raise SystemExit("the weights are gone")
     return (folder / WEIGHTS).read_bytes(), meaning
 

@@ -1,5 +1,7 @@
 """What a training step with masks costs beside a dense one, LoRA and masks chosen by a sort.
 
+Beside it: what an evaluation in the middle of training costs, and what a switch to another task.
+
 A step is forward, backward and fused AdamW. All ways of one row run in turn in one process, so that
 whatever else the machine does meets them alike; what counts are ratios to the dense step. With one
 thread the clock is that of the process, which stands still while others run.
@@ -7,9 +9,12 @@ thread the clock is that of the process, which stands still while others run.
 
 import argparse
 import copy
+import functools
+import itertools
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +24,12 @@ import timm
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pemn_surgery import pemnify
+from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.kernels import library
 from pemn_surgery.masks.selector import dropped_count, topk_mask
 from pemn_surgery.recipe.networks import convmixer, resnet
@@ -222,6 +228,58 @@ def measure_choice(weights: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_evaluation(rounds: int) -> dict[str, Any]:
+    """Time forwards of models that have just taken a training step; the first one by itself."""
+    torch.manual_seed(0)
+    base = timm.create_model("vit_small_patch16_224", num_classes=10)
+    x = torch.randn(1, 3, 224, 224)
+    models = {name: way(copy.deepcopy(base)) for name, way in WAYS.items() if name != "sort"}
+    for model in models.values():
+        stepper(model, {"x": x}, bf16=False)()
+        model.eval()
+    with torch.inference_mode():
+        forwards = {name: functools.partial(model, x) for name, model in models.items()}
+        first = {name: on_cpu(way) for name, way in forwards.items()}
+        taken = in_turn(forwards, rounds)
+    return {
+        "row": "ViT-S/16, batch 1, evaluated in the middle of training",
+        "precision": "fp32",
+        "first_ms": {name: round(time, 3) for name, time in first.items()},
+        "ms": {name: summary(times) for name, times in taken.items()},
+        "ratio": {name: ratio(times, taken["dense"]) for name, times in taken.items()},
+    }
+
+
+def measure_switch(rounds: int) -> dict[str, Any]:
+    """Time what leads to the first answer of another task, beside reading a dense checkpoint."""
+    torch.manual_seed(0)
+    dense = timm.create_model("resnet18", num_classes=10).eval()
+    masked = pemnify(copy.deepcopy(dense), bank="mp", inference_mode=True).eval()
+    masked.add_adapter("other", PemnConfig(bank="mp", inference_mode=True))
+    names, x = itertools.cycle(["other", "default"]), torch.randn(1, 3, 32, 32)
+
+    def switch() -> None:
+        masked.set_adapter(next(names))
+        masked.eval()(x)
+
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        path = Path(folder) / "dense.safetensors"
+        save_file(dense.state_dict(), path)
+
+        def load() -> None:
+            dense.load_state_dict(load_file(path))
+            dense(x)
+
+        taken = in_turn({"load a dense checkpoint": load, "switch to another task": switch}, rounds)
+    of = taken["load a dense checkpoint"]
+    return {
+        "row": "ResNet-18, the first answer of another task",
+        "precision": "fp32",
+        "ms": {name: summary(times) for name, times in taken.items()},
+        "ratio": {name: ratio(times, of) for name, times in taken.items()},
+    }
+
+
 def summary(times: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(times, n=4)
     found = {"min": min(times), "median": middle, "quarter": low, "three_quarters": high}
@@ -257,8 +315,14 @@ def main() -> int:
     torch.set_num_threads(given.threads)
     for name in given.without:
         del WAYS[name]
-    console, rows = Console(width=150), [measure_choice(768 * 3072, given.rounds)]
-    show(console, rows[0])
+    console, rows = Console(width=150), []
+    for found in (
+        measure_choice(768 * 3072, given.rounds),
+        measure_evaluation(given.rounds),
+        measure_switch(given.rounds),
+    ):
+        rows.append(found)
+        show(console, found)
     for row in ROWS:
         if any(word in row for word in given.rows):
             for bf16 in (False, True):

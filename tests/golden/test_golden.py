@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from pemn_surgery import __version__
 from pemn_surgery.adapters.files.adapter_file import WEIGHTS, read_adapter_file
@@ -91,3 +92,19 @@ def test_a_stored_adapter_means_its_own_masks():
     _, other = load(FOLDER / "0.1" / "rp_permuted_topk")
     with pytest.raises(AssertionError):
         assert_as_expected(first, other)
+
+
+CODED = [folder for folder in STORED if cases.CASES[folder.name][1].get("coding", "bits") != "bits"]
+
+
+@pytest.mark.parametrize("folder", CODED, ids=lambda folder: folder.name)
+def test_a_mask_is_coded_to_the_same_bytes(folder, tmp_path):
+    """Whichever machine and whichever coder, constriction's or the one in Python, writes it."""
+    assert len(CODED) == 8
+    model, _ = load(folder)
+    model.save_pretrained(tmp_path)
+    again, stored = load_file(tmp_path / WEIGHTS), load_file(folder / WEIGHTS)
+    coded = [key for key in stored if key.endswith(".bits")]
+    assert coded
+    for key in coded:
+        assert again[key].tolist() == stored[key].tolist(), key

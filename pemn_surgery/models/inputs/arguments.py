@@ -1,6 +1,6 @@
 """What transformers models take: from the name of an argument to a tensor.
 
-``MAKERS`` is the table; what only one type needs is in ``inputs_by_type``.
+``MAKERS`` is the table; what only one type needs is in `by_type`.
 """
 
 import inspect

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pemn_surgery import PemnConfig, from_finetuned, keep_weights, measure_errors, pemnify, plan
+from pemn_surgery.adapters.checks import signs_follow
 from pemn_surgery.adapters.files.adapter_file import read_adapter_file
 from pemn_surgery.adapters.finetuned.convert import nearest_mask, nearest_signs
 from pemn_surgery.coding import bits
@@ -1056,7 +1057,7 @@ def test_another_base_is_refused(tmp_path):
 
 def test_signs_that_never_came_are_an_error_when_used():
     config = PemnConfig(bank="own", selector="threshold", form="sign_delta", inference_mode=True)
-    config.signs_follow = True
-    model = pemnify(models.net(), config)
+    with signs_follow():
+        model = pemnify(models.net(), config)
     with pytest.raises(MaskNotLoadedError, match=r"conv1\.weight"):
         model(models.images())

@@ -12,13 +12,15 @@ import transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 
-from pemn_surgery import PemnConfig, from_finetuned, pemnify, plan
+from pemn_surgery import PemnConfig, from_finetuned, infer_task, pemnify, plan
 from pemn_surgery.errors import (
     AdapterError,
     ArchitectureError,
     ConfigError,
     FingerprintError,
     MaskedWeightError,
+    PemnWarning,
+    TaskInferenceError,
 )
 from tests.adapters import models
 
@@ -311,7 +313,8 @@ def test_a_file_takes_the_place_of_another(checkpoints, tmp_path):
     first, second = made(checkpoints, "llama"), made(checkpoints, "llama", seed=5)
     second.save_pretrained(str(tmp_path))
     assert not torch.equal(logits(first), logits(second))
-    first.load_adapter(str(tmp_path), "default")
+    with pytest.warns(PemnWarning, match="holds bits, not scores, for 8 masks"):
+        first.load_adapter(str(tmp_path), "default")
     models.assert_equal(logits(first), logits(second))
 
 
@@ -545,3 +548,19 @@ def test_rows_of_a_finetuned_model_are_taken_over(name, checkpoints, tmp_path):
     model.save_pretrained(str(tmp_path))
     again = PeftModel.from_pretrained(base_of(checkpoints, name, None), str(tmp_path))
     models.assert_equal(logits(again), logits(model))
+
+
+def test_tasks_with_other_numbers_of_tokens_are_not_mixed(checkpoints, tmp_path):
+    """Their logits have other shapes; of equal numbers they are mixed."""
+    made(checkpoints, "llama", size=NEW).save_pretrained(tmp_path / "more")
+    made(checkpoints, "llama", size=NEW, seed=2).save_pretrained(tmp_path / "same")
+    less = pemnify(base_of(checkpoints, "llama", OLD + 1), **OWN)
+    trained(less, tokens=TOKENS % OLD).save_pretrained(tmp_path / "less")
+    base = base_of(checkpoints, "llama", size=None)
+    model = PeftModel.from_pretrained(base, tmp_path / "more", adapter_name="more").eval()
+    for name in ("same", "less"):
+        model.load_adapter(tmp_path / name, name)
+    inputs = {"input_ids": TOKENS % OLD}
+    assert infer_task(model, inputs, adapters=["more", "same"]).name in {"more", "same"}
+    with pytest.raises(TaskInferenceError, match=r"'less' has 1 new rows.*'more' has 4"):
+        infer_task(model, inputs)
