@@ -78,7 +78,7 @@ def test_to_disk_and_back(options, tmp_path):
     again = PemnConfig.from_pretrained(str(tmp_path))
     assert type(again) is PemnConfig
     assert again == config
-    assert again.file is None
+    assert again.origin.file is None
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     assert set(stored) >= set(options)
     assert again.bank_spec == config.bank_spec

@@ -21,7 +21,8 @@ RECIPE = recipes.load(ROOT / "recipes" / "below_one_bit")
 RUN, MEASURE, TAKEBACK = (RECIPE.module(name) for name in ("run", "measure", "takeback"))
 RESULT = json.loads((ROOT / "docs/results/below_one_bit.json").read_text(encoding="utf-8"))
 KEYS = ("task", "seed", "by", "share")
-PAGE = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "recipes/below_one_bit/README.md").read_text(encoding="utf-8")
+SHORT = (ROOT / "docs/coding.md").read_text(encoding="utf-8")
 
 
 def small(seed):
@@ -227,7 +228,7 @@ def cells(line):
 ROWS = [cells(line) for line in PAGE.splitlines() if line.startswith("|")]
 
 
-def test_figures_in_the_docs_are_those_of_the_result():
+def test_figures_of_the_page_are_those_of_the_result():
     assert len(RESULT["summary"]) >= 8
     for one in RESULT["summary"]:
         accuracy, size = one["accuracy"], one["context"]
@@ -247,7 +248,7 @@ def test_figures_in_the_docs_are_those_of_the_result():
         assert shown in ROWS, shown
 
 
-def test_contexts_in_the_docs_are_those_of_the_result():
+def test_contexts_of_the_page_are_those_of_the_result():
     keys = ("case", "optimizer", "lr", "epochs", "share")
     columns = [
         ("cifar10", "sgd", 3.0, 4, 0.0),
@@ -285,3 +286,5 @@ def test_what_seven_tenths_of_a_bit_cost(epochs, share, least, most):
     assert chosen["seeds"] == trained["seeds"] == settled["seeds"] == [0, 1, 2]
     assert chosen["accuracy"]["mean"] >= trained["accuracy"]["mean"]
     assert least < settled["accuracy"]["mean"] - chosen["accuracy"]["mean"] < most
+    size, accuracy = f"{chosen['context']['mean']:.3f}".lstrip("0"), chosen["accuracy"]["mean"]
+    assert f"{size} at {accuracy:.2f} %" in SHORT or f"{size} bit at {accuracy:.2f} %" in SHORT

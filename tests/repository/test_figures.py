@@ -49,5 +49,5 @@ def test_every_figure_is_shown():
     pages = [models.ROOT / "README.md", *sorted((models.ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     pictures = sorted(path.name for path in FOLDER.glob("*.svg"))
-    assert pictures == ["effective_weight.svg"]
+    assert pictures == ["effective_weight.svg", "training.svg"]
     assert all(f"figures/{name})" in text for name in pictures)

@@ -157,7 +157,7 @@ def test_the_next_save_mends_the_folder(two, tmp_path):
     loaded.save_pretrained(str(folder))
     written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     assert written["scale"] == "sqrt_density"
-    assert written["digest"] == PemnConfig.from_pretrained(str(folder)).file.sealed["digest"]
+    assert written["digest"] == PemnConfig.from_pretrained(str(folder)).origin.file.sealed["digest"]
 
 
 def test_masks_saved_over_another_method(two, tmp_path):
@@ -538,7 +538,7 @@ def test_one_altered_byte_is_named_or_harmless(case, data):
 def test_the_fuzzer_damages_every_coding(case):
     for name, whole in case.whole.items():
         (case.folder / name).write_bytes(whole)
-    stored = PemnConfig.from_pretrained(str(case.folder)).file.headers
+    stored = PemnConfig.from_pretrained(str(case.folder)).origin.file.headers
     found = {mask.coding for mask in stored.values()}
     assert found == {case.coding, "entropy", "bits"}
     assert {*fuzz.BANKS, "bits"} == set(get_args(CodingName))

@@ -257,4 +257,4 @@ def test_wishes_are_of_one_call(tmp_path):
         PeftModel.from_pretrained(other_head(), tmp_path, ignore_mismatched_sizes=True)
     loaded = PeftModel.from_pretrained(other_head(), tmp_path)
     assert loaded.base_model.model.head.modules_to_save["default"].out_features == 4
-    assert PemnConfig.from_pretrained(str(tmp_path)).file.wish.ignores_sizes is False
+    assert PemnConfig.from_pretrained(str(tmp_path)).origin.file.wish.ignores_sizes is False

@@ -131,7 +131,7 @@ def test_without_a_model_a_file_must_be_worth_what_it_asks_for(kind, door, tmp_p
 
 def test_the_configuration_of_such_a_file_is_read_and_its_masks_are_not(tmp_path):
     put(tmp_path, bomb("entropy"))
-    file = PemnConfig.from_pretrained(str(tmp_path)).file
+    file = PemnConfig.from_pretrained(str(tmp_path)).origin.file
     assert file.sizes["conv2.weight"] == CLAIMED
     assert file.headers["conv2.weight"].coding == "entropy"
 

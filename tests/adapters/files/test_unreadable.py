@@ -128,7 +128,7 @@ def test_what_is_not_there_is_still_missing(folder):
     (folder / WEIGHTS).unlink()
     with pytest.raises(AdapterFileError, match=r"has no adapter_model\.safetensors"):
         PeftModel.from_pretrained(models.net(), str(folder))
-    assert PemnConfig.from_pretrained(str(folder)).file is None
+    assert PemnConfig.from_pretrained(str(folder)).origin.file is None
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match="Can't find"):
         PemnConfig.from_pretrained(str(folder))

@@ -299,7 +299,7 @@ def test_masks_onto_an_offloaded_base_are_checked(tmp_path):
     right = models.net()
     cpu_offload(right, torch.device("cpu"))
     model = PeftModel.from_pretrained(right, str(tmp_path))
-    assert fingerprint_now(model, "default") == model.peft_config["default"].trained_on
+    assert fingerprint_now(model, "default") == model.peft_config["default"].origin.fingerprint
     expected = models.logits(PeftModel.from_pretrained(models.net(), str(tmp_path)))
     models.assert_equal(models.logits(model), expected)
 
