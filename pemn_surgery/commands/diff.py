@@ -15,7 +15,7 @@ from pemn_surgery.commands.common import (
     add_json,
     print_json,
 )
-from pemn_surgery.report import tables
+from pemn_surgery.report import plots, tables
 
 if TYPE_CHECKING:
     from pemn_surgery.adapters.files.compare import Comparison, Overlap
@@ -91,4 +91,4 @@ def _plot(path: Path, found: "Comparison") -> None:
         "Jaccard index": [overlap.jaccard for overlap in found.overlaps],
         "by chance": [overlap.chance for overlap in found.overlaps],
     }
-    tables.profile(path, names, series, "Jaccard index", "overlap by layer")
+    plots.profile(path, names, series, "Jaccard index", "overlap by layer")

@@ -14,7 +14,7 @@ from pemn_surgery.commands.common import (
     print_json,
     read_adapter,
 )
-from pemn_surgery.report import tables
+from pemn_surgery.report import plots, tables
 
 
 def add(commands: Any) -> None:
@@ -45,7 +45,7 @@ def _run(parsed: argparse.Namespace) -> int:
     ]
     if parsed.plot is not None:
         series = {str(parsed.adapter): [mask["density"] for mask in masks]}
-        tables.profile(parsed.plot, [*file.masks], series, "share of ones", "densities by layer")
+        plots.profile(parsed.plot, [*file.masks], series, "share of ones", "densities by layer")
     if parsed.json:
         settings = config.to_dict()
         print_json({"config": settings, "bytes": file.nbytes, "masks": masks}, default=sorted)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pemn_surgery.adapters import PemnConfig, pemnify
-from pemn_surgery.report import tables
+from pemn_surgery.report import machine, plots, tables
 
 TASKS = ("digit", "parity")
 METHODS = ("dense", "LoRA r=8", "masks")
@@ -74,7 +74,7 @@ def run(out: Path, epochs: int, seed: int, progress: Progress) -> dict[str, Any]
     Returns:
         What is in ``results.json``.
     """
-    tables.check_plotting()
+    plots.check_plotting()
     train, test = load_digits()
     begin = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def run(out: Path, epochs: int, seed: int, progress: Progress) -> dict[str, Any]
         "epochs": epochs,
         "seed": seed,
         "ratio": RATIO,
-        **tables.environment(),
+        **machine.environment(),
         "seconds": round(time.monotonic() - begin, 1),
         "verified_in_new_process": verified,
         "outcomes": [asdict(outcome) for outcome in outcomes],
@@ -301,7 +301,7 @@ def _plot(path: Path, outcomes: list[Outcome]) -> None:
         method: [(o.nbytes, 100 * o.accuracy) for o in outcomes if o.method == method]
         for method in METHODS
     }
-    tables.scatter(path, points, ("bytes per task", "test accuracy, %"), "Two digits tasks")
+    plots.scatter(path, points, ("bytes per task", "test accuracy, %"), "Two digits tasks")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,21 @@
 """An arm: a model under training, how far it has come, and its checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.numbers.bank import Bank
+from pemn_surgery.recipe import pruning
 from pemn_surgery.recipe.rules import Rule
 
+CODINGS = ("bits", "entropy", "context")
 PROGRESS = ("epoch", "step", "loss", "seconds", "history")
 
 
@@ -25,10 +32,12 @@ class Arm:
     ) -> None:
         """Start at epoch 0; ``file`` takes checkpoints of a run with these ``settings``."""
         self.name, self.model, self.file, self.settings = name, model, file, settings
+        self.call: Callable[[Tensor], Tensor] = model  # or what torch.compile made of it
         made = rule.optimizers(model)
         self.optimizers = {key: optimizer for key, (optimizer, _) in made.items()}
         self.rules = {key: of_it for key, (_, of_it) in made.items()}
-        self.epoch, self.step, self.loss, self.seconds = 0, 0, 0.0, 0.0
+        self.epoch, self.step, self.seconds = 0, 0, 0.0
+        self.loss: float | Tensor = 0.0  # float64 on the model's device, so that no step waits
         self.history: list[dict[str, float]] = []
 
     def tensors(self) -> dict[str, Tensor]:
@@ -38,6 +47,7 @@ class Arm:
 
     def save(self) -> None:
         """Write the checkpoint under another name, then rename it over the old one."""
+        self.loss = float(self.loss)
         progress = {key: getattr(self, key) for key in PROGRESS}
         state = {"settings": self.settings, "progress": progress, "tensors": self.tensors()}
         state |= {key: optimizer.state_dict() for key, optimizer in self.optimizers.items()}
@@ -76,7 +86,7 @@ class Arm:
 
     def close_epoch(self, rows: int, accuracy: float, test_seconds: float) -> dict[str, float]:
         """Add the finished epoch's row to the history, reset the counters, checkpoint."""
-        row = {"epoch": self.epoch + 1, "train_loss": self.loss / rows}
+        row: dict[str, float] = {"epoch": self.epoch + 1, "train_loss": float(self.loss) / rows}
         row |= {"test_accuracy": accuracy, "seconds": self.seconds, "test_seconds": test_seconds}
         self.history.append(row)
         self.epoch, self.step, self.loss, self.seconds = self.epoch + 1, 0, 0.0, 0.0
@@ -90,14 +100,48 @@ class Arm:
 
     def stored(self) -> dict[str, int]:
         """Write what a user would keep; bytes by file name."""
-        if hasattr(self.model, "save_pretrained"):
-            self.model.save_pretrained(str(self.folder))  # pyright: ignore[reportCallIssue]
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(str(self.folder))
+            return sizes(self.folder)
+        self.folder.mkdir(exist_ok=True)
+        file = str(self.folder / "model.safetensors")
+        if pruning.is_pruned(self.model):
+            save_file(pruning.kept(self.model), file)
         else:
-            from safetensors.torch import save_model
-
-            self.folder.mkdir(exist_ok=True)
-            save_model(self.model, str(self.folder / "model.safetensors"))
+            save_model(self.model, file)
         return sizes(self.folder)
+
+    def ways(self) -> dict[str, int]:
+        """Bytes of what a user would keep, in each way there is.
+
+        Masks: beside the numbers of their bank as float32, or with these drawn again from the
+        seed, as bits and coded; others as `stored` has them.
+        """
+        if not isinstance(self.model, PeftModel):
+            return {"stored": sum(self.stored().values())}
+        found = {f"from the seed, {coding}": self._coded(coding) for coding in CODINGS}
+        beside = found[f"from the seed, {CODINGS[0]}"] + 4 * self.unique
+        return {"with the prototype": beside} | found
+
+    def _coded(self, coding: str) -> int:
+        model: Any = self.model
+        config = model.peft_config["default"]
+        before, config.coding = config.coding, coding
+        try:
+            with TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                return sum(sizes(Path(folder)).values())
+        finally:
+            config.coding = before
+
+    @property
+    def unique(self) -> int:
+        """How many frozen numbers masks choose from; without masks, how many weights there are."""
+        banks = [one for one in self.model.modules() if isinstance(one, Bank)]
+        named = list(self.model.named_parameters())
+        scores = sum(p.numel() for name, p in named if ".pemn_masks." in name)
+        matrices = sum(p.numel() for _, p in named if p.dim() > 1)
+        return banks[0].layout.floats if banks else scores or matrices
 
 
 def sizes(folder: Path) -> dict[str, int]:

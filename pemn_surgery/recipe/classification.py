@@ -44,6 +44,11 @@ class Classification:
         train, test = ((x[:limit], y[:limit]) for x, y in (self.train, self.test))
         return replace(self, train=train, test=test)
 
+    def on(self, device: str) -> "Classification":
+        """Return the same with both splits on a device, where epochs then are made, too."""
+        train, test = ((x.to(device), y.to(device)) for x, y in (self.train, self.test))
+        return replace(self, train=train, test=test)
+
     @property
     def sizes(self) -> dict[str, int]:
         """Rows of each split."""
@@ -62,7 +67,8 @@ class Classification:
             advance: Told of every chunk how many rows it has.
         """
         inputs, labels = self.train
-        order, ready = torch.randperm(len(labels))[: self.rows(rule)], []
+        order = torch.randperm(len(labels))[: self.rows(rule)].to(labels.device)
+        ready = []
         for chunk in self.augment(rule.augmentation, inputs[order]):
             ready.append(chunk)
             advance(len(chunk))
@@ -78,5 +84,5 @@ class Classification:
     def accuracy(self, forward: Forward) -> float:
         """Share of the test split that is classified right, in percent."""
         pairs = zip(*(part.split(TESTED_AT_ONCE) for part in self.test), strict=True)
-        right = sum(int((forward(x).argmax(1).cpu() == y).sum()) for x, y in pairs)
-        return 100 * right / self.sizes["test"]
+        right = sum((forward(x).argmax(1).to(y.device) == y).sum() for x, y in pairs)
+        return 100 * int(right) / self.sizes["test"]

@@ -14,7 +14,8 @@ from rich.table import Table
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe.file import Recipe
 from pemn_surgery.recipe.options import add_options, command, from_words
-from pemn_surgery.report import tables as report
+from pemn_surgery.recipe.runner import TimeIsUp
+from pemn_surgery.report import machine
 
 Results = Iterable[tuple[str, dict[str, Any]]]
 
@@ -43,7 +44,10 @@ class RecipeCommand:
     tabulate: Callable[[dict[str, Any]], Table]
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
-        """Run the command line; 130 after Ctrl-C, 1 after a refusal, as shells expect."""
+        """Run the command line; 130 after Ctrl-C, 1 after a refusal, as shells expect.
+
+        0 where the minutes that were given are over.
+        """
         given, console = vars(self._parser().parse_args(arguments)), Console()
         try:
             self._do(given, console)
@@ -53,14 +57,14 @@ class RecipeCommand:
         except KeyboardInterrupt as stop:
             how = "; add --resume to the same command to go on" if "resume" in given else ""
             console.print(f"{str(stop) or 'stopped'}{how}")
-            return 130
+            return 0 if isinstance(stop, TimeIsUp) else 130
         return 0
 
     def _parser(self) -> ArgumentParser:
         folder = self.recipe.folder
         made: dict[str, Any] = {"formatter_class": RawDescriptionHelpFormatter}
         made |= {"description": self.text}
-        parser = ArgumentParser(prog=f"python recipes/{folder.name}", **made)
+        parser = ArgumentParser(prog=f"pemn run recipes/{folder.name}", **made)
         parser.add_argument("--results", type=Path, default=folder / "results", help="their folder")
         verbs = parser.add_subparsers(dest="verb", required=True)
         verbs.add_parser("show", help="tabulate the results")
@@ -85,13 +89,14 @@ class RecipeCommand:
         for label, body in self.verbs[name].run(self.recipe, options, console):
             found.append(self._head(line) | body)
             whole = found if file and len(found) > 1 else found[-1]
-            self._write(file or results / f"{label}.json", whole, console)
+            trial = options.work if given.get("smoke") else None  # never beside real results
+            self._write(file or (trial or results) / f"{label}.json", whole, console)
             console.print(self.tabulate(found[-1]))
 
     def _head(self, line: str) -> dict[str, Any]:
         named = {key: getattr(self.recipe, key) for key in ("claim", "paper")}
         head = {"schema": 1, "recipe": self.recipe.name} | named | {"command": line}
-        return head | report.environment()
+        return head | machine.environment()
 
     def _write(self, file: Path, result: Any, console: Console) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)

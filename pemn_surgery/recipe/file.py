@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,7 @@ class Case:
         rules: What is otherwise for an arm, by its name.
         epochs: How long it is trained; None: as long as in the paper.
         precision: "bf16" (autocast) or "fp32".
+        arms: Which arms it has; none named: all of the recipe.
         published: The paper's numbers by arm.
     """
 
@@ -51,6 +52,7 @@ class Case:
     rules: dict[str, Table] = field(default_factory=dict)
     epochs: int | None = None
     precision: str = "bf16"
+    arms: list[str] = field(default_factory=list)
     published: dict[str, Table] = field(default_factory=dict)
 
     def rule_of(self, arm: str, **changes: Any) -> Rule:
@@ -106,6 +108,19 @@ class Recipe:
             raise RecipeError(message)
         return self.cases[name]
 
+    def arms_of(self, case: str, chosen: Sequence[str] = ()) -> dict[str, Table]:
+        """Return a case's arms, or those that are chosen of them, with their options.
+
+        Raises:
+            RecipeError: If there is no such case, or an arm that it does not have.
+        """
+        there = self.case(case).arms or list(self.arms)
+        unknown = [name for name in (*chosen, *there) if name not in there or name not in self.arms]
+        if unknown:
+            message = f"arms {unknown} are unknown; {case!r} of {self.name} has {there}"
+            raise RecipeError(message)
+        return {name: self.arms[name] for name in chosen or there}
+
     def network(self, case: str) -> nn.Module:
         """Make a case's network, its weights from torch's global generator.
 
@@ -150,14 +165,22 @@ def _imported(name: str, file: Path) -> ModuleType:
 def load(folder: str | Path) -> Recipe:
     """Read ``<folder>/recipe.toml``.
 
+    A case's ``rule`` and ``arms`` may be names in the tables ``rules`` and ``groups``.
+
     Raises:
         RecipeError: If the file is missing, is no TOML, or lacks or misspells a field.
     """
     file = Path(folder) / "recipe.toml"
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
-        cases = {name: Case(**given) for name, given in table.pop("cases").items()}
+        shared = {"rule": table.pop("rules", {}), "arms": table.pop("groups", {})}
+        cases = {name: _case(given, shared) for name, given in table.pop("cases").items()}
         return Recipe(folder=Path(folder), cases=cases, **table)
     except (OSError, KeyError, TypeError, tomllib.TOMLDecodeError) as error:
         message = f"{file} cannot be read as a recipe: {error!r}"
         raise RecipeError(message) from error
+
+
+def _case(given: Table, shared: dict[str, Table]) -> Case:
+    named = {key: given[key] for key in shared if isinstance(given.get(key), str)}
+    return Case(**given | {key: shared[key][name] for key, name in named.items()})

@@ -1,18 +1,25 @@
-"""Data sets of images as uint8 tensors in memory, and the two augmentations of the PEMN paper."""
+"""Data sets of images, decoded once into uint8 tensors."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import importlib.util
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor
 
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe.augmentations import AUGMENTATIONS
 from pemn_surgery.recipe.classification import Classification, Split
+from pemn_surgery.recipe.options import ImageOptions
 
-CHUNK = 256
+CHUNK = 2048  # images that are augmented at once
+_TRIAL = {"train": 96, "test": 64}  # images of each split
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class ImageData:
         label: Name of the label column.
         mean: Of each channel of pixels in 0..1, as the networks expect it.
         std: Standard deviation of each channel.
+        side: Pixels a side; pictures of other sizes are scaled and cut to their middle square.
+        test: Name of the split that is tested with.
     """
 
     source: str
@@ -32,133 +41,131 @@ class ImageData:
     label: str
     mean: Sequence[float]
     std: Sequence[float]
+    side: int = 32
+    test: str = "test"
 
-    def load(self, work: Path, source: str = "") -> dict[str, Split]:
-        """Return both splits as `load` does; ``source`` stands in place of the row's own."""
-        return load(source or self.source, work, self.image, self.label)
+    def load(self, options: ImageOptions) -> dict[str, Split]:
+        """Return both splits: the options' source or the row's own, decoded once and kept.
+
+        Returns:
+            ``{"train": (images, labels), "test": ...}``: uint8 ``[n, 3, side, side]``, int64
+            ``[n]``; for ``smoke`` random ones, of two classes.
+
+        Raises:
+            RecipeError: If a split or a column is missing; the message names those there are.
+        """
+        if options.smoke:
+            return {name: self._random(n) for name, n in _TRIAL.items()}
+        source = options.data or self.source
+        place = str(Path(source).resolve()) if Path(source).exists() else source
+        named = "|".join(map(str, (place, self.image, self.label, self.side, self.test)))
+        file = options.work / f"decoded-{hashlib.sha256(named.encode()).hexdigest()[:12]}.pt"
+        if not file.exists():
+            decoded = decode(self, place, options.work)
+            partial = file.with_suffix(".partial")
+            torch.save(decoded, partial)
+            partial.replace(file)
+        return torch.load(file, weights_only=True, mmap=True)
+
+    def _random(self, count: int) -> Split:
+        made = torch.Generator().manual_seed(count)
+        shape = (count, 3, self.side, self.side)
+        pictures = torch.randint(256, shape, dtype=torch.uint8, generator=made)
+        return pictures, torch.arange(count) % 2
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """Names of its splits by what they are for."""
+        return {"train": "train", "test": self.test}
 
     def task(self, splits: Mapping[str, Split]) -> Classification:
         """Return what the runner trains on: these splits, this normalisation and augmentation."""
         return Classification(splits["train"], splits["test"], self.normalise, self.augment)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 ``[n, 3, h, w]`` -> float32 of zero mean and unit deviation, channels last.
-
-        Channels last is how convolutions were measured to be faster.
-        """
+        """uint8 ``[n, 3, h, w]`` -> float32 of zero mean and unit deviation."""
         shape = (len(self.mean), 1, 1)
         mean, std = (
             torch.tensor(v, device=images.device).view(shape) for v in (self.mean, self.std)
         )
-        return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        return (images.float() / 255 - mean) / std
 
     def augment(self, name: str, images: Tensor) -> Iterator[Tensor]:
         """Augment one epoch's images, in their order, with torch's global generator.
 
         Args:
-            name: ``"convmixer"``, ``"resnet"`` or ``"none"``.
-            images: uint8 ``[n, 3, 32, 32]``.
+            name: Key of `AUGMENTATIONS`.
+            images: uint8 ``[n, 3, h, w]``.
 
         Returns:
-            uint8 ``[<=256, 3, 32, 32]``, chunk by chunk, so that a caller can show progress.
+            uint8 ``[<=2048, 3, h, w]``, chunk by chunk, so that a caller can show progress.
 
         Raises:
-            RecipeError: If ``name`` is none of the three.
+            RecipeError: If there is no such augmentation.
         """
         if name not in AUGMENTATIONS:
-            message = f"augmentation {name!r} is unknown; give one of {sorted(AUGMENTATIONS)}"
+            known = sorted(AUGMENTATIONS)
+            message = f"augmentation {name!r} is unknown; give one of {known}"
             raise RecipeError(message)
-        return map(AUGMENTATIONS[name](self.mean), images.split(CHUNK))
+        return (AUGMENTATIONS[name](chunk, self.mean) for chunk in images.split(CHUNK))
 
 
-def load(source: str, work: Path, image: str, label: str) -> dict[str, Split]:
-    """Decode a data set once and keep it under ``work``.
+def decode(data: ImageData, source: str, work: Path) -> dict[str, Split]:
+    """Read both splits of a data set and decode their pictures.
 
     Args:
-        source: Hub id or folder for ``datasets.load_dataset``.
-        work: Folder for the decoded copy (180 MB for CIFAR-10) and the hub's cache.
-        image: Name of the image column.
-        label: Name of the label column.
-
-    Returns:
-        ``{"train": (images, labels), "test": ...}``: uint8 ``[n, 3, 32, 32]``, int64 ``[n]``.
+        data: Names of columns and splits, and the side of a picture.
+        source: Hub id or folder for ``datasets.load_dataset``; without ``datasets`` a folder of
+            parquet files, whose names begin with their split's.
+        work: Folder for the cache of ``datasets``.
 
     Raises:
         RecipeError: If a split or a column is missing; the message names those there are.
     """
-    place = str(Path(source).resolve()) if Path(source).exists() else source
-    key = hashlib.sha256(f"{place}|{image}|{label}".encode()).hexdigest()[:12]
-    file = work / f"decoded-{key}.pt"
-    if not file.exists():
-        decoded = _decode(place, work, image, label)
-        partial = file.with_suffix(".partial")
-        torch.save(decoded, partial)
-        partial.replace(file)
-    return torch.load(file, weights_only=True)
-
-
-def _decode(source: str, work: Path, image: str, label: str) -> dict[str, Split]:
+    if importlib.util.find_spec("datasets") is None:
+        return {name: _of_parquet(data, source, split) for name, split in data.splits.items()}
     import datasets
 
     given = datasets.load_dataset(source, cache_dir=str(work / "datasets"))
+    missing = sorted({*data.splits.values()} - {*given})
+    if missing:
+        message = f"{source} has the splits {sorted(given)}; {missing} are needed"
+        raise RecipeError(message)
     splits: dict[str, Split] = {}
-    for name in ("train", "test"):
-        if name not in given:
-            message = f"{source} has the splits {sorted(given)}; train and test are needed"
-            raise RecipeError(message)
-        missing = {image, label} - set(given[name].column_names)
-        if missing:
-            there = given[name].column_names
-            message = f"{source} lacks the columns {sorted(missing)}; it has {there}"
-            raise RecipeError(message)
-        splits[name] = _tensors(given[name], image, label)
+    for name, split in data.splits.items():
+        rows: Any = given[split]
+        _check_columns(data, source, rows.column_names)
+        pictures = (row[data.image] for row in rows)
+        splits[name] = _stacked(data, pictures), torch.tensor(rows[data.label])
     return splits
 
 
-def _tensors(rows, image: str, label: str) -> Split:  # noqa: ANN001 - a datasets.Dataset
-    pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in rows[image]])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(rows[label])
+def _of_parquet(data: ImageData, source: str, split: str) -> Split:
+    """Read one split of a folder of parquet files, as the hub writes them, without ``datasets``."""
+    files = sorted(Path(source).rglob(f"{split}-*.parquet"))
+    if not files:
+        message = f"{source} has no {split}-*.parquet; give a folder that has, or install datasets"
+        raise RecipeError(message)
+    from PIL import Image
+    from pyarrow import concat_tables, parquet
+
+    table = concat_tables([parquet.read_table(file) for file in files])
+    _check_columns(data, source, table.column_names)
+    kept = (picture["bytes"] for picture in table[data.image].to_pylist())
+    pictures = (Image.open(io.BytesIO(one)) for one in kept)
+    return _stacked(data, pictures), torch.tensor(table[data.label].to_pylist())
 
 
-def _convmixer(mean: Sequence[float]) -> Callable[[Tensor], Tensor]:
-    """RandAugment(2, 12), ColorJitter .2, RandomErasing .2 after a flip, drawn for each image.
-
-    The paper's RandomResizedCrop(32, scale=(1, 1)) is the identity on 32x32 images and left
-    out. Erasing writes the mean colour, which is the zero of the normalised image.
-    """
-    from torchvision.transforms import v2
-
-    grey = [round(255 * m) for m in mean]
-    steps = [v2.RandomHorizontalFlip(), v2.RandAugment(2, 12), v2.ColorJitter(0.2, 0.2, 0.2)]
-    erase = v2.RandomErasing(0.2, value=grey)  # pyright: ignore[reportArgumentType] - its docs allow a sequence
-    transform = v2.Compose([*steps, erase])
-    return lambda images: torch.stack([transform(picture) for picture in images])
+def _check_columns(data: ImageData, source: str, there: Sequence[str]) -> None:
+    missing = {data.image, data.label} - {*there}
+    if missing:
+        message = f"{source} lacks the columns {sorted(missing)}; it has {list(there)}"
+        raise RecipeError(message)
 
 
-def crop_and_flip(images: Tensor, pad: int = 4) -> Tensor:
-    """Crop at random out of the image padded with ``pad`` black pixels, flip half of them.
-
-    Args:
-        images: uint8 ``[n, 3, h, w]``.
-        pad: Pixels added on each side, before normalisation (torchvision's RandomCrop).
-
-    Returns:
-        uint8 ``[n, 3, h, w]``.
-    """
-    n, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (pad,) * 4)
-    top, left = torch.randint(2 * pad + 1, (2, n, 1))
-    rows = top + torch.arange(height)
-    columns = left + torch.arange(width)
-    columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns)
-    n_index = torch.arange(n).view(n, 1, 1)
-    picked = padded.permute(0, 2, 3, 1)[n_index, rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2).contiguous()
-
-
-# By name: from the mean colour to what augments a chunk.
-AUGMENTATIONS: dict[str, Callable[[Sequence[float]], Callable[[Tensor], Tensor]]] = {
-    "convmixer": _convmixer,
-    "resnet": lambda _: crop_and_flip,
-    "none": lambda _: lambda images: images,
-}
+def _stacked(data: ImageData, pictures: Iterable[Any]) -> Tensor:
+    """uint8 ``[n, 3, side, side]`` of PIL's pictures."""
+    square = (data.side, data.side)
+    fitted = (p if p.size == square else ImageOps.fit(p, square) for p in pictures)
+    pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in fitted])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -1,10 +1,12 @@
-"""Networks for images of 32 x 32, as the PEMN paper masks them: no bias outside BatchNorm.
+"""Networks for images of 32 x 32, as the PEMN paper masks them: no bias outside norms.
 
 Shapes: images ``[n, 3, 32, 32]`` -> logits ``[n, classes]``.
 """
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from pemn_surgery.recipe.depthwise import DepthwiseConv2d
 
 WIDTHS = (16, 32, 64)
 
@@ -35,7 +37,7 @@ def convmixer(
     Args:
         width: Channels ``h`` of every block.
         depth: Number of blocks: a residual depthwise convolution, then a pointwise one.
-        kernel: Side of the depthwise kernel.
+        kernel: Side of the depthwise kernel, odd.
         patch: Side and stride of the stem, so that blocks see ``[n, h, 32/patch, 32/patch]``.
         classes: Number of logits.
 
@@ -44,8 +46,7 @@ def convmixer(
     """
     layers = _activated(nn.Conv2d(3, width, patch, stride=patch, bias=False))
     for _ in range(depth):
-        mix = nn.Conv2d(width, width, kernel, groups=width, padding="same", bias=False)
-        layers += [Residual(nn.Sequential(*_activated(mix)))]
+        layers += [Residual(nn.Sequential(*_activated(DepthwiseConv2d(width, kernel))))]
         layers += _activated(nn.Conv2d(width, width, 1, bias=False))
     head = nn.Linear(width, classes, bias=False)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
@@ -101,6 +102,32 @@ def resnet(depth: int = 32, classes: int = 10) -> nn.Sequential:
         layers += [BasicBlock(width, width) for _ in range(blocks - 1)]
     head = nn.Linear(WIDTHS[-1], classes, bias=False)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).apply(_initialise)
+
+
+def vit(width: int, depth: int, classes: int = 10, patch: int = 4, heads: int = 8) -> nn.Module:
+    """Vision transformer for images of 32 x 32 (Dosovitskiy et al., 2021), linear maps unbiased.
+
+    PEMN's configuration was never released. Its optimizer, rate, schedule and 200 epochs are the
+    defaults of the widely used ``vision-transformers-cifar10``, whose network this therefore is:
+    patches of 4 x 4, 8 heads, 512 hidden units in every block, dropout .1.
+
+    Args:
+        width: Features of a token.
+        depth: Number of blocks.
+        classes: Number of logits.
+        patch: Side of a patch.
+        heads: Of attention.
+
+    Returns:
+        timm's network; queries, keys, values and projections have no bias, MLPs have timm's.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=32, patch_size=patch, num_classes=classes, embed_dim=width, depth=depth,
+        num_heads=heads, mlp_ratio=512 / width, qkv_bias=False, proj_bias=False, drop_rate=0.1,
+        pos_drop_rate=0.1, proj_drop_rate=0.1,
+    )  # fmt: skip
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,14 +1,17 @@
 """What a run adds to a recipe: one value, whose fields are the options of the command line."""
 
+import math
+import time
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 from pemn_surgery.errors import RecipeError
 
 PRECISIONS = ("bf16", "fp32")
+LAYOUTS = ("channels_last", "contiguous")
 SEEDS = "one run of everything for each"
 
 
@@ -25,23 +28,43 @@ def option(text: str, default: Any = MISSING, choices: Sequence[str] | None = No
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the runs of all recipes have; a recipe derives what its own adds."""
+    """What the runs of all recipes have; a recipe derives what its own adds.
+
+    Attributes:
+        TRIAL: What ``smoke`` gives in place of other values.
+    """
+
+    TRIAL: ClassVar[dict[str, Any]] = {"epochs": 1}
 
     case: str = option("row of the recipe's file")
-    work: Path = option("folder of decoded data, checkpoints, logs and what arms would ship")
+    work: Path = option(
+        "folder of decoded data, checkpoints, logs and what arms would ship", Path("work")
+    )
     epochs: int | None = option("in place of the recipe's; schedules stretch to them", None)
+    minutes: float | None = option("stop cleanly after so long; --resume goes on", None)
     precision: str | None = option("in place of the recipe's", None, PRECISIONS)
     device: str = option("torch's name of it", "cpu")
     threads: int | None = option("torch's threads", None)
+    layout: str = option("of images in memory", "channels_last", LAYOUTS)
+    compile: bool = option("compile networks with torch.compile", default=False)
     limit: int | None = option("cut every split, for a trial", None)
+    smoke: bool = option("a trial of seconds: little data, an epoch", default=False)
     resume: bool = option("continue from the checkpoints, if any", default=False)
+    until: float = field(default=math.inf, compare=False)  # of `time.monotonic`
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
+        for name, value in self.TRIAL.items() if self.smoke else ():
+            object.__setattr__(self, name, value)
         if self.precision not in (*PRECISIONS, None):
             message = f"precision={self.precision!r}; give 'bf16' or 'fp32'"
             raise RecipeError(message)
         check_counts(epochs=self.epochs, threads=self.threads, limit=self.limit)
+        if self.minutes is not None and not self.minutes > 0:
+            message = f"minutes={self.minutes}; give more than 0"
+            raise RecipeError(message)
+        if self.minutes is not None and self.until == math.inf:  # what replaces options keeps it
+            object.__setattr__(self, "until", time.monotonic() + 60 * self.minutes)
 
     @property
     def changes(self) -> str:
@@ -51,7 +74,7 @@ class Options:
     @property
     def cut(self) -> str:
         """What makes a run a trial, for the name of its folder."""
-        return f"-limit{self.limit}" if self.limit else ""
+        return "-smoke" if self.smoke else f"-limit{self.limit}" if self.limit else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +88,7 @@ class ImageOptions(Options):
 class CaseOptions(ImageOptions):
     """Options of recipes whose file says all that is trained."""
 
+    arms: tuple[str, ...] = option("which, of the case's; none named: all", ())
     seeds: tuple[int, ...] = option(SEEDS, (0,))
 
 
@@ -78,7 +102,7 @@ def check_counts(**counts: int | None) -> None:
 
 def add_options(parser: ArgumentParser, kind: type, choices: Mapping[str, Sequence[str]]) -> None:
     """Add a dataclass of `option` to a parser; ``choices`` has values that the file knows."""
-    for one in fields(kind):
+    for one in _options(kind):
         given = one.default not in (MISSING, None, "", (), False)
         default = f" (default: {_shown(one, one.default)})" if given else ""
         chosen = choices.get(one.name, one.metadata["choices"])
@@ -101,9 +125,13 @@ def from_words(kind: type, given: Mapping[str, Any]) -> Any:
 
 def command(recipe: str, verb: str, options: Any) -> str:
     """Return the command line of a run, with its folders and files as placeholders."""
-    given = [(one, getattr(options, one.name)) for one in fields(options) if one.type is not bool]
-    words = [f"{_flag(one)} {_shown(one, value)}" for one, value in given if value]
-    return " ".join([f"python recipes/{recipe} {verb}", *words])
+    given = [(one, getattr(options, one.name)) for one in _options(options) if one.name != "resume"]
+    words = [f"{_flag(one)} {_shown(one, value)}".strip() for one, value in given if value]
+    return " ".join([f"pemn run recipes/{recipe} {verb}", *words])
+
+
+def _options(kind: Any) -> list[Field[Any]]:
+    return [one for one in fields(kind) if "help" in one.metadata]
 
 
 def _flag(one: Field[Any]) -> str:
@@ -111,6 +139,8 @@ def _flag(one: Field[Any]) -> str:
 
 
 def _shown(one: Field[Any], value: Any) -> str:
+    if one.type is bool:
+        return ""
     if isinstance(value, Path):
         return one.name.upper()
     if one.name == "data" and Path(value).is_dir():

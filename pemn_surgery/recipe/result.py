@@ -23,19 +23,24 @@ def run(
         RecipeError: If the case is unknown, or the work folder holds this run already.
         KeyboardInterrupt: After Ctrl-C; the checkpoint is written and the run can be resumed.
     """
-    published = recipe.case(options.case).published
+    case = recipe.case(options.case)
+    paper = case.epochs or recipe.paper_epochs
     for seed in options.seeds:
         runner = of_case(recipe, options, seed, console)
         runner.go()
         cut = f"; a trial on {options.limit} images of each split" if options.limit else ""
+        cut += "; a trial on random images" if options.smoke else ""
         yield (
-            runner.label,
+            runner.label + "".join(f"-{name}" for name in options.arms),
             {
                 "case": options.case,
                 "seed": seed,
-                "epochs": {"run": runner.epochs, "paper": recipe.paper_epochs},
-                "note": f"epochs: {runner.epochs} of the paper's {recipe.paper_epochs}{cut}",
-                "arms": {arm.name: summary(arm, published.get(arm.name)) for arm in runner.arms},
+                "epochs": {"run": runner.epochs, "paper": paper},
+                "limit": options.limit,
+                "note": f"epochs: {runner.epochs} of the paper's {paper}{cut}",
+                "arms": {
+                    arm.name: summary(arm, case.published.get(arm.name)) for arm in runner.arms
+                },
             },
         )
 
@@ -48,8 +53,9 @@ def summary(arm: Arm, published: dict[str, Any] | None) -> dict[str, Any]:
         "best": {key: best[key] for key in keys},
         "last": {key: arm.history[-1][key] for key in keys},
         "published": published,
+        "unique": arm.unique,
         "trained": sum(p.numel() for p in arm.model.parameters() if p.requires_grad),
-        "bytes": {"total": sum(files.values()), "files": files},
+        "bytes": {"total": sum(files.values()), "files": files, "ways": arm.ways()},
         "settings": arm.settings,
         "history": arm.history,
     }

@@ -55,6 +55,10 @@ def _adamw(weights: Iterable[nn.Parameter], rule: "Rule") -> torch.optim.Optimiz
     return torch.optim.AdamW(weights, rule.lr, weight_decay=rule.weight_decay)
 
 
+def _adam(weights: Iterable[nn.Parameter], rule: "Rule") -> torch.optim.Optimizer:
+    return torch.optim.Adam(weights, rule.lr, weight_decay=rule.weight_decay)
+
+
 def _sgd(weights: Iterable[nn.Parameter], rule: "Rule") -> torch.optim.Optimizer:
     decay = rule.weight_decay
     return torch.optim.SGD(weights, rule.lr, momentum=rule.momentum, weight_decay=decay)
@@ -68,6 +72,7 @@ SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
 }
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], "Rule"], torch.optim.Optimizer]] = {
     "adamw": _adamw,
+    "adam": _adam,
     "sgd": _sgd,
 }
 

@@ -19,36 +19,45 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 from torch import Tensor, nn
 
+from pemn_surgery import pemnify
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe.arms import Arm
 from pemn_surgery.recipe.classification import Classification, Forward
 from pemn_surgery.recipe.file import Recipe
 from pemn_surgery.recipe.options import CaseOptions, Options
+from pemn_surgery.recipe.pruning import prune
 from pemn_surgery.recipe.rules import Rule
 
 SHARED = ("batch", "augmentation", "whole_batches")  # what arms of one run have in common
 
 
+class TimeIsUp(KeyboardInterrupt):
+    """The minutes that a run was given are over; its checkpoint is written."""
+
+
 def of_case(recipe: Recipe, options: CaseOptions, seed: int, console: Console) -> "Runner":
-    """Return the run of all arms of a case on images, as the recipe's file says and nothing else.
+    """Return the run of a case's arms on images, as the recipe's file says and nothing else.
 
     Raises:
-        RecipeError: If the work folder already holds this run, or one with other settings.
+        RecipeError: If an arm is unknown, or the work folder already holds this run, or one with
+            other settings.
     """
     case, images = recipe.case(options.case), recipe.images(options.case)
-    task = images.task(images.load(options.work, options.data)).cut(options.limit)
+    arms = recipe.arms_of(options.case, options.arms)
+    task = images.task(images.load(options)).cut(options.limit)
     found = Runner(recipe, options, seed, task, console)
-    for name, changes in recipe.arms.items():
-        seeded = changes | {"seed": seed} if changes else {}
-        found.add(name, partial(_masked, recipe, options.case, seeded), case.rule_of(name), changes)
+    for name, changes in arms.items():
+        build = partial(network_of_arm, recipe, options.case, changes, seed)
+        found.add(name, build, case.rule_of(name), changes)
     return found
 
 
-def _masked(recipe: Recipe, case: str, changes: dict[str, Any]) -> nn.Module:
-    from pemn_surgery import pemnify
-
+def network_of_arm(recipe: Recipe, case: str, changes: dict[str, Any], seed: int) -> nn.Module:
+    """Return a case's network as an arm has it: as it is, pruned, or under masks of this seed."""
     network = recipe.network(case)
-    return pemnify(network, **changes) if changes else network
+    if "prune" in changes:
+        return prune(network, changes["prune"], changes["sparsity"])
+    return pemnify(network, **changes, seed=seed) if changes else network
 
 
 class Runner:
@@ -64,7 +73,8 @@ class Runner:
     ) -> None:
         """Take what arms have in common; `add` takes them, `go` trains them."""
         case = recipe.case(options.case)
-        self.options, self.seed, self.task, self.console = options, seed, task, console
+        self.options, self.seed, self.console = options, seed, console
+        self.task = task.on(options.device)
         self.epochs = options.epochs or case.epochs or recipe.paper_epochs
         self.precision = options.precision or case.precision
         self.arms: list[Arm] = []
@@ -98,6 +108,8 @@ class Runner:
             model = build().to(self.options.device)
         arm = Arm(name, model, rule, file, self._settings(rule, changes))
         self._check_batches(arm)
+        if self.options.compile:
+            arm.call = torch.compile(model)
         if file.exists():
             arm.restore()
         self.arms.append(arm)
@@ -133,7 +145,8 @@ class Runner:
         """Train to the end; every arm's ``history`` then has one row an epoch.
 
         Raises:
-            KeyboardInterrupt: After Ctrl-C, once the step under way is in the checkpoint.
+            KeyboardInterrupt: After Ctrl-C, or when the options' minutes are over, once the step
+                under way is in the checkpoint.
         """
         bars = (*Progress.get_default_columns(), TimeElapsedColumn())
         progress = Progress(*bars, console=self.console, refresh_per_second=2)
@@ -179,7 +192,7 @@ class Runner:
         arm.model.train()
         for batch in batches[arm.step :]:
             started = time.perf_counter()
-            arm.loss += self._step(arm, batch, len(batches)) * len(batch[1])
+            arm.loss = arm.loss + self._step(arm, batch, len(batches)) * len(batch[1])
             arm.step += 1
             arm.seconds += time.perf_counter() - started
             progress.advance(bar)
@@ -187,33 +200,39 @@ class Runner:
         progress.remove_task(bar)
 
     def _halt(self, arm: Arm, steps: int) -> None:
-        if self.stopped:
+        is_late = time.monotonic() > self.options.until
+        if self.stopped or is_late:
             arm.save()
             done = f"{arm.step} of {steps} steps of epoch {arm.epoch + 1}"
             message = f"stopped: {arm.name} after {done}"
-            raise KeyboardInterrupt(message)
+            raise TimeIsUp(message) if is_late else KeyboardInterrupt(message)
 
-    def _step(self, arm: Arm, batch: Any, steps: int) -> float:
+    def _step(self, arm: Arm, batch: Any, steps: int) -> Tensor:
+        """Take a step; return its loss as float64, which nothing has waited for."""
         position = arm.epoch * steps + arm.step
         self._seed("step", position)
-        loss = self.task.loss(self.forward(arm.model), batch)
+        loss = self.task.loss(self.forward(arm.call), batch)
         arm.learn(loss, position, self.epochs * steps)
-        return loss.item()
+        return loss.detach().double()
 
-    def forward(self, model: nn.Module) -> Forward:
+    def forward(self, call: Callable[[Tensor], Tensor]) -> Forward:
         """Return what maps inputs to a model's outputs: on the run's device, float32 at the end."""
         device, half = self.options.device, self.precision == "bf16"
+        is_last = self.options.layout == "channels_last"
 
         def outputs(inputs: Tensor) -> Tensor:
             x = self.task.prepare(inputs.to(device))
+            if is_last and x.dim() == 4:
+                x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-                return model(x).float()
+                return call(x).float()
 
         return outputs
 
     def accuracy(self, arm: Arm) -> float:
         """Share of the test split that ``arm`` gets right, in percent."""
-        return self.task.accuracy(self.forward(arm.model.eval()))
+        arm.model.eval()
+        return self.task.accuracy(self.forward(arm.call))
 
     def _finish(self, arm: Arm) -> None:
         """Close the epoch: test, checkpoint, log."""

@@ -17,7 +17,7 @@ from rich.table import Table
 from pemn_surgery.recipe import Recipe, load
 from pemn_surgery.recipe.cli import RecipeCommand, Results, Verb
 from pemn_surgery.recipe.options import option
-from pemn_surgery.report import tables as report
+from pemn_surgery.report import tables
 
 RECIPE = load(Path(__file__).resolve().parent)
 RUN: Any = RECIPE.module("run")
@@ -83,7 +83,7 @@ def _table(result: dict[str, Any]) -> Table:
         )
         for one in result["summary"]
     ]
-    return report.table(
+    return tables.table(
         "Accuracy (percent) and bits a weight, by how scores are trained", columns, rows
     )
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pemn_surgery.report import tables as report
+from pemn_surgery.report import plots
 
 Summary = dict[str, Any]
 
@@ -22,7 +22,7 @@ def save(path: Path, summary: list[Summary]) -> None:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    report.check_plotting()
+    plots.check_plotting()
     from matplotlib.figure import Figure  # draws to a file, needs no screen
 
     cases = sorted({one["case"] for one in summary})

@@ -37,6 +37,8 @@ TASKS = ("digit", "parity")
 class Sweep(ImageOptions):
     """What tells trainings of one case apart, beside their seed and task."""
 
+    TRIAL = ImageOptions.TRIAL | {"limit": 64}
+
     optimizer: str = option("of the scores", "adamw", sorted(OPTIMIZERS))
     lr: tuple[float, ...] = option("of the scores, at its highest")
     pull: float = option("of scores toward where they began, in learning rates", 0.0)
@@ -108,7 +110,7 @@ def data(recipe: Recipe, job: Job, options: Sweep) -> Classification:
         train, test = ((one.images, one.labels[job.task]) for one in quickstart.load_digits())
         return Classification(train, test).cut(options.limit)
     images = recipe.images(job.case)
-    return images.task(images.load(options.work, options.data)).cut(options.limit)
+    return images.task(images.load(options)).cut(options.limit)
 
 
 def network(recipe: Recipe, job: Job) -> PeftModel:

@@ -16,24 +16,26 @@ from pemn_surgery.recipe.networks import resnet
 CLASSES, WIDTH, STEM = 10, 64, 3  # STEM: convolution, norm, ReLU
 
 
-def pretrained(name: str, depth: int, folder: Path) -> nn.Sequential:
+def pretrained(name: str, depth: int, folder: Path | None) -> nn.Sequential:
     """Return a network with its published weights and its classifier of CIFAR-10's classes.
 
     Args:
         name: Beginning of the file's name: ``<name>-<hash>.th``.
         depth: 20, 32 or 56.
-        folder: Where the file is.
+        folder: Where the file is; None: torch's initial weights in their place, for a trial.
 
     Raises:
         RecipeError: If the folder has not exactly one such file, or its tensors do not fit.
     """
+    network = resnet(depth)
+    network[-1] = nn.Linear(WIDTH, CLASSES)
+    if folder is None:
+        return network
     files = sorted(folder.glob(f"{name}-*.th"))
     if len(files) != 1:
         found = [file.name for file in files]
         message = f"{folder} needs one file {name}-*.th; it has {found}; see the recipe's README"
         raise RecipeError(message)
-    network = resnet(depth)
-    network[-1] = nn.Linear(WIDTH, CLASSES)
     held = torch.load(files[0], weights_only=True, map_location="cpu")["state_dict"]
     try:
         network.load_state_dict(renamed(held, depth))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pemn_surgery.report import tables as report
+from pemn_surgery.report import plots
 
 FOLDER = Path(__file__).resolve().parent
 BARS = ("gzip", "bz2", "lzma", "lz4", "snappy", "zstd", "brotli", "payload", "bound", "contexts")
@@ -28,7 +28,7 @@ def draw(results: Sequence[Mapping[str, Any]], file: Path) -> None:
     Raises:
         ImportError: If matplotlib is missing.
     """
-    report.check_plotting()
+    plots.check_plotting()
     from matplotlib.figure import Figure  # draws to a file, needs no screen
 
     figure = Figure(figsize=(14, 4))

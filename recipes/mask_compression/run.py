@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pemn_surgery import PemnConfig, pemnify
+from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import Recipe, load
 from pemn_surgery.recipe.arms import Arm, sizes
 from pemn_surgery.recipe.options import CaseOptions, option
 from pemn_surgery.recipe.runner import Runner
-from pemn_surgery.report import tables as report
+from pemn_surgery.report import machine
 
 HERE = load(Path(__file__).resolve().parent)
 DATA, NETWORKS = HERE.module("data"), HERE.module("networks")
@@ -36,7 +37,9 @@ OWN_TASK = 2_000  # test images that tell whether the pretrained weights were re
 class Options(CaseOptions):
     """What a run adds to the recipe."""
 
-    weights: Path = option("folder of the published weights")
+    TRIAL = CaseOptions.TRIAL | {"limit": 64}
+
+    weights: Path | None = option("folder of the published weights; none in a trial", None)
     tasks: tuple[str, ...] = option("which", tuple(DATA.TASKS))
     rates: tuple[float, ...] = option("further ones, of masks, with the first seed", ())
     threads: int | None = option("torch's threads", 1)
@@ -59,9 +62,15 @@ class Job:
 
 def start(recipe: Recipe, options: Options, job: Job) -> nn.Sequential:
     """The network that a job's arms start from: published weights, random classifier."""
-    arguments = recipe.case(options.case).arguments
-    network = NETWORKS.pretrained(options.case, arguments["depth"], options.weights)
-    return NETWORKS.with_head(network, DATA.task(job.task).classes, job.seed)
+    return NETWORKS.with_head(_pretrained(recipe, options), DATA.task(job.task).classes, job.seed)
+
+
+def _pretrained(recipe: Recipe, options: Options) -> nn.Sequential:
+    depth = recipe.case(options.case).arguments["depth"]
+    if options.weights is None and not options.smoke:
+        message = "give --weights, the folder of the published weights; see the recipe's README"
+        raise RecipeError(message)
+    return NETWORKS.pretrained(options.case, depth, options.weights)
 
 
 def jobs(recipe: Recipe, options: Options) -> Iterator[Job]:
@@ -85,7 +94,7 @@ def train(recipe: Recipe, job: Job, options: Options, console: Console) -> Arm:
     ``<job>-small/`` the adapter with coded masks or the checkpoint in float16.
     """
     task, images = DATA.task(job.task), recipe.images(options.case)
-    splits = task.splits(lambda: images.load(options.work, options.data))
+    splits = task.splits(lambda: images.load(options))
     data = images.task(splits).cut(options.limit)
     epochs, work = options.epochs or task.epochs, options.work / job.task
     own = dataclasses.replace(options, epochs=epochs, work=work)
@@ -139,15 +148,14 @@ def run(recipe: Recipe, options: Options, console: Console) -> Iterator[tuple[st
     label = options.case + options.changes
     found = {"case": label, "seeds": list(options.seeds), "network": network, "rows": rows}
     rule = {"rule": recipe.case(options.case).rule}
-    yield label, found | rule | report.environment("cramjam")
+    yield label, found | rule | machine.environment("cramjam")
 
 
 def own_task(recipe: Recipe, options: Options) -> dict[str, float]:
     """CIFAR-10's classes by the published weights in float32: percent right, of how many images."""
-    depth = recipe.case(options.case).arguments["depth"]
-    network = NETWORKS.pretrained(options.case, depth, options.weights).eval()
+    network = _pretrained(recipe, options).eval()
     data = recipe.images(options.case)
-    images, labels = (part[:OWN_TASK] for part in data.load(options.work, options.data)["test"])
+    images, labels = (part[:OWN_TASK] for part in data.load(options)["test"])
     with torch.no_grad():
         found = torch.cat([network(data.normalise(part)).argmax(1) for part in images.split(500)])
     return {"accuracy": 100 * float((found == labels).float().mean()), "images": len(labels)}

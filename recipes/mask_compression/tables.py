@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pemn_surgery.report import tables as report
+from pemn_surgery.report import tables
 
 Row = Mapping[str, Any]
 Cells = list[list[str]]
@@ -29,11 +29,11 @@ def tabulate(result: Mapping[str, Any], published: Mapping[str, Row]) -> Table:
     masks = f"{result['case']}, {result['network']['weights']:,} masks"
     whole = Table.grid(padding=(1, 0))
     rows = saved(result) + published_saved(published)
-    whole.add_row(report.table(f"{masks}: percent saved", SAVED, rows))
+    whole.add_row(tables.table(f"{masks}: percent saved", SAVED, rows))
     rows = smaller(result) + published_smaller(published)
-    whole.add_row(report.table(f"{masks}: bytes, and times smaller", SMALLER, rows))
+    whole.add_row(tables.table(f"{masks}: bytes, and times smaller", SMALLER, rows))
     title = f"{masks}: bits relative to sum of n H(layer's density), adaptive / ideal"
-    whole.add_row(report.table(title, *structure(result)))
+    whole.add_row(tables.table(title, *structure(result)))
     return whole
 
 

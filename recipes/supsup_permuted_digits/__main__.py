@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pemn_surgery.recipe import load
 from pemn_surgery.recipe.cli import RecipeCommand, Verb
-from pemn_surgery.report import tables as report
+from pemn_surgery.report import tables
 
 RECIPE = load(Path(__file__).resolve().parent)
 RUN: Any = RECIPE.module("run")
@@ -27,7 +27,7 @@ def _table(result: dict[str, Any]) -> Table:
         for row in result["summary"]
     ]
     seeds = str(len(result["seeds"]))
-    return report.table(title, columns, [(*row, seeds) for row in rows])
+    return tables.table(title, columns, [(*row, seeds) for row in rows])
 
 
 def _cell(spread: dict[str, float]) -> str:

@@ -35,6 +35,8 @@ PIXELS, TEST = 64, 450
 class Options(Shared):
     """What a run adds to the recipe."""
 
+    TRIAL = Shared.TRIAL | {"tasks": 2, "dense_tasks": 1, "limit": 64, "seeds": (0,)}
+
     case: str = option("row of the recipe's file", "outputs_100")
     seeds: tuple[int, ...] = option(SEEDS, (0, 1, 2))
     threads: int | None = option("torch's threads", 1)

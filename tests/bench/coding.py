@@ -30,7 +30,8 @@ from pemn_surgery.coding import bits, codec, coder
 from pemn_surgery.coding.context import Guide
 from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.numbers import rng
-from pemn_surgery.report.tables import environment, table
+from pemn_surgery.report.machine import environment
+from pemn_surgery.report.tables import table
 from tests.stored import drawn
 
 DENSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.93, 0.94, 0.95, 0.975, 0.99)

@@ -29,7 +29,7 @@ from pemn_surgery import from_finetuned, measure_errors
 from pemn_surgery.adapters.finetuned.convert import nearest_mask
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.recipe import load
-from pemn_surgery.report.tables import environment
+from pemn_surgery.report.machine import environment
 
 NETWORKS = load(Path(__file__).resolve().parents[2] / "recipes/mask_compression").module("networks")
 BATCH, DISTILL_STEPS, DISTILL_RATE = 64, (20, 100), 1e-3

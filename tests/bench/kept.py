@@ -18,7 +18,7 @@ import torch
 from pemn_surgery import pemnify
 from pemn_surgery.masks import kept
 from pemn_surgery.masks.masked_weight import MaskedWeight
-from pemn_surgery.report.tables import environment
+from pemn_surgery.report.machine import environment
 from tests.adapters import models
 
 

@@ -23,7 +23,8 @@ from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.context import Guide
 from pemn_surgery.coding.header import HEADER_BYTES, inspect
 from pemn_surgery.numbers.sizes import base_sizes
-from pemn_surgery.report.tables import environment, table
+from pemn_surgery.report.machine import environment
+from pemn_surgery.report.tables import table
 from tests.bench.coding import entropy_of, timed
 
 CODINGS = ("entropy", "context", "base")

@@ -25,7 +25,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from pemn_surgery import PemnConfig, pemnify
-from pemn_surgery.report.tables import environment, table
+from pemn_surgery.report.machine import environment
+from pemn_surgery.report.tables import table
 
 MODEL = "vit_base_patch16_224"
 WEIGHTS = "adapter_model.safetensors"
@@ -68,7 +69,7 @@ class Loads:
 
 
 def file(folder: Path) -> Any:
-    return PemnConfig.from_pretrained(str(folder)).file
+    return PemnConfig.from_pretrained(str(folder)).origin.file
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, float]:

@@ -5,8 +5,8 @@ Memory: a process for each way trains 12 linear layers of 1,536 x 1,536 (28.3 mi
 resident before the model was made: bytes a weight. Accuracy: the same ways on the 1,797 digits of
 scikit-learn, a network of three linear layers, five seeds, on a third of the images held out.
 
-Lean ways are made of what others have: bfloat16 scores rounded stochastically and 8-bit moments are
-torchao's ``AdamW8bit`` and ``AdamW4bit``, a step within the backward pass torch's gradient hooks.
+Lean ways are made of what others have: bfloat16 scores rounded stochastically and 8-bit moments,
+torchao's ``AdamW8bit``; and a step within the backward pass, by torch's gradient hooks.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from pemn_surgery import PemnConfig
 from pemn_surgery.kernels import library
-from pemn_surgery.report.tables import environment, table
+from pemn_surgery.report.machine import environment
+from pemn_surgery.report.tables import table
 
 WIDTH, DEPTH, TOKENS = 1536, 12, 256
 WEIGHTS = WIDTH * WIDTH * DEPTH
@@ -70,12 +71,6 @@ def eight_bits(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.O
     return AdamW8bit(parameters, lr=rate, weight_decay=0.0, bf16_stochastic_round=True)
 
 
-def four_bits(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    from torchao.optim import AdamW4bit
-
-    return AdamW4bit(parameters, lr=rate, weight_decay=0.0, bf16_stochastic_round=True)
-
-
 def after_backward(model: nn.Module, make: Any, rate: float) -> Stepper:
     """Step when all gradients are there."""
     optimizer = make(trained(model), rate)
@@ -106,9 +101,7 @@ WAYS: dict[str, tuple[str, bool, Any, Any]] = {  # bank, bfloat16, optimizer, wh
     **{bank: (bank, False, plain, after_backward) for bank in BANKS},
     "mp, step in backward": ("mp", False, plain, in_backward),
     "mp, 8-bit moments": ("mp", False, eight_bits, after_backward),
-    "mp, bf16 scores": ("mp", True, eight_bits, after_backward),
-    "mp, bf16 scores, 4-bit moments": ("mp", True, four_bits, after_backward),
-    **{f"{bank}, lean": (bank, True, four_bits, in_backward) for bank in BANKS},
+    **{f"{bank}, lean": (bank, True, eight_bits, after_backward) for bank in BANKS},
 }
 
 

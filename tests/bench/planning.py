@@ -20,7 +20,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from pemn_surgery import pemnify, plan
 from pemn_surgery.models.inputs.examples import example_inputs
-from pemn_surgery.report.tables import environment, table
+from pemn_surgery.report.machine import environment
+from pemn_surgery.report.tables import table
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit_base_patch16_224": lambda: timm.create_model("vit_base_patch16_224"),

@@ -12,6 +12,7 @@ import copy
 import functools
 import itertools
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -20,8 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import timm
 import torch
+from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -33,7 +36,8 @@ from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.kernels import library
 from pemn_surgery.masks.selector import dropped_count, topk_mask
 from pemn_surgery.recipe.networks import convmixer, resnet
-from pemn_surgery.report.tables import environment, table
+from pemn_surgery.report.machine import environment
+from pemn_surgery.report.tables import table
 
 DENSITY = 0.5
 CPU = torch.device("cpu")
@@ -81,7 +85,7 @@ def lora(model: nn.Module) -> nn.Module:
         name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
     ]
     grouped = [n for n in names if getattr(model.get_submodule(n), "groups", 1) > 1]
-    targets = [name for name in names if name not in grouped]
+    targets = "|".join(re.escape(name) for name in names if name not in grouped)  # whole names
     return get_peft_model(model, LoraConfig(r=16, target_modules=targets))
 
 
@@ -311,6 +315,7 @@ def main() -> int:
     parser.add_argument("--without", nargs="*", default=[], choices=list(WAYS), help="leave out")
     parser.add_argument("--precision", choices=["fp32", "bf16", "both"], default="both")
     parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--plot", type=Path, help="draw the steps here")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     for name in given.without:
@@ -323,18 +328,26 @@ def main() -> int:
     ):
         rows.append(found)
         show(console, found)
+        write(given, rows)
     for row in ROWS:
         if any(word in row for word in given.rows):
             for bf16 in (False, True):
                 if given.precision in ("both", "bf16" if bf16 else "fp32"):
                     rows.append(measure(row, bf16, given.rounds))
                     show(console, rows[-1])
+                    write(given, rows)
+    if given.plot:
+        draw(given.plot, [row for row in rows if row["row"] in ROWS])
+    return 0
+
+
+def write(given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Keep what was measured, after every row: who stops the command keeps that."""
     if given.json:
         command = " ".join(["python -m tests.bench.training", *sys.argv[1:]])
         result = {"command": command, "environment": environment("numpy")}
         result |= {"kernels": library.describe(), "rounds": given.rounds, "rows": rows}
         given.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
 
 
 def show(console: Console, row: dict[str, Any]) -> None:
@@ -351,6 +364,29 @@ def show(console: Console, row: dict[str, Any]) -> None:
     ]
     columns = ("way", "ms, least", "median", "ratio of least", "of medians", "quartiles")
     console.print(table(f"{row['row']}, {row['precision']}", columns, cells))
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Draw each step's ratios as points between their quartiles; dense is the line at 1."""
+    mpl.rcParams.update({"svg.hashsalt": "pemn", "svg.fonttype": "none"})
+    figure = Figure(figsize=(8.5, 1.2 + 0.34 * len(rows)), layout="constrained")
+    axes: Any = figure.add_subplot()
+    ways = [way for way in rows[0]["ratio"] if way != "dense"]
+    for number, (way, marker) in enumerate(zip(ways, "osD^v", strict=False)):
+        found = [row["ratio"][way] for row in rows]
+        heights = [place + 0.14 * (number - len(ways) / 2) for place in range(len(rows))]
+        ends = [(one["quarter"], one["three_quarters"]) for one in found]
+        axes.plot([one["of_medians"] for one in found], heights, marker, markersize=5, label=way)
+        axes.hlines(heights, *zip(*ends, strict=True), colors=axes.lines[-1].get_color())
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "dense", "2", "5", "10", "20", "50"])
+    axes.set_yticks(range(len(rows)), [f"{row['row']}, {row['precision']}" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a training step relative to dense")
+    axes.grid(visible=True, alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pemn_surgery.kernels import library
-from pemn_surgery.report.tables import environment
+from pemn_surgery.report.machine import environment
 from tests.bench import training
 from tests.gpu import doors
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pemn_surgery.report.tables import as_markdown, environment
+from pemn_surgery.report.machine import environment
+from pemn_surgery.report.tables import as_markdown
 from tests.peft_suite import expected, run
 from tests.peft_suite.cases import SUITES, VARIANTS
 

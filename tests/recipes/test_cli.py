@@ -8,14 +8,16 @@ import pytest
 import torch
 from rich.table import Table
 
+from pemn_surgery.commands.cli import main as pemn
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import load
 from pemn_surgery.recipe.cli import RecipeCommand, Verb
 from pemn_surgery.recipe.options import option
+from pemn_surgery.recipe.runner import TimeIsUp
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*/__main__.py"))
-RECIPE = load(FOLDER / "cifar10_rp")
+RECIPE = load(FOLDER / "pemn")
 HEAD = {"schema", "recipe", "claim", "paper", "command", "date", "machine", "versions"}
 
 
@@ -57,7 +59,7 @@ def test_run_writes_what_show_tabulates(tmp_path, capsys):
     assert "<43>" in shown
     found = json.loads((tmp_path / "results/case-2.json").read_text())
     assert set(found) == HEAD | {"figure"}
-    assert found["command"] == f"python recipes/{tmp_path.name} run --threads 2"
+    assert found["command"] == f"pemn run recipes/{tmp_path.name} run --fast --threads 2"
     assert recipe.main(["show"]) == 0
     shown = capsys.readouterr().out
     assert "<42>" in shown
@@ -81,6 +83,7 @@ def test_results_go_where_json_says(figures, tmp_path):
     [
         (Fast, RecipeError("tasks: 0"), 1, "tasks: 0"),
         (Fast, KeyboardInterrupt(), 130, "stopped\n"),
+        (Resumed, TimeIsUp("late"), 0, "late; add --resume to the same command"),
         (Resumed, KeyboardInterrupt("saved"), 130, "saved; add --resume to the same command"),
     ],
 )
@@ -104,9 +107,45 @@ def test_every_recipe_shows_its_results_and_an_example(folder, tmp_path, capsys)
         with pytest.raises(SystemExit) as done:
             main(line)
         assert done.value.code == 0
-        assert f"python recipes/{name} run " in capsys.readouterr().out
+        assert f"pemn run recipes/{name} " in capsys.readouterr().out
     case = next(iter(load(folder.parent).cases))
     needed = {"mask_compression": ["--weights", "w"], "below_one_bit": ["--lr", "1"]}
     line = ["run", "--case", case, "--work", str(tmp_path), *needed.get(name, [])]
     assert main([*line, "--epochs", "0"]) == 1
     assert "epochs=0; give 1 or more" in capsys.readouterr().out
+
+
+TRIALS = {
+    "below_one_bit": ["--case", "digits", "--lr", "1e-2"],
+    "mask_compression": ["--case", "resnet20"],
+    "pemn": ["--case", "resnet32", "--arms", "dense", "rp_1e-2", "random_90"],
+    "supsup_permuted_digits": [],
+}
+
+
+@pytest.mark.parametrize("folder", RECIPES, ids=lambda f: f.parent.name)
+def test_every_recipe_has_a_trial_of_seconds(folder, tmp_path, capsys):
+    """By the command: it needs no data and leaves the recipe's own results alone."""
+    assert set(TRIALS) == {file.parent.name for file in RECIPES}
+    before = sorted(folder.parent.rglob("*.json"))
+    words = [*TRIALS[folder.parent.name], "--smoke", "--work", str(tmp_path)]
+    assert pemn(["run", str(folder.parent), *words]) == 0
+    assert sorted(folder.parent.rglob("*.json")) == before
+    assert list(tmp_path.rglob("*.json"))
+    if folder.parent.name == "pemn":
+        (file,) = tmp_path.glob("*.json")
+        found = json.loads(file.read_text())
+        assert list(found["arms"]) == ["dense", "rp_1e-2", "random_90"]
+        assert found["note"] == "epochs: 1 of the paper's 100; a trial on random images"
+        assert "random images" in capsys.readouterr().out
+
+
+def test_the_command_names_what_it_cannot_run(tmp_path, capsys):
+    assert pemn(["run", str(tmp_path)]) == 2
+    assert "recipe.toml cannot be read" in " ".join(capsys.readouterr().err.split())
+    assert pemn(["run", str(FOLDER / "pemn"), "show"]) == 0
+    for words in (["--help"], ["run", "--help"]):
+        with pytest.raises(SystemExit) as done:
+            pemn(["run", str(FOLDER / "pemn"), *words])
+        assert done.value.code == 0
+    assert "--minutes" in capsys.readouterr().out

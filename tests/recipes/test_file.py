@@ -14,8 +14,7 @@ from pemn_surgery.recipe import options
 from pemn_surgery.recipe.options import option
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
-RECIPE = recipes.load(FOLDER / "cifar10_rp")
-MASKS = "masks (rp 1e-2)"
+RECIPE = recipes.load(FOLDER / "pemn")
 
 
 def test_rules_are_the_papers():
@@ -28,10 +27,39 @@ def test_rules_are_the_papers():
         "optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4,
         "schedule": "cosine", "batch": 256, "augmentation": "resnet",
     }  # fmt: skip
-    assert RECIPE.arms == {"dense": {}, MASKS: {"bank": "rp", "ratio": 0.01}}
-    assert RECIPE.paper_epochs == 100
-    published = {name: case.published[MASKS]["accuracy"] for name, case in RECIPE.cases.items()}
-    assert published == {"convmixer_d6_h256": 88.89, "resnet32": 86.39}
+    vit = RECIPE.cases["vit_d6_h256"]
+    assert vit.rule == {
+        "optimizer": "adam", "lr": 1e-4, "schedule": "cosine", "batch": 256, "augmentation": "vit",
+    }  # fmt: skip
+    assert (RECIPE.paper_epochs, vit.epochs) == (100, 200)
+
+
+def test_arms_are_the_papers_columns():
+    found = {name: RECIPE.arms[name] for name in ("dense", "mp", "rp_1e-2", "random_94")}
+    assert found == {
+        "dense": {},
+        "mp": {"bank": "mp"},
+        "rp_1e-2": {"bank": "rp", "ratio": 0.01},
+        "random_94": {"prune": "random", "sparsity": 0.94},
+    }
+    published = [case.published for case in RECIPE.cases.values() if case.published]
+    assert len(published) == 12
+    assert sum(map(len, published)) == 8 * 8 + 4 * 11
+    for name, case in RECIPE.cases.items():
+        assert set(case.published) <= set(RECIPE.arms_of(name))
+        assert set(case.published.get("mp", {"accuracy"})) >= {"accuracy"}
+    convmixer, resnet = (RECIPE.cases[n].published for n in ("convmixer_d6_h256", "resnet32"))
+    assert convmixer["rp_1e-2"] == {"accuracy": 88.89, "std": 0.13}
+    assert resnet["rp_1e-2"] == {"accuracy": 86.39}
+    assert resnet["magnitude_96"] == {"accuracy": 79.12}
+
+
+def test_arms_are_chosen_by_name():
+    assert list(RECIPE.arms_of("resnet32", ("mp", "dense"))) == ["mp", "dense"]
+    with pytest.raises(
+        RecipeError, match=r"arms \['rp_1e-5'\] are unknown; 'resnet32' of pemn has"
+    ):
+        RECIPE.arms_of("resnet32", ("rp_1e-5",))
 
 
 @pytest.mark.parametrize(
@@ -51,11 +79,11 @@ def test_a_broken_recipe_is_refused_with_its_reason(text, message, tmp_path):
 def test_missing_pieces_are_named(tmp_path):
     with pytest.raises(RecipeError, match=r"recipe\.toml cannot be read"):
         recipes.load(tmp_path / "nowhere")
-    with pytest.raises(RecipeError, match="'other' is unknown; cifar10_rp has"):
+    with pytest.raises(RecipeError, match="'other' is unknown; pemn has"):
         RECIPE.case("other")
-    with pytest.raises(RecipeError, match="the recipe cifar10_rp needs it"):
+    with pytest.raises(RecipeError, match="the recipe pemn needs it"):
         RECIPE.module("absent")
-    with pytest.raises(RecipeError, match="the data set 'cifar10' of cifar10_rp cannot be read"):
+    with pytest.raises(RecipeError, match="the data set 'cifar10' of pemn cannot be read"):
         dataclasses.replace(RECIPE, data={}).images("resnet32")
     given = RECIPE.cases["resnet32"]
     with pytest.raises(RecipeError, match=r"rule of the arm 'dense' cannot be read: .*'speed'"):
@@ -67,7 +95,7 @@ def test_a_factory_that_is_not_there_is_named(factory, tmp_path):
     (tmp_path / "networks.py").write_text("")
     case = dataclasses.replace(RECIPE.cases["resnet32"], factory=factory)
     recipe = dataclasses.replace(RECIPE, folder=tmp_path, cases={"a": case})
-    with pytest.raises(RecipeError, match=f"the factory '{factory}' of a case of cifar10_rp"):
+    with pytest.raises(RecipeError, match=f"the factory '{factory}' of a case of pemn"):
         recipe.network("a")
 
 
@@ -133,8 +161,9 @@ def test_fields_are_the_command_lines_options(tmp_path):
     assert full.fast_way
     assert full.resume
     assert options.command("name", "run", full) == (
-        "python recipes/name run --case b --work WORK --epochs 3 --device cuda --limit 9 "
-        f"--data .../{tmp_path.name} --seeds 1 2 --rates 0.5 0.01"
+        "pemn run recipes/name run --case b --work WORK --epochs 3 --device cuda "
+        f"--layout channels_last --limit 9 --data .../{tmp_path.name} --seeds 1 2 --rates 0.5 0.01 "
+        "--fast-way"
     )
     assert (plain.changes, full.changes, full.cut) == ("", "-e3-limit9", "-limit9")
     assert read("--case a --work w --seed 4").seeds == (4,)  # argparse takes beginnings

@@ -1,5 +1,6 @@
 """Images as tensors and the networks for them, against slow oracles."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ from torch import nn
 from torchvision.transforms import v2
 
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe import images as pictures
 from pemn_surgery.recipe import load, networks
-from pemn_surgery.recipe.images import crop_and_flip
-from pemn_surgery.recipe.images import load as decode
+from pemn_surgery.recipe.augmentations import crop_and_flip
+from pemn_surgery.recipe.options import ImageOptions
 
-RECIPE = load(Path(__file__).resolve().parents[2] / "recipes" / "cifar10_rp")
+RECIPE = load(Path(__file__).resolve().parents[2] / "recipes" / "pemn")
 DATA = RECIPE.images("resnet32")
 TRAIN, TEST = 40, 12
 
@@ -81,13 +83,14 @@ def test_crop_and_flip_gives_crops_and_flips():
 def test_augmentations_keep_shape_type_and_follow_the_seed():
     x = torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8)
     drawn = []
-    for name in ("convmixer", "resnet"):
+    for name in ("convmixer", "resnet", "vit"):
         for _ in range(2):
             torch.manual_seed(5)
             drawn.append(torch.cat(list(DATA.augment(name, x))))
     assert all(y.shape == x.shape and y.dtype == torch.uint8 for y in drawn)
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[2], drawn[3])
+    assert torch.equal(drawn[4], drawn[5])
     assert not torch.equal(drawn[0], x)
     assert torch.equal(next(DATA.augment("none", x)), x)
     with pytest.raises(RecipeError, match="'other' is unknown"):
@@ -95,7 +98,7 @@ def test_augmentations_keep_shape_type_and_follow_the_seed():
 
 
 def test_decoding_keeps_pixels_labels_and_order(images, tmp_path):
-    decoded = DATA.load(tmp_path, str(images))
+    decoded = DATA.load(ImageOptions(case="", work=tmp_path, data=str(images)))
     for split, n in (("train", TRAIN), ("test", TEST)):
         found, labels = decoded[split]
         pixels = np.random.default_rng(n).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
@@ -108,10 +111,63 @@ def test_decoding_keeps_pixels_labels_and_order(images, tmp_path):
 
 def test_decoding_names_missing_columns(images, tmp_path):
     with pytest.raises(RecipeError, match=r"lacks the columns \['image'\]; it has"):
-        decode(str(images), tmp_path, "image", "label")
+        pictures.decode(dataclasses.replace(DATA, image="image"), str(images), tmp_path)
 
 
 def test_normalise_is_torchvisions():
     x = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     oracle = v2.functional.normalize(x / 255, list(DATA.mean), list(DATA.std))
     torch.testing.assert_close(DATA.normalise(x), oracle)
+
+
+def test_parquet_is_read_alike_without_datasets(images, tmp_path, monkeypatch):
+    whole = pictures.decode(DATA, str(images), tmp_path)
+    spec = pictures.importlib.util.find_spec
+    monkeypatch.setattr(
+        pictures.importlib.util,
+        "find_spec",
+        lambda name: None if name == "datasets" else spec(name),
+    )
+    alone = pictures.decode(DATA, str(images), tmp_path)
+    for split in ("train", "test"):
+        for one, other in zip(whole[split], alone[split], strict=True):
+            assert torch.equal(one, other)
+    with pytest.raises(RecipeError, match=r"has no valid-\*\.parquet"):
+        pictures.decode(dataclasses.replace(DATA, test="valid"), str(images), tmp_path)
+    with pytest.raises(RecipeError, match=r"lacks the columns \['other'\]"):
+        pictures.decode(dataclasses.replace(DATA, label="other"), str(images), tmp_path)
+
+
+def test_pictures_of_other_sizes_are_cut_to_a_square(images, tmp_path):
+    small = pictures.decode(dataclasses.replace(DATA, side=16), str(images), tmp_path)
+    large = pictures.decode(DATA, str(images), tmp_path)
+    assert small["train"][0].shape == (TRAIN, 3, 16, 16)
+    means = [split["train"][0].float().mean() for split in (small, large)]
+    assert abs(means[0] - means[1]) < 1
+    assert torch.equal(small["test"][1], large["test"][1])
+
+
+def test_missing_splits_are_named(images, tmp_path):
+    with pytest.raises(RecipeError, match=r"has the splits \['test', 'train'\]; \['valid'\]"):
+        pictures.decode(dataclasses.replace(DATA, test="valid"), str(images), tmp_path)
+
+
+def test_a_trials_images_are_random_and_the_same_again(tmp_path):
+    given = ImageOptions(case="", work=tmp_path, smoke=True)
+    first, again = DATA.load(given), DATA.load(given)
+    assert [len(split[1]) for split in first.values()] == [96, 64]
+    assert torch.equal(first["train"][0], again["train"][0])
+    assert first["train"][1].bincount().tolist() == [48, 48]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("width", "depth"), [(256, 6), (512, 8)])
+def test_the_vision_transformer_is_the_one_that_is_described(width, depth):
+    model = networks.vit(width, depth, classes=10)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    block = width * 3 * width + width * width + 2 * width * 512
+    masked = 3 * 16 * width + depth * block + 10 * width
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    stem = model.patch_embed.proj.weight.numel()
+    assert sum(p.numel() for p in matrices) + stem == masked
+    assert len(model.blocks) == depth

@@ -1,10 +1,12 @@
 """The training loop: resumed runs bit by bit, the schedule's rates, the result's values."""
 
 import dataclasses
+import functools
 import io
 import json
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,11 @@ from torch import nn
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import arms, load, result, rules, runner
 from pemn_surgery.recipe.cli import RecipeCommand, Verb
-from pemn_surgery.recipe.options import CaseOptions
+from pemn_surgery.recipe.options import CaseOptions, ImageOptions
 
-RECIPE = load(Path(__file__).resolve().parents[2] / "recipes" / "cifar10_rp")
+RECIPE = load(Path(__file__).resolve().parents[2] / "recipes" / "pemn")
 DATA = RECIPE.images("resnet32")
-MASKS = "masks (rp 1e-2)"
+MASKS = "rp_1e-2"
 TRAIN, TEST = 40, 12
 
 
@@ -27,7 +29,7 @@ TRAIN, TEST = 40, 12
 def cache(images, tmp_path_factory):
     """A work folder into which the pictures have been decoded."""
     work = tmp_path_factory.mktemp("cache")
-    DATA.load(work, str(images))
+    DATA.load(ImageOptions(case="", work=work, data=str(images)))
     return work
 
 
@@ -35,7 +37,8 @@ def tiny(*arms, case="convmixer_d6_h256"):
     """The recipe with a network and batches small enough for a test: 5 steps an epoch."""
     given = RECIPE.cases[case]
     arguments = {"depth": 8} if "resnet" in given.factory else {"width": 8, "depth": 1}
-    small = dataclasses.replace(given, arguments=arguments, rule=given.rule | {"batch": 9})
+    rule = given.rule | {"batch": 9}
+    small = dataclasses.replace(given, arguments=arguments, rule=rule, arms=[])
     chosen = {name: RECIPE.arms[name] for name in arms or ("dense",)}
     return dataclasses.replace(RECIPE, arms=chosen, cases={"tiny": small})
 
@@ -195,13 +198,14 @@ def test_result_holds_what_is_needed_to_judge_it(precision, options, tmp_path, i
     assert str(images) not in text
     assert set(found) == {
         "schema", "recipe", "claim", "paper", "case", "command", "date", "seed", "epochs",
-        "note", "machine", "versions", "arms",
+        "note", "limit", "machine", "versions", "arms",
     }  # fmt: skip
     assert found["note"] == "epochs: 2 of the paper's 100"
     assert found["epochs"] == {"run": 2, "paper": 100}
     assert found["command"] == (
-        f"python recipes/cifar10_rp run --case tiny --work WORK --epochs 2 "
-        f"--precision {precision} --device cpu --data .../{images.name} --seeds 3"
+        f"pemn run recipes/pemn run --case tiny --work WORK --epochs 2 "
+        f"--precision {precision} --device cpu --layout channels_last "
+        f"--data .../{images.name} --seeds 3"
     )
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
     assert found["machine"]["threads"] == torch.get_num_threads()
@@ -236,6 +240,7 @@ def check_bytes(arms, work):
 def test_best_is_the_first_of_the_best_epochs():
     arm = arms.Arm("a", nn.Linear(1, 1), rules.Rule("sgd", 1.0, "cosine", 1), Path(), {})
     arm.stored = dict
+    arm.ways = dict
     arm.history = [{"epoch": i + 1, "test_accuracy": a} for i, a in enumerate([1.0, 9.0, 9.0, 4.0])]
     found = result.summary(arm, {"accuracy": 8.5})
     assert found["best"] == {"epoch": 2, "test_accuracy": 9.0}
@@ -276,7 +281,7 @@ def test_length_and_precision_are_the_options_or_the_cases_or_the_papers(options
 def test_arms_that_would_see_other_batches_are_refused(options):
     recipe = tiny("dense", MASKS)
     case = dataclasses.replace(recipe.cases["tiny"], rules={MASKS: {"batch": 8}})
-    with pytest.raises(RecipeError, match=r"'dense' and 'masks \(rp 1e-2\)' differ in \['batch'\]"):
+    with pytest.raises(RecipeError, match=r"'dense' and 'rp_1e-2' differ in \['batch'\]"):
         running(dataclasses.replace(recipe, cases={"tiny": case}), options)
 
 
@@ -308,6 +313,9 @@ def test_another_kind_of_training_has_the_methods_of_classification(options):
     class Fit:
         sizes = {"train": 3, "test": 1}  # noqa: RUF012
 
+        def on(self, device):
+            return self
+
         def rows(self, rule):
             return 3
 
@@ -328,3 +336,85 @@ def test_another_kind_of_training_has_the_methods_of_classification(options):
     run.go()
     first, last = run.arms[0].history
     assert last["test_accuracy"] > first["test_accuracy"]
+
+
+def test_minutes_that_are_over_stop_a_run_that_goes_on_to_the_same_bits(options, tmp_path, cache):
+    recipe = tiny("dense", MASKS)
+    whole = running(recipe, dataclasses.replace(options, work=placed(tmp_path / "whole", cache)))
+    whole.go()
+    given = dataclasses.replace(options, minutes=1e-9)
+    for calls in range(20):  # a step each: two arms, two epochs of five
+        given = dataclasses.replace(given, resume=calls > 0, until=float("inf"))
+        run = running(recipe, given)
+        assert sum(arm.epoch * 5 + arm.step for arm in run.arms) == calls
+        with pytest.raises(runner.TimeIsUp, match="of 5 steps of epoch"):
+            run.go()
+    run = running(recipe, dataclasses.replace(given, until=float("inf")))
+    run.go()
+    for one, other in zip(whole.arms, run.arms, strict=True):
+        assert same(one.tensors(), other.tensors())
+        assert [timeless(row) for row in one.history] == [timeless(row) for row in other.history]
+
+
+def test_what_replaces_options_keeps_their_deadline(options):
+    given = dataclasses.replace(options, minutes=5)
+    assert dataclasses.replace(given, work=options.work / "other").until == given.until
+    assert 0 < given.until - time.monotonic() <= 300
+    assert options.until == float("inf")
+    with pytest.raises(RecipeError, match=r"minutes=0; give more than 0"):
+        dataclasses.replace(options, minutes=0)
+
+
+def test_compiled_networks_and_other_layouts_learn_the_same(options, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    found = []
+    for number, changes in enumerate([{}, {"compile": True}, {"layout": "contiguous"}]):
+        work = placed(tmp_path / str(number), cache)
+        run = running(tiny("dense", MASKS), dataclasses.replace(options, work=work, **changes))
+        run.go()
+        found.append(run.arms)
+    for one, other in ((0, 1), (0, 2)):
+        for a, b in zip(found[one], found[other], strict=True):
+            losses = [[row["train_loss"] for row in arm.history] for arm in (a, b)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert found[1][0].call is not found[1][0].model
+
+
+def test_chosen_arms_have_a_result_of_their_own(options):
+    recipe = tiny("dense", MASKS)
+    found = finished(recipe, dataclasses.replace(options, arms=(MASKS,)))
+    assert list(found) == [f"tiny-e2-s3-{MASKS}"]
+    assert list(found[f"tiny-e2-s3-{MASKS}"]["arms"]) == [MASKS]
+    both = finished(recipe, dataclasses.replace(options, resume=True))
+    (alone,), (together,) = found.values(), both.values()
+    assert alone["arms"][MASKS]["history"] == together["arms"][MASKS]["history"]
+
+
+def test_a_pruned_arm_is_the_cases_network_pruned(options):
+    recipe = dataclasses.replace(tiny(), arms={"pruned": {"prune": "random", "sparsity": 0.5}})
+    run = running(recipe, options)
+    (arm,) = run.arms
+    torch.manual_seed(3)
+    plain = recipe.network("tiny")
+    assert torch.equal(arm.model[0].weight_orig, plain[0].weight)
+    run.go()
+    assert int((arm.model[0].weight == 0).sum()) == 48  # of 96
+    assert arm.unique == 96 + 200 + 64 + 80
+
+
+def test_bytes_in_every_way(options):
+    found = finished(tiny("dense", MASKS, "mp"), dataclasses.replace(options, epochs=1))
+    ((_, one),) = found.items()
+    largest = 8 * 25  # the depthwise layer
+    for name, unique in ((MASKS, int(largest / 100) + 1), ("mp", largest)):
+        arm = one["arms"][name]
+        ways = arm["bytes"]["ways"]
+        assert arm["unique"] == unique
+        assert ways["from the seed, bits"] == arm["bytes"]["total"]
+        assert ways["with the prototype"] == ways["from the seed, bits"] + 4 * unique
+        assert set(ways) == {
+            "with the prototype", "from the seed, bits", "from the seed, entropy",
+            "from the seed, context",
+        }  # fmt: skip
+    assert one["arms"]["dense"]["unique"] == 96 + 200 + 64 + 80
+    assert list(one["arms"]["dense"]["bytes"]["ways"]) == ["stored"]

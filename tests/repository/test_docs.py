@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = json.loads((ROOT / "docs/results/quickstart.json").read_text(encoding="utf-8"))
 CIFAR = {
     path.name: json.loads(path.read_text(encoding="utf-8"))
-    for path in (ROOT / "recipes/cifar10_rp/results").glob("*.json")
+    for path in (ROOT / "recipes/pemn/results").glob("*.json")
 }
 
 
@@ -202,10 +203,8 @@ def test_load_table():
         ]
         assert [f"{median:.1f}" for median in medians] in rows
     assert all(bank["masked_weights"] > 86e6 for bank in LOAD.values())
-    loads = {
-        bank: one["steps"]["load_adapter"]["processor_ms"]["median"] for bank, one in LOAD.items()
-    }
-    assert max(loads["rp"], loads["own"]) < 500
+    loads = {bank: one["steps"]["load_adapter"]["clock_ms"]["median"] for bank, one in LOAD.items()}
+    assert max(loads["rp"], loads["own"]) < 500  # by the clock
     assert loads["coded"] < 800
 
 
@@ -300,3 +299,46 @@ COMPARED = json.loads((ROOT / "docs/results/coders.json").read_text(encoding="ut
 def test_no_file_is_longer_than_the_earlier_coders():
     assert len(COMPARED) > 80
     assert all(one["bytes"] <= 1.002 * one["bytes_before"] for one in COMPARED)
+
+
+TRAINING = json.loads((ROOT / "docs/results/training.json").read_text(encoding="utf-8"))
+MEMORY = json.loads((ROOT / "docs/results/memory.json").read_text(encoding="utf-8"))
+
+
+def test_training_table():
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    steps = [row for row in TRAINING["rows"] if "sort" in row["ratio"] and "dense" in row["ratio"]]
+    assert len(steps) == 16
+    ways = ("top-k mp", "top-k rp", "threshold own", "LoRA r16", "sort")
+    for step in steps:
+        ratios = [f"{step['ratio'][way]['of_medians']:.2f}" for way in ways]
+        assert [f"{step['row']}, {step['precision']}", *ratios] in rows
+    others = [row for row in TRAINING["rows"] if row not in steps]
+    assert len(others) == 3
+    said = ("top-k", "top-k mp", "switch to another task")
+    for row, way in zip(others, said, strict=True):
+        assert f"{row['ratio'][way]['of_medians']:.2f}" in page
+
+
+def test_what_is_said_of_training_without_compiled_kernels():
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    plain = json.loads((ROOT / "docs/results/training_python.json").read_text(encoding="utf-8"))
+    assert plain["kernels"] == "numpy and torch"
+    found = {(row["row"], row["precision"]): row["ratio"] for row in plain["rows"]}
+    for name in ("Linear 768x3072, 256 tokens", "ViT-S/16, batch 8"):
+        both = (found[name, kind]["top-k mp"]["of_medians"] for kind in ("fp32", "bf16 autocast"))
+        assert ", ".join(f"{one:.2f}" for one in both) in page
+    assert f"takes {plain['rows'][0]['ratio']['top-k']['of_medians']:.2f} times the comp" in page
+
+
+def test_memory_table():
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    dense = statistics.median(MEMORY["rows"][0]["bytes_a_weight"])
+    assert len(MEMORY["rows"]) == 10
+    for row in MEMORY["rows"]:
+        taken = statistics.median(row["bytes_a_weight"])
+        right = [100 * one for one in row["accuracy"]]
+        accuracy = f"{statistics.mean(right):.2f} ({statistics.stdev(right):.2f}) %"
+        assert [row["way"], f"{taken:.1f}", f"{taken / dense:.2f}", accuracy] in rows

@@ -14,7 +14,7 @@ CASES = [
     ("FutureWarning", "pemn_surgery", False),
     ("FutureWarning", "pemn_surgery.adapters.model", False),
     ("FutureWarning", "tests.numbers.test_bank", False),
-    ("FutureWarning", "recipes.cifar10_rp.run", False),
+    ("FutureWarning", "recipes.pemn.run", False),
     ("LowCoverageWarning", "peft.tuners.tuners_utils", False),
 ]
 

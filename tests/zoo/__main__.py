@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pemn_surgery.report.tables import environment
+from pemn_surgery.report.machine import environment
 from tests.zoo import heads, report, run
 
 

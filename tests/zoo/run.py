@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from pemn_surgery.report.tables import environment
+from pemn_surgery.report.machine import environment
 
 GIB = 2**30
 

@@ -1,9 +1,10 @@
-"""CIFAR-10: masks on a short random vector beside dense training.
+"""Every row of the PEMN paper's tables, and its figures from the results.
 
 ::
 
-    python recipes/cifar10_rp run --case resnet32 --epochs 10 --work WORK [--data FOLDER]
-    python recipes/cifar10_rp show
+    pemn run recipes/pemn --case resnet32 --arms rp_1e-2 dense --work WORK [--data FOLDER]
+    pemn run recipes/pemn --case resnet32 --arms mp --device cuda --minutes 8 --resume
+    pemn run recipes/pemn show
 """
 
 from pathlib import Path

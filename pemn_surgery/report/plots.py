@@ -1,0 +1,105 @@
+"""Plots, drawn to files by matplotlib."""
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pemn_surgery.errors import ConfigError
+
+
+def check_plotting() -> None:
+    """Refuse early where plots cannot be drawn.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        message = "Plots need matplotlib: pip install matplotlib."
+        raise ImportError(message)
+
+
+def scatter(
+    path: Path,
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    labels: tuple[str, str],
+    title: str,
+) -> None:
+    """Save a scatter plot with a logarithmic x axis.
+
+    Args:
+        path: Where; the ending decides the format.
+        points: (x, y) pairs by series.
+        labels: Names of the x and y axes.
+        title: What it shows.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    check_plotting()
+    from matplotlib.figure import Figure  # draws to a file, needs no screen
+
+    figure = Figure(figsize=(7.0, 4.2))
+    axes: Any = figure.add_subplot()
+    for (name, series), marker in zip(points.items(), "osD^vP*X" * len(points), strict=False):
+        axes.plot(*zip(*series, strict=True), marker, label=name, markersize=9, alpha=0.85)
+    axes.set_xscale("log")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_title(title, loc="left")
+    axes.grid(visible=True, which="both", alpha=0.25)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def profile(
+    path: Path,
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    label: str,
+    title: str,
+) -> None:
+    """Save a plot of values from 0 to 1 by layer, the first at the top.
+
+    Args:
+        path: Where; the ending decides the format.
+        names: The layers.
+        series: Values by what they are of, one for each layer; None is left out.
+        label: What a value is.
+        title: What it shows.
+
+    Raises:
+        ConfigError: If no plot can have this ending.
+        ImportError: If matplotlib is missing.
+    """
+    check_plotting()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 1.6 + 0.2 * len(names)))
+    axes: Any = figure.add_subplot()
+    rows = range(len(names))
+    for (name, values), marker in zip(series.items(), "o|sD^v", strict=False):
+        numbers = [math.nan if value is None else value for value in values]
+        axes.plot(numbers, rows, marker, label=name)
+    axes.set_yticks(rows, names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_xlabel(label)
+    axes.set_title(title, loc="left")
+    axes.grid(visible=True, axis="x", alpha=0.25)
+    axes.legend(frameon=False, fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    known = figure.canvas.get_supported_filetypes()
+    ending = path.suffix.removeprefix(".").lower()
+    if ending and ending not in known:
+        message = f"{str(path)!r} ends in {path.suffix!r}; a plot is one of {', '.join(known)}."
+        raise ConfigError(message)
+    figure.tight_layout()
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "pemn"}):  # the same picture is the same file
+        figure.savefig(path, dpi=150, metadata={"Date": None} if ending == "svg" else None)
