@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pemn_surgery.errors import RecipeError
@@ -44,16 +45,17 @@ class RecipeCommand:
     tabulate: Callable[[dict[str, Any]], Table]
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
-        """Run the command line; 130 after Ctrl-C, 1 after a refusal, as shells expect.
+        """Run the command line.
 
-        0 where the minutes that were given are over.
+        Returns:
+            0, also where the minutes that were given are over; 2 after a refusal, 130 after Ctrl-C.
         """
         given, console = vars(self._parser().parse_args(arguments)), Console()
         try:
             self._do(given, console)
         except RecipeError as error:
-            console.print(f"[red]{error}")
-            return 1
+            Console(stderr=True).print(f"[bold red]RecipeError[/]: {escape(str(error))}")
+            return 2
         except KeyboardInterrupt as stop:
             how = "; add --resume to the same command to go on" if "resume" in given else ""
             console.print(f"{str(stop) or 'stopped'}{how}")

@@ -137,7 +137,8 @@ def _cells(budget: Budget, row: Row, dense: int) -> list[str]:
     shown, difference = "", ""
     if row.published:
         deviation = row.published.get("std")
-        shown = f"{row.published['accuracy']:.2f}" + (f" ({deviation:.2f})" if deviation else "")
+        beside = "figure" if row.published.get("figure") else deviation and f"{deviation:.2f}"
+        shown = f"{row.published['accuracy']:.2f}" + (f" ({beside})" if beside else "")
         if budget.is_full:
             difference = f"{statistics.mean(row.best) - row.published['accuracy']:+.2f}"
     least = min(row.ways.values())

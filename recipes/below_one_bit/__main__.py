@@ -2,9 +2,9 @@
 
 ::
 
-    python recipes/below_one_bit run --work WORK --case digits --lr 1e-2 1e-3 --seeds 0 1 2
-    python recipes/below_one_bit takeback --work WORK --case cifar10 --lr 1e-2 --share .35
-    python recipes/below_one_bit measure --work WORK --json RESULT --plot PLOT
+    pemn run recipes/below_one_bit run --work WORK --case digits --lr 1e-2 1e-3 --seeds 0 1 2
+    pemn run recipes/below_one_bit takeback --work WORK --case cifar10 --lr 1e-2 --share .35
+    pemn run recipes/below_one_bit measure --work WORK --json RESULT --plot PLOT
 """
 
 from dataclasses import dataclass

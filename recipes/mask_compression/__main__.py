@@ -2,8 +2,8 @@
 
 ::
 
-    python recipes/mask_compression run --case resnet20 --work WORK --weights WEIGHTS
-    python recipes/mask_compression show
+    pemn run recipes/mask_compression run --case resnet20 --work WORK --weights WEIGHTS
+    pemn run recipes/mask_compression show
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 ::
 
-    python recipes/supsup_permuted_digits run --work WORK [--case outputs_10] [--tasks 50]
-    python recipes/supsup_permuted_digits show
+    pemn run recipes/supsup_permuted_digits run --work WORK [--case outputs_10] [--tasks 50]
+    pemn run recipes/supsup_permuted_digits show
 """
 
 from pathlib import Path

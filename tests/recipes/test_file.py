@@ -44,7 +44,7 @@ def test_arms_are_the_papers_columns():
     }
     published = [case.published for case in RECIPE.cases.values() if case.published]
     assert len(published) == 12
-    assert sum(map(len, published)) == 8 * 8 + 4 * 11
+    assert sum(map(len, published)) == 8 * 9 + 4 * 12
     for name, case in RECIPE.cases.items():
         assert set(case.published) <= set(RECIPE.arms_of(name))
         assert set(case.published.get("mp", {"accuracy"})) >= {"accuracy"}
@@ -52,6 +52,7 @@ def test_arms_are_the_papers_columns():
     assert convmixer["rp_1e-2"] == {"accuracy": 88.89, "std": 0.13}
     assert resnet["rp_1e-2"] == {"accuracy": 86.39}
     assert resnet["magnitude_96"] == {"accuracy": 79.12}
+    assert resnet["dense"] == {"accuracy": 92.26, "figure": True}
 
 
 def test_arms_are_chosen_by_name():
