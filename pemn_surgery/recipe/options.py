@@ -104,7 +104,8 @@ def add_options(parser: ArgumentParser, kind: type, choices: Mapping[str, Sequen
     """Add a dataclass of `option` to a parser; ``choices`` has values that the file knows."""
     for one in _options(kind):
         given = one.default not in (MISSING, None, "", (), False)
-        default = f" (default: {_shown(one, one.default)})" if given else ""
+        shown = one.default if isinstance(one.default, Path) else _shown(one, one.default)
+        default = f" (default: {shown})" if given else ""
         chosen = choices.get(one.name, one.metadata["choices"])
         parser.add_argument(_flag(one), help=one.metadata["help"] + default, **_reader(one, chosen))
 

@@ -64,7 +64,7 @@ class _State:
         self.thing, self.kind = thing, type(thing)
         self.attributes = dict(thing.__dict__)
         held = self.attributes.values()
-        self.containers = [(c, c.copy()) for c in held if type(c) in _CONTAINERS]
+        self.containers = [(c, _content(c)) for c in held if type(c) in _CONTAINERS]
         own = self.attributes.get("_parameters", {}) if isinstance(thing, nn.Module) else {}
         self.parameters = [_Parameter(p) for p in own.values() if p is not None]
         nodes = thing.graph.nodes if isinstance(thing, GraphModule) else ()
@@ -109,7 +109,12 @@ class _Parameter:
         return same and (data.is_meta or now.data_ptr() == data.data_ptr())
 
 
-def _refill(container: Any, before: Any) -> None:
+def _content(container: Any) -> tuple[Any, ...]:
+    """Return what is in a container: most of a module's are empty, and share one tuple then."""
+    return tuple(container.items() if isinstance(container, dict) else container)
+
+
+def _refill(container: Any, before: tuple[Any, ...]) -> None:
     """Give a container its former content; others may hold the container itself."""
     container.clear()
     (container.extend if isinstance(container, list) else container.update)(before)

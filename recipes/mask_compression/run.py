@@ -21,7 +21,7 @@ from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import Recipe, load
 from pemn_surgery.recipe.arms import Arm, sizes
-from pemn_surgery.recipe.options import CaseOptions, option
+from pemn_surgery.recipe.options import SEEDS, ImageOptions, option
 from pemn_surgery.recipe.runner import Runner
 from pemn_surgery.report import machine
 
@@ -34,12 +34,13 @@ OWN_TASK = 2_000  # test images that tell whether the pretrained weights were re
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CaseOptions):
+class Options(ImageOptions):
     """What a run adds to the recipe."""
 
-    TRIAL = CaseOptions.TRIAL | {"limit": 64}
+    TRIAL = ImageOptions.TRIAL | {"limit": 64}
 
     weights: Path | None = option("folder of the published weights; none in a trial", None)
+    seeds: tuple[int, ...] = option(SEEDS, (0,))
     tasks: tuple[str, ...] = option("which", tuple(DATA.TASKS))
     rates: tuple[float, ...] = option("further ones, of masks, with the first seed", ())
     threads: int | None = option("torch's threads", 1)
