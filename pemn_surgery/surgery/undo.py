@@ -58,23 +58,33 @@ def _all_of(things: Iterable[object]) -> list[object]:
 
 
 class _State:
-    """What one object was: its class, its attributes, the containers and parameters in them."""
+    """What one object was: its class, its attributes, the containers and parameters in them.
+
+    A model has thousands, each with a dozen containers, most of them empty. So this holds few
+    objects of its own: many would set off a collection of all of Python's, which takes longer than
+    a load.
+    """
+
+    __slots__ = ("attributes", "containers", "empty", "kind", "nodes", "parameters", "thing")
 
     def __init__(self, thing: Any) -> None:
         self.thing, self.kind = thing, type(thing)
         self.attributes = dict(thing.__dict__)
-        held = self.attributes.values()
-        self.containers = [(c, _content(c)) for c in held if type(c) in _CONTAINERS]
+        held = [value for value in self.attributes.values() if type(value) in _CONTAINERS]
+        self.containers = tuple((c, _content(c)) for c in held if c)
+        self.empty = tuple(c for c in held if not c)
         own = self.attributes.get("_parameters", {}) if isinstance(thing, nn.Module) else {}
-        self.parameters = [_Parameter(p) for p in own.values() if p is not None]
+        self.parameters = tuple(_Parameter(p) for p in own.values() if p is not None)
         nodes = thing.graph.nodes if isinstance(thing, GraphModule) else ()
-        self.nodes = [(n, n.op, n.target, n.args, dict(n.meta)) for n in nodes]
+        self.nodes = tuple((n, n.op, n.target, n.args, dict(n.meta)) for n in nodes)
 
     def restore(self) -> None:
         if type(self.thing) is not self.kind:
             object.__setattr__(self.thing, "__class__", self.kind)
         self.thing.__dict__.clear()
         self.thing.__dict__.update(self.attributes)
+        for container in self.empty:
+            container.clear()
         for container, before in self.containers:
             _refill(container, before)
         for parameter in self.parameters:
@@ -93,6 +103,8 @@ class _State:
 class _Parameter:
     """Where a parameter's values lie, and whether it is trained."""
 
+    __slots__ = ("data", "parameter", "trained")
+
     def __init__(self, parameter: Any) -> None:
         self.parameter, self.trained = parameter, parameter.requires_grad
         self.data = parameter.data if type(parameter) is nn.Parameter else None
@@ -110,7 +122,7 @@ class _Parameter:
 
 
 def _content(container: Any) -> tuple[Any, ...]:
-    """Return what is in a container: most of a module's are empty, and share one tuple then."""
+    """Return what is in a container."""
     return tuple(container.items() if isinstance(container, dict) else container)
 
 
