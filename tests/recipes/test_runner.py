@@ -230,7 +230,7 @@ def check_bytes(arms, work):
     dense, masks = arms["dense"], arms[MASKS]
     file = next(work.glob("work/tiny*/dense/model.safetensors"))
     assert dense["bytes"]["files"] == {"model.safetensors": file.stat().st_size}
-    assert dense["published"] is None
+    assert dense["published"] == {"accuracy": 94.01, "figure": True}
     assert masks["published"]["accuracy"] == 88.89
     assert "adapter_config.json" in masks["bytes"]["files"]
     # width 8, depth 1: stem 96, 8*25, 8*8, head 80; three norms of 2*8 - scores beside norms

@@ -203,6 +203,6 @@ def test_ones_are_counted_whether_or_not_the_masks_were_decoded_before(coding, t
     assert dict(file.ones) == chosen
     assert not file.coded
     assert dict(file.ones) == chosen
-    loaded = coded.load(tmp_path).peft_config["default"].file
+    loaded = coded.load(tmp_path).peft_config["default"].origin.file
     assert not loaded.coded  # decoded for the load, and not kept beside the model's own bits
     assert dict(loaded.ones) == chosen
