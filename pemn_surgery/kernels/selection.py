@@ -1,11 +1,12 @@
 """Which scores are kept, as two numbers or as a mask; ties go by index, the same everywhere.
 
 Three ways lead to the same mask: compiled code or its twin in numpy for plain tensors in memory, an
-operator that ``torch.compile`` takes as one piece, and a sort for whatever torch transforms or
-records, and on other devices.
+operator that ``torch.compile`` takes as one piece, and torch's own operations for whatever it
+transforms or records and on other devices: a sort, or on GPUs its radix selection.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -75,7 +76,7 @@ def _rounded(number: float, dtype: torch.dtype) -> float:
 def _keep_now(scores: Tensor, dropped: int) -> Tensor:
     plain = type(scores) in (Tensor, nn.Parameter) and scores.device.type == "cpu"
     if is_transformed() or not plain or scores.dtype not in _OF_NUMPY:
-        return _keep_by_sort(scores, dropped)
+        return keep_by_torch(scores, dropped, _radix_cut if scores.is_cuda else _sorted_cut)
     kernels = library.kernels()
     scores = scores.detach().contiguous()
     if kernels is None or not library.can_read(scores):
@@ -98,16 +99,33 @@ def mask_of(chosen: library.Choice, shape: tuple[int, ...], kernels: Kernels) ->
     return mask
 
 
-def _keep_by_sort(scores: Tensor, dropped: int) -> Tensor:
-    """Return the mask by operations that torch can transform and record, and any device has."""
+def keep_by_torch(scores: Tensor, dropped: int, cut_of: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Return the mask by operations that torch can transform and record, and any device has.
+
+    Args:
+        scores: Float tensor of any shape.
+        dropped: From 1 to the number of scores.
+        cut_of: From magnitudes (n,) and ``dropped`` to the largest magnitude that is dropped.
+    """
     sizes = scores.detach().reshape(-1).abs()
-    cut = sizes.sort().values[dropped - 1]
+    cut = cut_of(sizes, dropped)
     keep, tied = ~(sizes <= cut), sizes == cut  # NaN is kept
     missing = sizes.numel() - dropped - keep.sum()
-    if is_transformed() or missing > 0:
+    if is_transformed() or scores.is_cuda or missing > 0:  # a GPU is not waited for
         place_from_end = tied.flip(0).cumsum(0).flip(0)
         keep = keep | (tied & (place_from_end <= missing))
     return keep.view(scores.shape)
+
+
+def _sorted_cut(sizes: Tensor, dropped: int) -> Tensor:
+    return sizes.sort().values[dropped - 1]
+
+
+def _radix_cut(sizes: Tensor, dropped: int) -> Tensor:
+    """Select by digits, as torch's ``topk`` does on GPUs: a few passes in place of a sort."""
+    if is_transformed():
+        return _sorted_cut(sizes, dropped)
+    return sizes.topk(dropped, largest=False, sorted=False).values.amax()
 
 
 @torch.library.custom_op("pemn_surgery::keep_largest", mutates_args=())

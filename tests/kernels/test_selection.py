@@ -27,6 +27,9 @@ SPREAD = {
 }
 
 
+CUTS = (selection._sorted_cut, selection._radix_cut)
+
+
 def stable_sort(scores, dropped):
     """Drop by (bits without the sign, index)."""
     sizes = (
@@ -124,7 +127,9 @@ def test_nan_is_larger_than_all(way):
         for dropped in range(7):
             mask = selection.keep_largest(scores, dropped)
             oracles.assert_same(mask, stable_sort(scores, dropped))
-    assert selection._keep_by_sort(scores, 3).tolist() == [False, True, False, True, True, False]
+    for cut in CUTS:
+        kept = selection.keep_by_torch(scores, 3, cut).tolist()
+        assert kept == [False, True, False, True, True, False]
 
 
 @every_compiled
@@ -150,15 +155,27 @@ def test_strided_scores_are_ordered_row_by_row():
             oracles.assert_same(selection.keep_largest(scores, 9), expected)
 
 
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @given(hnp.arrays(np.float32, st.integers(1, 30), elements=TIED), st.data())
-def test_by_sort(values, data):
-    scores = torch.from_numpy(values)
+def test_by_torchs_own_operations(cut, dtype, values, data):
+    """On other devices, and what torch transforms; on GPUs a sort gives way to ``topk``."""
+    scores = torch.from_numpy(values).to(dtype)
     dropped = data.draw(st.integers(1, scores.numel()))
     expected = stable_sort(scores, dropped)
-    oracles.assert_same(selection._keep_by_sort(scores, dropped), expected)
+    oracles.assert_same(selection.keep_by_torch(scores, dropped, cut), expected)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "is_transformed", lambda: True)
-        oracles.assert_same(selection._keep_by_sort(scores, dropped), expected)
+        oracles.assert_same(selection.keep_by_torch(scores, dropped, cut), expected)
+
+
+@pytest.mark.parametrize("spread", list(SPREAD))
+@pytest.mark.parametrize("density", [0.01, 0.5, 0.99])
+def test_both_cuts_are_one(spread, density):
+    values = SPREAD[spread](np.random.default_rng(0), 5000)
+    sizes = torch.from_numpy(np.asarray(values, np.float32)).abs()
+    dropped = int((1 - density) * 5000)
+    assert torch.equal(*(cut(sizes, dropped) for cut in CUTS))
 
 
 def test_the_operator_is_one():
