@@ -338,6 +338,16 @@ def test_what_is_said_of_training_without_compiled_kernels():
     assert f"takes {plain['rows'][0]['ratio']['top-k']['of_medians']:.2f} times the comp" in page
 
 
+def test_what_is_said_of_the_limit():
+    page = " ".join((ROOT / "docs/training.md").read_text(encoding="utf-8").split())
+    found = json.loads((ROOT / "docs/results/limits.json").read_text(encoding="utf-8"))
+    rows = {row["row"]: row["limit"] for row in found["rows"]}
+    assert f"At the {found['bytes_a_second'] / 1e9:.1f} GB/s of one thread" in page
+    assert f"makes {rows['Linear 768x3072, 256 tokens']:.2f} of the linear layer" in page
+    llama, small = rows["Llama shape 4 x 512, 256 tokens"], rows["ResNet-32, batch 1"]
+    assert f"{llama:.2f} of the Llama shape and {small:.2f} of ResNet-32 at batch 1" in page
+
+
 def test_memory_table():
     page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
