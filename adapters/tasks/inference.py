@@ -141,14 +141,13 @@ def _check_heads(model: nn.Module, names: Sequence[str]) -> None:
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
         shapes = [_shapes(head) for head in _heads(wrapper, names)]
-        for name, found in zip(names, shapes, strict=True):
-            if found != shapes[0]:
-                message = (
-                    f"{path} of adapter {name!r} has the shapes {found}, that of {names[0]!r} "
-                    f"{shapes[0]}: their logits cannot be mixed. Infer among adapters with equal "
-                    "heads (adapters=[...]), or give all tasks one head of the largest size."
-                )
-                raise TaskInferenceError(message)
+        for name, found in _others(names, shapes):
+            message = (
+                f"{path} of adapter {name!r} has the shapes {found}, that of {names[0]!r} "
+                f"{shapes[0]}: their logits cannot be mixed. Infer among adapters with equal "
+                "heads (adapters=[...]), or give all tasks one head of the largest size."
+            )
+            raise TaskInferenceError(message)
 
 
 def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
@@ -157,15 +156,18 @@ def _check_rows(model: nn.Module, names: Sequence[str]) -> None:
         for tensor in module.grown_tensors():
             held = [module.new_rows(tensor, (name,)) for name in names]
             counts = [0 if rows is None else len(rows) for rows in held]
-            for name, count in zip(names, counts, strict=True):
-                if count != counts[0]:
-                    message = (
-                        f"Adapter {name!r} has {count} new rows of {tensor!r} in "
-                        f"{module.target!r} (added tokens), {names[0]!r} has {counts[0]}: their "
-                        "logits cannot be mixed. Infer among adapters with equal numbers of tokens "
-                        "(adapters=[...])."
-                    )
-                    raise TaskInferenceError(message)
+            for name, count in _others(names, counts):
+                message = (
+                    f"Adapter {name!r} has {count} new rows of {tensor!r} in {module.target!r} "
+                    f"(added tokens), {names[0]!r} has {counts[0]}: their logits cannot be mixed. "
+                    "Infer among adapters with equal numbers of tokens (adapters=[...])."
+                )
+                raise TaskInferenceError(message)
+
+
+def _others(names: Sequence[str], found: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Return the adapters for which something else was found than for the first."""
+    return ((name, one) for name, one in zip(names, found, strict=True) if one != found[0])
 
 
 def _heads(wrapper: ModulesToSaveWrapper, names: Sequence[str]) -> list[nn.Module]:
