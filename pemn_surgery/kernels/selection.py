@@ -76,7 +76,8 @@ def _rounded(number: float, dtype: torch.dtype) -> float:
 def _keep_now(scores: Tensor, dropped: int) -> Tensor:
     plain = type(scores) in (Tensor, nn.Parameter) and scores.device.type == "cpu"
     if is_transformed() or not plain or scores.dtype not in _OF_NUMPY:
-        return keep_by_torch(scores, dropped, _radix_cut if scores.is_cuda else _sorted_cut)
+        on_gpu = scores.is_cuda and not is_transformed()
+        return keep_by_torch(scores, dropped, _radix_cut if on_gpu else _sorted_cut)
     kernels = library.kernels()
     scores = scores.detach().contiguous()
     if kernels is None or not library.can_read(scores):
@@ -123,8 +124,6 @@ def _sorted_cut(sizes: Tensor, dropped: int) -> Tensor:
 
 def _radix_cut(sizes: Tensor, dropped: int) -> Tensor:
     """Select by digits, as torch's ``topk`` does on GPUs: a few passes in place of a sort."""
-    if is_transformed():
-        return _sorted_cut(sizes, dropped)
     return sizes.topk(dropped, largest=False, sorted=False).values.amax()
 
 
