@@ -1,11 +1,9 @@
 """``pemn run``: a recipe's command line."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from pemn_surgery.commands.common import add_command
-from pemn_surgery.errors import RecipeError
 
 
 def add(commands: Any) -> None:
@@ -29,14 +27,6 @@ def add(commands: Any) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     from pemn_surgery.recipe import load  # with it comes torch, which only this needs
 
-    folder = Path(parsed.recipe)
-    recipe = load(folder)
-    command = recipe.module("__main__").COMMAND
-    words = parsed.words
-    verbs = (*command.verbs, "show")
-    if words and words[0] in (*verbs, "-h", "--help"):
-        return command.main(words)
-    if "run" not in verbs:
-        message = f"{folder} has no verb run; give one of {sorted(verbs)}"
-        raise RecipeError(message)
-    return command.main(["run", *words])
+    command = load(parsed.recipe).module("__main__").COMMAND
+    words, named = parsed.words, (*command.verbs, "show", "-h", "--help")
+    return command.main(words if words and words[0] in named else ["run", *words])

@@ -52,11 +52,15 @@ class ImageData:
             ``[n]``; for ``smoke`` random ones, of two classes.
 
         Raises:
-            RecipeError: If a split or a column is missing; the message names those there are.
+            RecipeError: If there is no source, or a split or a column is missing; the message names
+                those there are.
         """
         if options.smoke:
             return {name: self._random(n) for name, n in _TRIAL.items()}
         source = options.data or self.source
+        if not source:
+            message = f"the data of {options.case!r} has no source of its own; give --data"
+            raise RecipeError(message)
         place = str(Path(source).resolve()) if Path(source).exists() else source
         named = "|".join(map(str, (place, self.image, self.label, self.side, self.test)))
         file = options.work / f"decoded-{hashlib.sha256(named.encode()).hexdigest()[:12]}.pt"

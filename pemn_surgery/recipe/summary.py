@@ -41,6 +41,11 @@ class Budget:
         return self.epochs == self.paper and self.limit is None
 
     @property
+    def stem(self) -> str:
+        """What its files' names begin with."""
+        return f"{self.case}-e{self.epochs}" + (f"-limit{self.limit}" if self.limit else "")
+
+    @property
     def title(self) -> str:
         """What a table of it is called."""
         if self.is_full:

@@ -171,3 +171,10 @@ def test_the_vision_transformer_is_the_one_that_is_described(width, depth):
     stem = model.patch_embed.proj.weight.numel()
     assert sum(p.numel() for p in matrices) + stem == masked
     assert len(model.blocks) == depth
+
+
+def test_data_without_a_source_asks_for_one(tmp_path):
+    with pytest.raises(RecipeError, match="200' has no source of its own; give --data"):
+        RECIPE.images("resnet50_imagenet200").load(
+            ImageOptions(case="resnet50_imagenet200", work=tmp_path)
+        )
