@@ -200,12 +200,11 @@ class Runner:
         progress.remove_task(bar)
 
     def _halt(self, arm: Arm, steps: int) -> None:
-        is_late = time.monotonic() > self.options.until
-        if self.stopped or is_late:
+        if self.stopped or time.monotonic() > self.options.until:
             arm.save()
             done = f"{arm.step} of {steps} steps of epoch {arm.epoch + 1}"
             message = f"stopped: {arm.name} after {done}"
-            raise TimeIsUp(message) if is_late else KeyboardInterrupt(message)
+            raise KeyboardInterrupt(message) if self.stopped else TimeIsUp(message)
 
     def _step(self, arm: Arm, batch: Any, steps: int) -> Tensor:
         """Take a step; return its loss as float64, which nothing has waited for."""
