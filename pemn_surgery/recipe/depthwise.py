@@ -1,8 +1,8 @@
 """A depthwise convolution whose backward pass on CPUs is several times as fast as torch's.
 
-In ConvMixer torch spends 70 % of a training step there, most of it in the weights' gradient: a sum
-of k x k products of shifted images, which torch.compile makes one loop over channels-last
-memory. The inputs' gradient is the convolution by the flipped kernel, whose forward pass is fast.
+There torch spends most of ConvMixer's backward pass, above all in the weights' gradient: a sum of
+k x k products of shifted images, which torch.compile makes one loop over channels-last memory. The
+inputs' gradient is the convolution by the flipped kernel, whose forward pass is fast.
 """
 
 import functools
