@@ -108,12 +108,14 @@ class Pulled:
         weight: Float tensor W; fewer numbers than scores repeat.
         scores: Float tensor of the masked weight's shape.
         kernels: The compiled code.
+        in_place: Whether ``grad`` may be overwritten.
     """
 
     grad: Tensor
     weight: Tensor
     scores: Tensor
     kernels: Kernels
+    in_place: bool
 
     def kept_sum(self, mask: Tensor) -> float:
         """Return the sum of dL/dM where a contiguous bool mask is one."""
@@ -130,7 +132,8 @@ class Pulled:
             scale: The factor; None for neither factor nor shift.
             shift: What is taken away.
         """
-        out = torch.empty(self.scores.shape, dtype=self.scores.dtype)
+        fits = self.in_place and self.grad.dtype == self.scores.dtype
+        out = self.grad.detach() if fits else torch.empty_like(self.scores)
         self.kernels.grad(
             library.numbers(self.grad), library.numbers(self.weight), self.scores.data_ptr(),
             library.kind(self.scores), out.numel(), by_size, scale is not None, scale or 0.0,
@@ -139,7 +142,9 @@ class Pulled:
         return out
 
 
-def pull(grad: Tensor, weight: Tensor, scores: Tensor, *, scaled: bool) -> Pulled | None:
+def pull(
+    grad: Tensor, weight: Tensor, scores: Tensor, *, scaled: bool, in_place: bool
+) -> Pulled | None:
     """Take a gradient for compiled code to hand on; None where it cannot.
 
     Args:
@@ -147,12 +152,14 @@ def pull(grad: Tensor, weight: Tensor, scores: Tensor, *, scaled: bool) -> Pulle
         weight: Float tensor of the same shape, or fewer numbers, which then repeat.
         scores: Float tensor.
         scaled: Whether the masked weight was multiplied by a scale.
+        in_place: Whether ``grad`` may be overwritten.
     """
-    grad = grad.contiguous()
-    kernels = _kernels_for(grad, weight, scores)
+    numbers = grad.contiguous()
+    kernels = _kernels_for(numbers, weight, scores)
     if kernels is None or (scaled and scores.dtype != torch.float32):
         return None
-    return Pulled(grad, weight.detach(), scores.detach(), kernels)
+    in_place = in_place or numbers is not grad
+    return Pulled(numbers, weight.detach(), scores.detach(), kernels, in_place)
 
 
 def _kernels_for(*tensors: Tensor) -> Kernels | None:

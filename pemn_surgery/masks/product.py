@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pemn_surgery.coding import bits
 from pemn_surgery.kernels import product
 from pemn_surgery.masks.selector import Selector
+from pemn_surgery.masks.unshared import is_unshared
 from pemn_surgery.transforms import is_transformed, takes_functions
 
 # Weights masked at a time where no gradient is needed, multiples of 8: a processor's temporaries
@@ -194,6 +195,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        in_place = is_unshared(grads)
         (grad,) = grads
         if torch.is_grad_enabled():
             return *_grads_in_the_open(ctx, grad), None, None, None
@@ -201,7 +203,8 @@ class _StraightThrough(torch.autograd.Function):
         grad_weight = None
         if need_weight:
             grad_weight = masked(grad.to(ctx.weight.dtype), ctx.mask, scaled=ctx.scaled)
-        return grad_weight, (_score_grad(ctx, grad) if need_scores else None), None, None, None
+        grad_scores = _score_grad(ctx, grad, in_place=in_place) if need_scores else None
+        return grad_weight, grad_scores, None, None, None
 
 
 def _grads_in_the_open(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -215,9 +218,12 @@ def _grads_in_the_open(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(next(found) if need else None for need in needed)
 
 
-def _score_grad(ctx: Any, grad: Tensor) -> Tensor:
-    """Return dL/dS. With c = mean(M)^-1/2 not detached, dc/dM = -c^3 / (2n)."""
-    pulled = product.pull(grad, ctx.weight, ctx.scores, scaled=ctx.scaled)
+def _score_grad(ctx: Any, grad: Tensor, *, in_place: bool) -> Tensor:
+    """Return dL/dS, in the gradient's memory where that may be overwritten.
+
+    With c = mean(M)^-1/2 not detached, dc/dM = -c^3 / (2n).
+    """
+    pulled = product.pull(grad, ctx.weight, ctx.scores, scaled=ctx.scaled, in_place=in_place)
     if pulled is not None:
         if not ctx.scaled:
             return pulled.score_grad(ctx.by_magnitude)

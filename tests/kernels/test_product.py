@@ -162,7 +162,7 @@ def test_what_compiled_code_leaves_to_torch(case):
 
 def test_scaled_gradients_of_narrow_scores_are_left_to_torch():
     tensors = torch.ones(4), torch.ones(4), torch.ones(4).bfloat16()
-    assert product.pull(*tensors, scaled=True) is None
+    assert product.pull(*tensors, scaled=True, in_place=False) is None
 
 
 # ---- whole models --------------------------------------------------------------------------------
