@@ -200,6 +200,20 @@ def one_forward() -> Iterator[None]:
         forward.end()
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Free what a part of a forward makes when it ends: checkpointed, it is made again later."""
+    forward = None if torch.compiler.is_compiling() else _FORWARD.get()
+    if forward is None:
+        yield
+        return
+    before, forward.made = forward.made, dict(forward.made)
+    try:
+        yield
+    finally:
+        forward.made = before
+
+
 def in_this_forward(layer: nn.Module) -> Kept | None:
     """Return what the forward that runs has kept for a layer; None outside of forwards.
 

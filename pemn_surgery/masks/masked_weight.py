@@ -323,7 +323,8 @@ class MaskedWeight(nn.Module):
         masks = [self._mask_of(name) for name in names]
         if not masks:
             return self.bare()
-        weight, is_scratch = self.fill() if masks[0].adds else self._period(), self._is_fill_new()
+        weight = self.fill() if masks[0].adds else self._period()
+        is_scratch = masks[0].scores is None and self._is_fill_new()
         for mask in masks[:-1]:
             weight, is_scratch = mask(weight, is_scratch=is_scratch), True
         rounded = self._autocast_dtype(weight.dtype, weight.device.type) if for_autocast else None
@@ -349,7 +350,7 @@ class MaskedWeight(nn.Module):
 
         None where the layer may do more with it than what autocast does in that type.
         """
-        if dtype != torch.float32 or is_transformed() or not torch.is_autocast_enabled(device):
+        if dtype != torch.float32 or not torch.is_autocast_enabled(device) or is_transformed():
             return None
         kind = getattr(type(self.owner), "_pemn_original", type(self.owner))
         if kind not in _ONLY_MULTIPLY or self.shared_with:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pemn_surgery.masks import in_force
-from pemn_surgery.masks.kept import one_forward
+from pemn_surgery.masks.kept import apart, one_forward
 
 
 def recording(
@@ -37,7 +37,7 @@ def _around(
 ) -> Generator[None, None, None]:
     """Let the first run, which happens while the generator waits, be recorded."""
     next(prepared)
-    with in_force.use_in_generator(call):
+    with in_force.use_in_generator(call), apart():
         yield
     yield from prepared
 
@@ -54,7 +54,7 @@ def recording_reentrant(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reading(run: Callable[..., Any], call: in_force.Recorded) -> Callable[..., Any]:
     def reading(*args: Any, **kwargs: Any) -> Any:
-        with in_force.use(call), call.as_trained(), one_forward():
+        with in_force.use(call), call.as_trained(), one_forward(), apart():
             return run(*args, **kwargs)
 
     return reading

@@ -179,7 +179,9 @@ class TaskTensors(nn.Module):
             return base
         names, _, mixture = in_force.read(self)
         owned = self._first(name, names) if mixture is None else self._mixed(name, base, mixture)
-        return base if owned is None else owned.to(base.dtype)
+        if owned is None:
+            return base
+        return owned if owned.dtype == base.dtype else owned.to(base.dtype)
 
     def forward(self, name: str) -> Tensor | None:
         """Return the tensor in force, for graphs, which call where a module's code would read.

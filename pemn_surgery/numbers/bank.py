@@ -95,9 +95,13 @@ class Layout:
         """Number of values that the bank stores."""
         return sum(prototype.length for _, prototype in self.by_shape)
 
+    @functools.cached_property
+    def _found(self) -> dict[Shape, Prototype]:
+        return dict(self.by_shape)
+
     def find(self, shape: Shape) -> Prototype | None:
         """Return the prototype that fills this shape, or None where there is none."""
-        prototype = next((found for key, found in self.by_shape if key in ((), shape)), None)
+        prototype = self._found.get((), self._found.get(shape))
         if prototype is None or (not self._tiles and math.prod(shape) > prototype.length):
             return None
         return prototype
@@ -288,7 +292,7 @@ class Bank(nn.Module):
         prototype = self._prototype_of(shape)
         count = min(prototype.length, math.prod(shape))
         values = self.values[prototype.offset : prototype.offset + count]
-        return values if dtype is None else values.to(dtype)
+        return values if dtype is None or dtype == values.dtype else values.to(dtype)
 
     def _prototype_of(self, shape: Shape) -> Prototype:
         prototype = self.layout.find(tuple(shape))

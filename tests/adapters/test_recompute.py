@@ -2,6 +2,7 @@
 
 import copy
 import random
+import weakref
 
 import pytest
 import timm
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.errors import AdapterError
+from pemn_surgery.masks import masked_weight
+from pemn_surgery.masks.read_only import read_only
 from tests.adapters import models
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
@@ -230,3 +233,33 @@ def test_copies_of_a_model_are_their_own():
     program = [("set_adapter", "a"), ("forward",), ("set_adapter", "b"), ("forward",)]
     expected = gradients(model, program, None)
     models.assert_same_tensors(gradients(twin, program, False), expected)
+
+
+class Watched:
+    """Blocks' effective weights that still live when the last block ends."""
+
+    def __init__(self, model, monkeypatch):
+        self.made, self.alive = [], []
+        monkeypatch.setattr(masked_weight, "read_only", self._read_only)
+        for number, block in enumerate(model.base_model.model.blocks):
+            block.register_forward_hook(lambda *_, number=number: self._count(number))
+
+    def _read_only(self, weight, target):
+        made = read_only(weight, target)
+        if "blocks" in target:
+            self.made.append(weakref.ref(made))
+        return made
+
+    def _count(self, number):
+        if number == 1:
+            self.alive.append(sum(one() is not None for one in self.made))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["none", "plain", "reentrant"])
+def test_weights_of_a_checkpointed_part_end_with_it(reentrant, monkeypatch):
+    model = two_tasks()
+    watched = Watched(model, monkeypatch)
+    model.base_model.model.reentrant = reentrant
+    model(batch(0))
+    assert len(watched.made) == 2
+    assert watched.alive == [2 if reentrant is None else 1]
