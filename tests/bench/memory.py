@@ -6,7 +6,8 @@ resident before the model was made: bytes a weight. Accuracy: the same ways on t
 scikit-learn, a network of three linear layers, five seeds, on a third of the images held out.
 
 Lean ways are made of what others have: bfloat16 scores rounded stochastically and 8-bit moments,
-torchao's ``AdamW8bit``; and a step within the backward pass, by torch's gradient hooks.
+torchao's ``AdamW8bit``; a step within the backward pass, by torch's gradient hooks; and activation
+checkpointing of every layer, which makes its effective weight again in place of keeping it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pemn_surgery import PemnConfig
 from pemn_surgery.kernels import library
@@ -95,6 +97,17 @@ def in_backward(model: nn.Module, make: Any, rate: float) -> Stepper:
     return lambda: None
 
 
+class Checkpointed(nn.Sequential):
+    """Layers that run again for the gradient, each by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+CHECKPOINTED = ", checkpointed, step in backward"
+
 WAYS: dict[str, tuple[str, bool, Any, Any]] = {  # bank, bfloat16, optimizer, when it steps
     "dense": ("dense", False, plain, after_backward),
     "LoRA r16": ("lora", False, plain, after_backward),
@@ -102,12 +115,15 @@ WAYS: dict[str, tuple[str, bool, Any, Any]] = {  # bank, bfloat16, optimizer, wh
     "mp, step in backward": ("mp", False, plain, in_backward),
     "mp, 8-bit moments": ("mp", False, eight_bits, after_backward),
     **{f"{bank}, lean": (bank, True, eight_bits, after_backward) for bank in BANKS},
+    **{f"{bank}, lean{CHECKPOINTED}": (bank, True, eight_bits, in_backward) for bank in BANKS},
 }
 
 
 def ready(way: str, model: nn.Module, rate: float) -> tuple[nn.Module, Stepper, torch.dtype]:
     """A model to train in one way, its step, and the type of its inputs."""
     kind, low, optimizer, when = WAYS[way]
+    if way.endswith(CHECKPOINTED):
+        model = Checkpointed(*model.children())
     if kind in BANKS:
         model = masked(model, kind, low=low)
     elif kind == "lora":
