@@ -56,13 +56,7 @@ def unpack(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def unpack_piece(stored: Tensor, start: int, stop: int) -> Tensor:
-    """Return the mask of weights ``start`` to ``stop`` (row by row), as `unpack` does.
-
-    Args:
-        stored: Uint8 tensor made by `pack`.
-        start: First weight, a multiple of 8.
-        stop: One past the last weight.
-    """
+    """Return the mask of weights ``start`` to ``stop`` (row by row), as `unpack` does."""
     payload = stored[HEADER_BYTES + start // 8 : HEADER_BYTES + (stop + 7) // 8]
     if stored.device.type == "cpu" and not is_transformed():
         flat = np.unpackbits(payload.numpy(), count=stop - start, bitorder="little")

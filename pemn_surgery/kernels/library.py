@@ -110,20 +110,12 @@ def describe() -> str:
 
 
 def can_read(*tensors: Tensor) -> bool:
-    """Tell whether compiled code may read tensors: plain ones in memory, while nobody records.
-
-    Args:
-        *tensors: Any tensors.
-    """
+    """Tell whether compiled code may read tensors: plain ones in memory, while nobody records."""
     return is_in_memory(*tensors) and all(tensor.dtype in _KINDS for tensor in tensors)
 
 
 def is_in_memory(*tensors: Tensor) -> bool:
-    """Tell whether tensors of any type are plain rows of numbers, while nobody records.
-
-    Args:
-        *tensors: Any tensors.
-    """
+    """Tell whether tensors of any type are plain rows of numbers, while nobody records."""
     if is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return all(

@@ -50,13 +50,7 @@ def keep_largest(scores: Tensor, dropped: int) -> Tensor:
 
 
 def choose(scores: Tensor, rule: Rule, kernels: Kernels) -> library.Choice:
-    """Return which scores are kept, as compiled code reads it.
-
-    Args:
-        scores: Tensor that the library can read.
-        rule: How to choose.
-        kernels: The compiled code.
-    """
+    """Return which scores are kept, as compiled code reads it."""
     by_size = rule.dropped is not None
     above = 0.0 if by_size else _rounded(rule.above, scores.dtype)
     chosen = library.Choice(

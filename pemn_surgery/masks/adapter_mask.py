@@ -161,11 +161,7 @@ class AdapterMask(nn.Module):
         return super()._apply(_without_rounding(fn), recurse)
 
     def set_type(self, dtype: torch.dtype) -> None:
-        """Give scores or scales another type, which casts of the model do not.
-
-        Args:
-            dtype: The type.
-        """
+        """Give scores or scales another type, which casts of the model do not."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
 

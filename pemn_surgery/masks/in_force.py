@@ -66,11 +66,7 @@ class Call:
     """What a call reads in place of the layers' attributes."""
 
     def of(self, layer: Layer) -> InForce:
-        """Return what is in force in a layer.
-
-        Args:
-            layer: The layer.
-        """
+        """Return what is in force in a layer."""
         raise NotImplementedError
 
 
@@ -160,9 +156,6 @@ def read(layer: Layer) -> InForce:
 
     Compiled code reads the attributes, whose changes it is compiled anew for, or what a mixed batch
     has chosen.
-
-    Args:
-        layer: The layer.
     """
     if torch.compiler.is_compiling():
         call = _CALL.get() if _TRACED else None
@@ -183,11 +176,7 @@ def follows_compiled() -> bool:
 
 @contextmanager
 def use(call: Call) -> Iterator[None]:
-    """Let layers be read through a call.
-
-    Args:
-        call: The call.
-    """
+    """Let layers be read through a call."""
     token = _CALL.set(call)
     try:
         yield
@@ -201,9 +190,6 @@ def use_in_generator(call: Call) -> Iterator[None]:
 
     Its end may come late, when what it ran in has ended with an error (torch closes the generator
     of a checkpoint only in newer releases), or from another thread, which collects the generator.
-
-    Args:
-        call: The call.
     """
     token = _CALL.set(call)
     try:
@@ -233,9 +219,6 @@ def switching(layers: Iterable[Layer]) -> Iterator[None]:
     """Change what is in force in layers; calls that run in other threads go on as they began.
 
     Calls that are about to begin wait until the change is complete.
-
-    Args:
-        layers: All layers that may change.
     """
     with _SWITCHING:
         others = [call for call in _running if call.thread != threading.get_ident()]

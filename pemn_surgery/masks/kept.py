@@ -215,11 +215,7 @@ def apart() -> Iterator[None]:
 
 
 def in_this_forward(layer: nn.Module) -> Kept | None:
-    """Return what the forward that runs has kept for a layer; None outside of forwards.
-
-    Args:
-        layer: What makes an effective weight.
-    """
+    """Return what the forward that runs has kept for a layer; None outside of forwards."""
     forward = _FORWARD.get()
     return None if forward is None else forward.made.setdefault(layer, Kept())
 

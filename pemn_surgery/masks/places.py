@@ -30,11 +30,7 @@ Place = tuple[nn.Module, str]
 
 
 def moves_stored(caller: str) -> bool:
-    """Tell whether a Python module shards, copies or loads what is stored.
-
-    Args:
-        caller: Its name.
-    """
+    """Tell whether a Python module shards, copies or loads what is stored."""
     return caller.startswith(_MOVERS)
 
 
@@ -42,10 +38,6 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     """Return what a module stores under a name; None where that is nothing.
 
     FSDP1 and torch's replicas hold plain tensors as attributes.
-
-    Args:
-        module: The module.
-        name: The tensor's name on it.
     """
     for table in _tables(module):
         tensor = table.get(name)
@@ -61,12 +53,7 @@ def has_place(module: nn.Module, name: str) -> bool:
 
 
 def store(place: Place, tensor: Tensor | None) -> None:
-    """Store a tensor where a module stores the one of this name now.
-
-    Args:
-        place: The module and the name.
-        tensor: The tensor; a parameter where one was.
-    """
+    """Store a tensor where a module stores the one of this name now."""
     module, name = place
     table = next((table for table in _tables(module) if name in table), module.__dict__)
     table[name] = tensor

@@ -53,12 +53,7 @@ _DATA: Any = Tensor.data
 
 
 def read_only(weight: Tensor, target: str) -> ReadOnlyWeight:
-    """Return an alias of a weight that refuses to be written to.
-
-    Args:
-        weight: A plain tensor.
-        target: Name of the weight, for errors.
-    """
+    """Return an alias of a weight that refuses to be written to."""
     made = weight.as_subclass(ReadOnlyWeight)
     made.target = target
     return made

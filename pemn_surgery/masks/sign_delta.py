@@ -55,11 +55,7 @@ class Rows:
         return scale.view(self.outer, 1, self.outputs, 1)
 
     def mean(self, weight: Tensor) -> Tensor:
-        """Return the mean over each output's weights, shape (count,).
-
-        Args:
-            weight: Float tensor of the weight's shape.
-        """
+        """Return the mean over each output's weights, shape (count,)."""
         return weight.reshape(self.view).mean(dim=(1, 3)).view(-1)
 
 

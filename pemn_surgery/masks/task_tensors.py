@@ -73,9 +73,6 @@ class TensorSet(nn.Module):
         """Return the tensor of this name, or None where this adapter has none.
 
         Reading is a call, so that hooks which bring offloaded tensors in (accelerate) run.
-
-        Args:
-            name: Name of the tensor on the module.
         """
         return places.stored(self, name) if self.holds(name) else None
 
@@ -85,12 +82,7 @@ class TensorSet(nn.Module):
         return name in self._parameters or name in self._buffers or name in in_replica
 
     def replace(self, name: str, value: Tensor) -> None:
-        """Take a tensor in place of the one of this name, as trained or not as that was.
-
-        Args:
-            name: Name of the tensor on the module.
-            value: The tensor, a parameter where the adapter trains it.
-        """
+        """Take a tensor in place of the one of this name, as trained or not as that was."""
         trained = name in self._parameters
         own = value if trained or not isinstance(value, nn.Parameter) else value.detach()
         places.store((self, name), own)
@@ -184,11 +176,7 @@ class TaskTensors(nn.Module):
         return owned if owned.dtype == base.dtype else owned.to(base.dtype)
 
     def forward(self, name: str) -> Tensor | None:
-        """Return the tensor in force, for graphs, which call where a module's code would read.
-
-        Args:
-            name: Name of the tensor on the module.
-        """
+        """Return the tensor in force, for graphs, which call where a module's code would read."""
         return self.read(name)
 
     def active_tensor(self, name: str) -> Tensor | None:
@@ -204,12 +192,7 @@ class TaskTensors(nn.Module):
         return None
 
     def new_rows(self, name: str, adapters: Iterable[str]) -> Tensor | None:
-        """Return the rows that the first of some adapters has beside a tensor's own, or None.
-
-        Args:
-            name: Name of the tensor on the module; it may be masked.
-            adapters: The adapters.
-        """
+        """Return the rows that the first of some adapters has beside a tensor's own, or None."""
         for adapter in adapters:
             held = self.pemn_tensors._modules.get(adapter)
             if isinstance(held, TensorSet) and name in held.first_rows:
@@ -222,11 +205,7 @@ class TaskTensors(nn.Module):
         return list(dict.fromkeys(name for rows in held for name in rows))
 
     def first_rows(self, name: str) -> list[int]:
-        """Return, for each adapter with new rows of a tensor, the number of rows before its own.
-
-        Args:
-            name: Name of the tensor on the module; it may be masked.
-        """
+        """Return, for each adapter with new rows of a tensor, the number of rows before its own."""
         held = (cast("TensorSet", one).first_rows for one in self.pemn_tensors.values())
         return [rows[name] for rows in held if name in rows]
 

@@ -117,11 +117,7 @@ class Layout:
         return _stream(() if () in dict(self.by_shape) else shape), prototype.period
 
     def renamed(self, names: Mapping[str, str]) -> "Layout":
-        """Return the layout of the same weights under other names.
-
-        Args:
-            names: The other names by those here.
-        """
+        """Return the layout of the same weights under other names."""
         made = ((s, replace(p, source=names.get(p.source, p.source))) for s, p in self.by_shape)
         return Layout(self.spec, tuple(made))
 
@@ -210,11 +206,7 @@ def build(
 
 
 def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the type that holds the values of all of these exactly.
-
-    Args:
-        dtypes: Floating-point types; at least one.
-    """
+    """Return the type that holds the values of all of these exactly."""
     return functools.reduce(torch.promote_types, dtypes)
 
 
@@ -282,10 +274,6 @@ class Bank(nn.Module):
     def period(self, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
         """Return the numbers of a fill as one row, each but once: they repeat in the weight.
 
-        Args:
-            shape: Shape of the weight.
-            dtype: As in `forward`.
-
         Returns:
             Tensor of shape (n,), or shorter; a view of the bank unless it had to be rounded.
         """
@@ -302,11 +290,7 @@ class Bank(nn.Module):
         return prototype
 
     def prototypes(self, dtype_of: Callable[[str], torch.dtype]) -> Iterator[Tensor]:
-        """Yield the values of each prototype, in the type of the weight that they come from.
-
-        Args:
-            dtype_of: Gives a weight's type by name.
-        """
+        """Yield the values of each prototype, in the type of the weight that they come from."""
         for _, prototype in self.layout.by_shape:
             values = self.values[prototype.offset : prototype.offset + prototype.length]
             yield values.to(dtype_of(prototype.source))
@@ -317,12 +301,7 @@ class Bank(nn.Module):
         return first
 
     def makes(self, shape: Shape, dtype: torch.dtype | None) -> bool:
-        """Tell whether the fill of a weight is a new tensor: the prototype is shorter, or rounded.
-
-        Args:
-            shape: Shape of the weight.
-            dtype: Its type.
-        """
+        """Tell whether a weight's fill is a new tensor: the prototype is shorter, or rounded."""
         prototype = self.layout.find(tuple(shape))
         tiled = prototype is not None and math.prod(shape) > prototype.length
         return tiled or dtype != self.values.dtype

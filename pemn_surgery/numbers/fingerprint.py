@@ -128,12 +128,7 @@ def check_fingerprint(expected: Mapping[str, str], actual: Mapping[str, str], ba
 
 
 def agree(first: Mapping[str, str], second: Mapping[str, str]) -> bool:
-    """Tell whether two fingerprints are known in one type at least, and equal in all such types.
-
-    Args:
-        first: A fingerprint, whole or shortened.
-        second: Another one.
-    """
+    """Tell whether two fingerprints are known in one type at least, and equal in all such types."""
     common = first.keys() & second.keys()
     return bool(common) and all(first[name] == second[name] for name in common)
 
