@@ -42,10 +42,10 @@ def is_unshared(grads: tuple[Tensor, ...]) -> bool:
 
 def _holders(grads: tuple[Tensor, ...]) -> _Holders:
     (grad,) = grads
-    base = grad._base
+    base: Any = grad._base
     of_base = (0, 0) if base is None else (sys.getrefcount(base), base._use_count())
     memory = _C._storage_Use_Count(grad.untyped_storage()._cdata)
-    return _Holders(sys.getrefcount(grad), grad._use_count(), memory, *of_base)
+    return _Holders(sys.getrefcount(grad), _C.TensorBase._use_count(grad), memory, *of_base)
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """A gradient is overwritten where nobody else holds it, and never where somebody does."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,13 +53,13 @@ def by_hook_as_view(seen):
 
 
 def by_hook_before_the_node(seen):
-    node = seen.weight.grad_fn.next_functions[0][0]
+    node: Any = seen.weight.grad_fn.next_functions[0][0]
     node.register_prehook(lambda grads: seen.held.extend(grads))
     seen.loss(seen.weight).backward()
 
 
 def by_hook_of_the_product(seen):
-    out = F.linear(seen.x, seen.weight)
+    out: Any = F.linear(seen.x, seen.weight)
     out.grad_fn.register_hook(lambda into, _: seen.held.extend(g for g in into if g is not None))
     (out**2).sum().backward()
 
@@ -186,7 +188,7 @@ def watched(monkeypatch):
 )
 def test_an_unshared_gradient_is_overwritten(layer, shape, monkeypatch):
     frozen = layer.weight.detach().clone()
-    scores = nn.Parameter(torch.randn(frozen.shape))
+    scores: Any = nn.Parameter(torch.randn(frozen.shape))
     weight = product.masked_straight_through(frozen, scores, TOPK, scaled=False)
     seen = watched(monkeypatch)
     del layer.weight
@@ -198,7 +200,7 @@ def test_an_unshared_gradient_is_overwritten(layer, shape, monkeypatch):
 
 
 def test_a_gradient_of_another_type_is_not_overwritten(monkeypatch):
-    scores = nn.Parameter(torch.randn(SIDE, SIDE))
+    scores: Any = nn.Parameter(torch.randn(SIDE, SIDE))
     weight = product.masked_straight_through(
         torch.randn(SIDE, SIDE), scores, TOPK, scaled=False, dtype=torch.bfloat16
     )
