@@ -100,13 +100,18 @@ class MaskedWeight(nn.Module):
         self.parameter = parameter
         self.shape = shape
         self.fan_in = fan_in
-        self.bank = bank
+        self._modules["bank"] = bank
         self._lists_bank = bank is not None and bank.take_place_in_list()
         self.pemn_masks = nn.ModuleDict()
         self.aside = Aside()
         self.register_buffer("_unshown", None, persistent=False)
         self.register_buffer("_tail", None, persistent=False)
         self.drawn_dtype = self._start_drawing()
+
+    @property
+    def bank(self) -> Bank | None:
+        """The shared bank, found past torch's slow search for a module's attributes."""
+        return cast("Bank | None", self._modules["bank"])
 
     @property
     def owner(self) -> nn.Module:

@@ -279,8 +279,8 @@ class Bank(nn.Module):
         """
         prototype = self._prototype_of(shape)
         count = min(prototype.length, math.prod(shape))
-        values = self.values[prototype.offset : prototype.offset + count]
-        return values if dtype is None or dtype == values.dtype else values.to(dtype)
+        values = self.values.narrow(0, prototype.offset, count)
+        return values if dtype in (None, values.dtype) else values.to(dtype)
 
     def _prototype_of(self, shape: Shape) -> Prototype:
         prototype = self.layout.find(tuple(shape))
