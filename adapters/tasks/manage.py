@@ -115,7 +115,7 @@ def add_combination(
     Returns:
         The new adapter's configuration.
     """
-    _check(model, configs, adapters, weights, adapter_name, combination)
+    _check_combination(model, configs, adapters, weights, adapter_name, combination)
     shares = torch.tensor(weights, dtype=torch.float64)
     shares = shares / shares.sum()
     masked = [module for module in model.modules() if isinstance(module, PemnLayer)]
@@ -185,7 +185,7 @@ def _rename_key(table: Any, old: str, new: str) -> None:
         table[key] = value
 
 
-def _check(
+def _check_combination(
     model: nn.Module,
     configs: dict[str, PemnConfig],
     adapters: Sequence[str],
