@@ -94,10 +94,6 @@ def plan(
 def make_config(config: PemnConfig | None, options: Mapping[str, Any]) -> PemnConfig:
     """Return the given configuration, or one of the given options.
 
-    Args:
-        config: A configuration, or None.
-        options: Fields of `PemnConfig`; empty beside a configuration.
-
     Raises:
         ConfigError: If both are given, or an option is unknown or cannot have its value.
     """

@@ -3,38 +3,48 @@
 A base changes after masks were put on it: pretrained weights are loaded late, it is trained with
 the scores, a convolution is edited. Version counters do not see all of that (``.data``), so its
 fingerprint is taken anew each time, of values that are brought in for that where they are
-offloaded, dequantised where they are quantised, and gathered where a save was given them so.
+offloaded, dequantised where they are quantised, and gathered where a save was given them so. What
+its numbers say of a mask's bits is used by ``coding="context"`` and "base".
 """
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pemn_surgery.adapters.layer import PemnLayer, weight_stream
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.layer import PemnLayer, scores_stream, weight_stream
+from pemn_surgery.coding.context import Guide
 from pemn_surgery.errors import PemnWarning
 from pemn_surgery.numbers import bank as banks
-from pemn_surgery.numbers.fingerprint import Fingerprint, agree, make_fingerprint
+from pemn_surgery.numbers import rng, sizes
+from pemn_surgery.numbers.fingerprint import (
+    Fingerprint,
+    agree,
+    check_fingerprint,
+    from_short_form,
+    make_fingerprint,
+    shorten,
+)
+from pemn_surgery.planning.roles import full_name
 
 WRAPPED = ("_fsdp_wrapped_module.", "_orig_mod.")
+# Bits of a frozen number's size that are looked at, of a seed's numbers and of a base's own
+# (docs/coding.md); of an initial score's, all that there are.
+_LOOK_AT_WEIGHTS, _LOOK_AT_BASE = 3, 5
 
 
 def fingerprint_now(
     model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor] | None = None
 ) -> Fingerprint:
-    """Return what identifies the base under an adapter's masks.
+    """Return what identifies the base under an adapter's masks, digits by dtype.
 
-    Args:
-        model: The model.
-        adapter_name: The adapter.
-        state_dict: The model's, where a save was given one: its values are whole while the modules
-            hold parts (FSDP, ZeRO).
-
-    Returns:
-        Digits by dtype. A cast leaves fewer types to compare in, so what was known before is added
-        where it agrees; it is all there is where nobody has the values (ZeRO-3).
+    The state dict of a save has whole values while the modules hold parts (FSDP, ZeRO). A cast
+    leaves fewer types to compare in, so what was known before is added where it agrees; it is all
+    there is where nobody has the values (ZeRO-3).
     """
     layers = masked_layers(model, adapter_name)
     if not layers:
@@ -52,15 +62,10 @@ def fingerprint_of(
     held: Mapping[str, Tensor] | None = None,
     called: Mapping[str, str] | None = None,
 ) -> Fingerprint:
-    """Return what identifies the frozen numbers under some weights of one model.
+    """Return what identifies the frozen numbers under some weights of one model, digits by dtype.
 
-    Args:
-        layers: What masks the weights.
-        held: Whole weights by name, in place of the layers' own.
-        called: Other names of the weights, under which they are identified.
-
-    Returns:
-        Digits by dtype; empty where values are not at hand.
+    Whole weights that are held count in place of the layers' own. Weights that are called otherwise
+    are identified under those names. It is empty where values are not at hand.
     """
     names = called or {}
     by_name = {names.get(layer.target, layer.target): layer for layer in layers}
@@ -83,13 +88,15 @@ def fingerprint_of(
     )
 
 
-def warn_of_trained_draws(model: nn.Module, adapter_name: str) -> None:
-    """Say that no seed gives the base back where a seed's numbers have changed.
+def check_named_base(base: bytes, actual: Fingerprint) -> None:
+    """Refuse masks of another base than the model's, if both are known (`FingerprintError`)."""
+    expected = from_short_form(base)
+    if expected and actual:
+        check_fingerprint(expected, shorten(actual), "the given model")
 
-    Args:
-        model: The model.
-        adapter_name: The adapter that is saved.
-    """
+
+def warn_of_trained_draws(model: nn.Module, adapter_name: str) -> None:
+    """Say that no seed gives the base back where a seed's numbers have changed."""
     layers = masked_layers(model, adapter_name).values()
     changed = [layer.target for layer in layers if _is_no_longer_drawn(layer, {})]
     if changed:
@@ -106,12 +113,7 @@ def warn_of_trained_draws(model: nn.Module, adapter_name: str) -> None:
 
 
 def masked_layers(model: nn.Module, adapter_name: str) -> dict[str, PemnLayer]:
-    """Return what masks weights for an adapter, by its path as state dicts have it.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter.
-    """
+    """Return what masks weights for an adapter, by its path as state dicts have it."""
     found: dict[str, PemnLayer] = {}
     for name, module in model.named_modules():
         if isinstance(module, PemnLayer) and adapter_name in module.pemn_masks:
@@ -122,12 +124,7 @@ def masked_layers(model: nn.Module, adapter_name: str) -> dict[str, PemnLayer]:
 
 
 def offloaded(module: nn.Module, parameter: str) -> Tensor | None:
-    """Return a parameter that accelerate has moved out, from where it lies; None if it has not.
-
-    Args:
-        module: The module, which holds a meta tensor in its place.
-        parameter: The parameter's name.
-    """
+    """Return a parameter that accelerate has moved out, from where it lies; None if it has not."""
     hook: Any = module.__dict__.get("_hf_hook")
     if not getattr(hook, "offload", False) or parameter not in hook.weights_map:
         return None
@@ -135,13 +132,60 @@ def offloaded(module: nn.Module, parameter: str) -> Tensor | None:
 
 
 def gathered(value: Tensor) -> Tensor:
-    """Return the whole of a sharded tensor (DTensor), any other tensor as it is.
-
-    Args:
-        value: A tensor; of a sharded one every process asks for it.
-    """
+    """Return the whole of a sharded tensor, for which every process asks, others as they are."""
     gather: Any = getattr(value, "full_tensor", None)
     return gather() if gather is not None else value
+
+
+def guides_of(layer: PemnLayer, config: PemnConfig) -> tuple[Guide, ...] | None:
+    """Return what guesses a mask in the configuration's coding: numbers of each weight.
+
+    None where the coding goes by the mask's density alone.
+    """
+    if config.coding == "entropy":
+        return None
+    found = base_sizes(layer) if config.coding == "base" else None
+    of_base = () if found is None else (Guide(found, _LOOK_AT_BASE),)
+    return (*drawn_guides(layer, config), *of_base)
+
+
+def is_guessed(layer: PemnLayer, config: PemnConfig) -> bool:
+    """Tell whether the size of an initial score says anything of an adapter's mask."""
+    drawn = isinstance(config.score_init, str) and config.form == "product"
+    return drawn and config.selector_of(None).uses_magnitude
+
+
+def drawn_guides(layer: PemnLayer, config: PemnConfig) -> tuple[Guide, ...]:
+    """Return the seeded numbers that may guess an adapter's mask (``coding="context"``).
+
+    What initial scores are made of, and frozen weights if they are drawn; nothing where the size of
+    an initial score says nothing.
+    """
+    if not is_guessed(layer, config):
+        return ()
+    weights = _count(layer)
+    scores = _drawn(config.seed, scores_stream(layer.target), weights, weights)
+    fill = _fill_stream(layer, weights)
+    if fill is None or layer.spec.init == "signed_constant":
+        return (scores,)
+    of_fill = _drawn(layer.spec.seed, *fill, weights)
+    return scores, of_fill._replace(log2=_LOOK_AT_WEIGHTS)
+
+
+def base_sizes(layer: PemnLayer) -> np.ndarray | None:
+    """Return how large the frozen numbers are that no seed draws (``coding="base"``).
+
+    Returns:
+        `pemn_surgery.numbers.sizes.base_sizes` of them, uint8 of shape (weights,); None where a
+        seed draws them, they are quantised, or not here whole (on the meta device, sharded).
+    """
+    if layer.spec.generated or layer.quantization_backend is not None:
+        return None
+    values = layer.fill().detach()
+    if values.is_meta or values.numel() != _count(layer) or hasattr(values, "full_tensor"):
+        return None
+    words = values.to(torch.bfloat16).cpu().reshape(-1).view(torch.int16)
+    return sizes.base_sizes(words.numpy().view(np.uint16))
 
 
 def _held(layers: Mapping[str, PemnLayer], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,8 +195,7 @@ def _held(layers: Mapping[str, PemnLayer], state_dict: Mapping[str, Tensor]) -> 
     """
     found = {}
     for path, layer in layers.items():
-        owner = path.rpartition(".")[0]
-        key = f"{owner}.{layer.parameter}" if owner else layer.parameter
+        key = full_name(path.rpartition(".")[0], layer.parameter)
         is_own = layer.bank is None and layer.quantization_backend is None and not layer.aside
         if is_own and key in state_dict:
             found[layer.target] = _masked_rows(layer, state_dict[key])
@@ -195,3 +238,15 @@ def _is_no_longer_drawn(layer: PemnLayer, given: Mapping[str, Tensor]) -> bool:
 
 def _count(layer: PemnLayer) -> int:
     return int(torch.Size(layer.shape).numel())
+
+
+def _drawn(seed: int, stream: str, period: int, weights: int) -> Guide:
+    key, period = rng.key_of(seed, stream), max(min(period, weights), 1)
+    return Guide(sizes.drawn_sizes(key, period, weights), seed=(key, period))
+
+
+def _fill_stream(layer: PemnLayer, weights: int) -> tuple[str, int] | None:
+    """Return the stream of the frozen numbers, and their period."""
+    if layer.bank is not None:
+        return layer.bank.layout.stream(layer.shape)
+    return (weight_stream(layer.target), weights) if layer.spec.generated else None

@@ -1,18 +1,21 @@
 """What is refused before anything changes, and in which words."""
 
+import functools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.fx import GraphModule
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.other_methods import check_no_other_method
+from pemn_surgery.adapters.registry import PREFIX
+from pemn_surgery.adapters.within import set_within
 from pemn_surgery.errors import (
     AdapterError,
     AlreadyPemnifiedError,
@@ -24,6 +27,7 @@ from pemn_surgery.errors import (
     UnsupportedModelError,
 )
 from pemn_surgery.masks.masked_weight import MaskedWeight
+from pemn_surgery.masks.task_tensors import TaskTensors
 from pemn_surgery.models.graph_modules import fixed_modes, graph_modules
 from pemn_surgery.numbers.bank import BankSpec
 from pemn_surgery.planning.plan import Plan
@@ -39,19 +43,12 @@ _WRAPPERS = (
 )
 
 _OPTION = {"init": "bank_init"}  # what users call a field of `BankSpec`
-
-
 _SIGNS_FOLLOW: ContextVar[bool] = ContextVar("pemn_signs_follow", default=False)
 
 
-@contextmanager
-def signs_follow() -> Iterator[None]:
+def signs_follow() -> AbstractContextManager[None]:
     """Put masks on a model whose signs and scales are put in place next (`from_finetuned`)."""
-    token = _SIGNS_FOLLOW.set(True)
-    try:
-        yield
-    finally:
-        _SIGNS_FOLLOW.reset(token)
+    return set_within(_SIGNS_FOLLOW, True)
 
 
 def do_signs_follow() -> bool:
@@ -60,14 +57,7 @@ def do_signs_follow() -> bool:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what cannot be rewritten.
-
-    Args:
-        model: What the user gave.
-
-    Raises:
-        UnsupportedModelError: If it is not a module, or a wrapper around one.
-    """
+    """Refuse what is no module, or a wrapper around one (`UnsupportedModelError`)."""
     if not isinstance(model, nn.Module):
         message = (
             f"Got {type(model).__name__}; a torch.nn.Module is needed, for example a timm model."
@@ -83,14 +73,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_fresh(model: nn.Module) -> None:
-    """Refuse a model that PEFT has changed already.
-
-    Args:
-        model: What the user gave.
-
-    Raises:
-        AlreadyPemnifiedError: If it carries adapters.
-    """
+    """Refuse a model that carries adapters of PEFT already (`AlreadyPemnifiedError`)."""
     check_no_other_method(model)
     layers = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
     if layers:
@@ -102,15 +85,7 @@ def check_fresh(model: nn.Module) -> None:
 
 
 def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to put a new adapter in the place of one that may have been trained.
-
-    Args:
-        model: The model.
-        adapter_name: Name of the new adapter.
-
-    Raises:
-        AlreadyPemnifiedError: If the model has masks of that name.
-    """
+    """Refuse to overwrite an adapter that may have been trained (`AlreadyPemnifiedError`)."""
     layers = [module for module in model.modules() if isinstance(module, MaskedWeight)]
     taken = sum(adapter_name in layer.pemn_masks for layer in layers)
     if taken:
@@ -122,15 +97,7 @@ def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
 
 
 def check_adapters_exist(configs: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse names of adapters that a model does not have.
-
-    Args:
-        configs: The configurations of the model's adapters by name.
-        names: The names.
-
-    Raises:
-        AdapterError: If one is not there.
-    """
+    """Refuse names of adapters that a model does not have (`AdapterError`)."""
     unknown = [name for name in names if name not in configs]
     if unknown:
         known = ", ".join(configs) or "none"
@@ -139,15 +106,7 @@ def check_adapters_exist(configs: Mapping[str, Any], names: Sequence[str]) -> No
 
 
 def check_in_place(model: nn.Module, what: str) -> None:
-    """Refuse a model whose weights accelerate has moved out to CPU or disk.
-
-    Args:
-        model: The model.
-        what: What is to be done with it, for the error.
-
-    Raises:
-        UnsupportedModelError: If a layer is offloaded.
-    """
+    """Refuse weights that accelerate has moved to CPU or disk (`UnsupportedModelError`)."""
     for path, module in model.named_modules():
         if getattr(module.__dict__.get("_hf_hook"), "offload", False):
             message = (
@@ -159,11 +118,6 @@ def check_in_place(model: nn.Module, what: str) -> None:
 
 def check_signs(model: nn.Module, plan: Plan, config: PemnConfig) -> None:
     """Refuse sign deltas that nothing gives signs, and those whose outputs cannot be told.
-
-    Args:
-        model: The model.
-        plan: What would be masked.
-        config: What was asked for; one that was read with an adapter names its base.
 
     Raises:
         ConfigError: If neither a file nor a fine-tuned model follows.
@@ -200,14 +154,15 @@ def _read_by_graphs(model: nn.Module, plan: Plan) -> list[str]:
 def check_targets(plan: Plan, config: PemnConfig) -> None:
     """Refuse a plan without targets, or without one that was named.
 
-    Args:
-        plan: What would be masked.
-        config: What was asked for.
-
     Raises:
         NothingToMaskError: If no weight would be masked, or ``target_parameters`` names none.
     """
-    unfound = [name for name in config.target_parameters or () if not _finds(plan, name)]
+    names = [name for target in plan.targets for name in (target.name, *target.tied)]
+    unfound = [
+        asked
+        for asked in config.target_parameters or ()
+        if not any(f".{name}".endswith(f".{asked}") for name in names)
+    ]
     if plan.targets and unfound:
         message = (
             f"Target parameters {unfound} not found in the base model among the {len(plan.targets)}"
@@ -236,22 +191,8 @@ def check_targets(plan: Plan, config: PemnConfig) -> None:
     raise NothingToMaskError(message)
 
 
-def _finds(plan: Plan, parameter: str) -> bool:
-    names = [name for target in plan.targets for name in (target.name, *target.tied)]
-    return any(f".{name}".endswith(f".{parameter}") for name in names)
-
-
 def check_mode(model: nn.Module, *, training: bool, why: str) -> None:
-    """Refuse a mode that the graphs of a model cannot take on.
-
-    Args:
-        model: The model.
-        training: The mode that is asked for.
-        why: What asks for it, for the error.
-
-    Raises:
-        GraphModeError: If a graph holds operators in the other mode.
-    """
+    """Refuse a mode that operators in a model's graphs cannot take on (`GraphModeError`)."""
     for module in graph_modules(model):
         held = fixed_modes(module, training=training)
         if held:
@@ -265,18 +206,13 @@ def check_mode(model: nn.Module, *, training: bool, why: str) -> None:
 
 
 def warn_of_low_coverage(plan: Plan, config: PemnConfig) -> None:
-    """Say loudly that much stays unmasked, where the user has not chosen the targets.
-
-    Args:
-        plan: What will be masked.
-        config: What was asked for; an adapter that is loaded has been warned of.
-    """
+    """Say loudly that much stays unmasked, where the user has not chosen the targets."""
     chosen = (
         config.target_modules,
         config.exclude_modules,
         config.layers_to_transform,
         config.modules_to_save,
-        config.origin.file,
+        config.origin.file,  # an adapter that is loaded has been warned of
     )
     if plan.warning and all(value is None for value in chosen):
         warnings.warn(
@@ -287,15 +223,7 @@ def warn_of_low_coverage(plan: Plan, config: PemnConfig) -> None:
 
 
 def check_same_bank(held: BankSpec, wanted: BankSpec) -> None:
-    """Refuse a second bank beside the one that a model has.
-
-    Args:
-        held: The model's.
-        wanted: The new adapter's.
-
-    Raises:
-        BankMismatchError: If they differ.
-    """
+    """Refuse a second bank beside the one that a model has (`BankMismatchError`)."""
     if held == wanted:
         return
     differing = ", ".join(
@@ -312,17 +240,10 @@ def check_same_bank(held: BankSpec, wanted: BankSpec) -> None:
 
 
 def check_same_targets(held: Set[str], plan: Plan) -> None:
-    """Refuse a later adapter that masks other weights than those that the bank has replaced.
+    """Refuse an adapter that masks others than the bank has replaced (`BankMismatchError`).
 
     A weight that the bank replaced and an adapter leaves unmasked would be the bare fill, which
     that adapter's file could not bring back without the other adapter.
-
-    Args:
-        held: Names of the weights that the model's bank has replaced.
-        plan: What would be masked.
-
-    Raises:
-        BankMismatchError: If the two differ.
     """
     wanted = {target.name for target in plan.targets}
     if held == wanted:
@@ -337,15 +258,7 @@ def check_same_targets(held: Set[str], plan: Plan) -> None:
 
 
 def check_not_merged(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to change an adapter whose effective weights are fixed.
-
-    Args:
-        model: The model.
-        adapter_name: The adapter.
-
-    Raises:
-        UnsupportedModelError: If the adapter is merged.
-    """
+    """Refuse to change an adapter whose weights are fixed (`UnsupportedModelError`)."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     merged = sum(adapter_name in layer.merged_adapters for layer in layers)
     if merged:
@@ -354,3 +267,60 @@ def check_not_merged(model: nn.Module, adapter_name: str) -> None:
             "masks. Call unmerge_adapter() first. Nothing was changed."
         )
         raise UnsupportedModelError(message)
+
+
+def check_no_other_method(model: nn.Module) -> None:
+    """Refuse adapters of another method: masks would mask theirs (`AlreadyPemnifiedError`)."""
+    others = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and not isinstance(module, (MaskedWeight, TaskTensors))
+    }
+    if others:
+        first = next(iter(others))
+        message = (
+            f"The model carries {_method_of(others[first])} adapters in {len(others)} layers "
+            f"(first: {first}), and masks cannot lie on those. Merge them into the model first "
+            "(merge_and_unload() of its PeftModel), or take a model without them. Nothing was "
+            "changed."
+        )
+        raise AlreadyPemnifiedError(message)
+
+
+def refusing_masks(begin: Callable[..., None]) -> Callable[..., None]:
+    """Let PEFT's other methods refuse a model with masks.
+
+    They would merge into a masked weight, which is computed, and save masks under names that
+    nothing can load.
+    """
+
+    @functools.wraps(begin)
+    def refusing(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if getattr(self, "prefix", None) != PREFIX:
+            _check_no_masks(model, _method_of(self))
+        begin(self, model, *args, **kwargs)
+
+    return refusing
+
+
+def _check_no_masks(model: nn.Module, method: str) -> None:
+    masked = [module.target for module in model.modules() if isinstance(module, MaskedWeight)]
+    if masked:
+        message = (
+            f"{method} adapters cannot lie on masks, and the model has {len(masked)} masked "
+            f"weights (first: {masked[0]}): they would change weights that are computed. Merge the "
+            "masks first, model.merge_and_unload(), or take a model without. Nothing was changed."
+        )
+        raise AlreadyPemnifiedError(message)
+
+
+def _method_of(layer: object) -> str:
+    """Return PEFT's name of the method whose tuner lies in the same package as a layer's class."""
+    tuners = PEFT_TYPE_TO_TUNER_MAPPING.items()
+    places = {_package(tuner): kind.value for kind, tuner in tuners}
+    return places.get(_package(type(layer)), type(layer).__name__)
+
+
+def _package(of: type) -> str:
+    return of.__module__.rpartition(".")[0]

@@ -11,15 +11,24 @@ from typing import Any, Literal, cast
 
 from peft.config import PeftConfig
 
-from pemn_surgery.adapters.files.adapter_file import CONFIG, WEIGHTS, AdapterFile, read_adapter_file
-from pemn_surgery.adapters.files.config_file import decide, read_json, refuse_file, refuse_option
+from pemn_surgery.adapters.files.adapter_file import (
+    CONFIG,
+    WEIGHTS,
+    decide,
+    read_adapter_file,
+    read_json,
+    refuse_file,
+    refuse_option,
+)
+from pemn_surgery.adapters.files.contents import AdapterFile
 from pemn_surgery.adapters.files.disk import is_there
-from pemn_surgery.adapters.idle import idle_options, refuse_idle
 from pemn_surgery.adapters.options import (
     check_names,
     check_pattern,
     check_values,
+    idle_options,
     refuse,
+    refuse_idle,
     refuse_in_force,
     shown,
 )
@@ -198,9 +207,10 @@ class PemnConfig(PeftConfig):
         check_values(values)
         # Every saved configuration names PEFT's version; one that was saved is taken as it is.
         is_new = self.peft_version is None and self.fingerprint is None
-        refuse_idle(self, idle_options(self, _given(values), is_new=is_new))
+        given = [name for name, value in values.items() if value != _DEFAULTS[name]]
+        refuse_idle(self, idle_options(self, given, is_new=is_new))
         super().__post_init__()
-        # Runtime only: whether an adapter of a model was made by these settings.
+        # Runtime only: whether an adapter of a model was made by these settings, which hold then.
         self.is_in_force = False
         self.peft_type = cast("Any", PEMN)
         # Runtime only, never saved: whether float scores are kept, in files (Trainer checkpoints)
@@ -241,17 +251,9 @@ class PemnConfig(PeftConfig):
         return made
 
     def save_whole(self, paths: Sequence[str]) -> None:
-        """Note modules that are saved whole from now on: new ones in the place of masked ones.
-
-        Args:
-            paths: Their paths.
-        """
+        """Note modules that are saved whole from now on: new ones in the place of masked ones."""
         if paths:
             self.__dict__["modules_to_save"] = [*(self.modules_to_save or ()), *paths]
-
-    def put_in_force(self) -> None:
-        """Hold the settings from now on: an adapter has been made by them."""
-        self.is_in_force = True
 
     @classmethod
     def preset(cls, name: PresetName, **changes: Any) -> "PemnConfig":
@@ -372,23 +374,16 @@ class PemnConfig(PeftConfig):
         return {name: NewRows(first[name], counts[name]) for name in counts if name in first}
 
     def settle_rows(self, rows: Mapping[str, NewRows]) -> None:
-        """Write down which rows are new.
-
-        Args:
-            rows: The rows, by the tensor's name.
-        """
+        """Write down which rows are new."""
         counts = {name: new.more for name, new in rows.items()} or None
         first = {name: new.first for name, new in rows.items()} or None
         self.__dict__.update(new_rows=counts, base_rows=first)  # a model may grow under adapters
 
     def densities(self, shapes: Mapping[str, Shape]) -> dict[str, float]:
-        """Return the densities of some weights' masks.
+        """Return the densities of some weights' masks, as shares of ones by name.
 
-        Args:
-            shapes: Shape of every masked weight by name: "erk" shares the ones out between them.
-
-        Returns:
-            Shares of ones by name; nothing where the selector takes no density.
+        "erk" shares the ones out between all masked weights. There are none where the selector
+        takes no density.
 
         Raises:
             ConfigError: If a pattern fits none of the names; an adapter's file that is of another
@@ -404,11 +399,7 @@ class PemnConfig(PeftConfig):
         return {**named, **dict.fromkeys(others, self._overall)}
 
     def selector_of(self, density: float | None) -> Selector:
-        """Return how a mask is chosen from scores.
-
-        Args:
-            density: The weight's, of `densities`; None where there is none.
-        """
+        """Return how a mask is chosen from scores, given the weight's density, if any."""
         return Selector(self.selector, 0.5 if density is None else density, self.threshold)
 
     def _fill_in_defaults(self) -> None:
@@ -449,8 +440,3 @@ class PemnConfig(PeftConfig):
 
 
 _DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(PemnConfig)}
-
-
-def _given(options: Mapping[str, Any]) -> list[str]:
-    """Return the options that are not as they are by default."""
-    return [name for name, value in options.items() if value != _DEFAULTS[name]]

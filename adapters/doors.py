@@ -19,14 +19,14 @@ from typing import Any
 from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-from pemn_surgery.adapters import checkpoints, guard, names, other_methods, versions
+from pemn_surgery.adapters import adding, checks, guard, names, state
+from pemn_surgery.adapters.adding import all_or_nothing
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files import card, saving
-from pemn_surgery.adapters.injection.all_or_nothing import all_or_nothing
+from pemn_surgery.adapters.files import card
 from pemn_surgery.adapters.model import PemnModel
 from pemn_surgery.adapters.registry import PEMN, PREFIX
 from pemn_surgery.adapters.tasks import hotswap
-from pemn_surgery.adapters.whole.whole_modules import answering, one_or_list
+from pemn_surgery.adapters.whole_modules import answering, one_or_list
 from pemn_surgery.errors import PemnWarning, VersionsError
 from pemn_surgery.masks import recompute
 
@@ -72,7 +72,7 @@ class Door:
     @property
     def since(self) -> str:
         """The first release of the library that it was tested with."""
-        return versions.TESTED[self.library][0]
+        return adding.TESTED[self.library][0]
 
     def said(self) -> str:
         """Return what is lost where this door is not what it was, for errors."""
@@ -103,13 +103,12 @@ class Door:
         return owner, name, vars(owner)[name]
 
     def open(self) -> None:
-        """Put the replacement in place.
-
-        Raises:
-            VersionsError: If there is nothing to replace.
-        """
+        """Put the replacement in place; `VersionsError` if there is nothing to replace."""
         owner, name, theirs = found = self.found()
-        _put(owner, name, _replacement(theirs, self.wrap))
+        if isinstance(theirs, (classmethod, staticmethod)):
+            _put(owner, name, type(theirs)(self.wrap(theirs.__func__)))
+        else:
+            _put(owner, name, self.wrap(theirs))
         _replaced[self] = found
 
     def shut(self) -> None:
@@ -130,7 +129,7 @@ def install(*, late: bool = False) -> None:
     Raises:
         VersionsError: If a function that masks need is not there.
     """
-    versions.warn_of_untested()
+    adding.warn_of_untested()
     with ExitStack() as undo:
         for door in DOORS:
             if door.is_late == late and door not in _replaced and _opened(door):
@@ -148,12 +147,6 @@ def _opened(door: Door) -> bool:
         warnings.warn(str(error), PemnWarning, stacklevel=3)
         return False
     return True
-
-
-def _replacement(theirs: Any, wrap: Callable[[Any], Any]) -> Any:
-    if isinstance(theirs, (classmethod, staticmethod)):
-        return type(theirs)(wrap(theirs.__func__))
-    return wrap(theirs)
 
 
 def _put(owner: Any, name: str, value: Any) -> None:
@@ -234,7 +227,7 @@ DOORS: tuple[Door, ...] = (
         "self, save_directory, safe_serialization=True, selected_adapters=None, "
         "save_embedding_layers='auto', is_main_process=True, "
         "path_initial_model_for_weight_conversion=None, **kwargs",
-        saving.saving,
+        card.saving,
         "a save is whole or not at all, sealed, and its card complete",
         "a killed save leaves half an adapter, and files have no seal",
     ),
@@ -249,7 +242,7 @@ DOORS: tuple[Door, ...] = (
         "peft.tuners.tuners_utils:BaseTuner",
         "__init__",
         "self, model, peft_config, adapter_name, low_cpu_mem_usage=False, state_dict=None",
-        other_methods.refusing_masks,
+        checks.refusing_masks,
         "other methods refuse a model with masks",
         "LoRA lies on masked weights, merges into what is computed, and saves what nothing loads",
     ),
@@ -320,7 +313,7 @@ DOORS: tuple[Door, ...] = (
     _mixin(
         "add_adapter",
         "self, adapter_config, adapter_name=None",
-        versions.checked,
+        adding.checked,
         "a failure leaves the model as it was, and a refused pair of versions is named",
         "a refused adapter leaves its name and configuration in the model",
     ),
@@ -346,7 +339,7 @@ DOORS: tuple[Door, ...] = (
         "transformers.trainer:Trainer",
         "_save_checkpoint",
         "self, model, trial",
-        checkpoints.with_scores,
+        state.with_scores,
         "checkpoints hold scores",
         "they hold masks as bits, from which a run does not go on exactly: say "
         'model.peft_config["default"].keep_scores = True in training, and False before the final '

@@ -20,23 +20,20 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from pemn_surgery.adapters.adding import check_versions, tensors_of
 from pemn_surgery.adapters.base import fingerprint_now, fingerprint_of, masked_layers
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import (
     WEIGHTS,
-    AdapterFile,
-    Wish,
     held_tensors,
-    is_fingerprint_key,
     one_reading,
     put_on_base,
     read_decoded,
 )
+from pemn_surgery.adapters.files.contents import AdapterFile, Wish, is_fingerprint_key
 from pemn_surgery.adapters.files.opening import adapter_folder, check_adapter, check_method
-from pemn_surgery.adapters.injection.all_or_nothing import tensors_of
 from pemn_surgery.adapters.state import warn_of_bits
 from pemn_surgery.adapters.tasks.manage import to_trainable
-from pemn_surgery.adapters.versions import check_versions
 from pemn_surgery.errors import AdapterError
 from pemn_surgery.numbers.fingerprint import check_fingerprint, short_form
 from pemn_surgery.surgery.undo import undone_on_error
@@ -122,9 +119,7 @@ def checked_first(load: Callable[..., Any]) -> Callable[..., Any]:
 def _wish(given: inspect.BoundArguments, model: Any = None) -> Wish:
     """Return what a loading method of PEFT's is asked for.
 
-    Args:
-        given: Its arguments.
-        model: Whose own mapping holds where none is given, as in PEFT's ``from_pretrained``.
+    The model's own mapping holds where none is given, as in PEFT's ``from_pretrained``.
     """
     mapping = given.arguments.get("key_mapping")
     if mapping is None:

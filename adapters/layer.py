@@ -55,20 +55,12 @@ class PemnTunerLayer(BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """A child has no weight of its own (PEFT's default would look for a wrapped layer).
-
-        Raises:
-            AttributeError: Always.
-        """
+        """A child has no weight of its own (PEFT's default would look for a wrapped layer)."""
         raise AttributeError
 
     @property
     def bias(self) -> Tensor:
-        """A child has no bias of its own.
-
-        Raises:
-            AttributeError: Always.
-        """
+        """A child has no bias of its own."""
         raise AttributeError
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -163,13 +155,9 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     ) -> None:
         """Give an adapter its mask of this weight.
 
-        Args:
-            adapter_name: The adapter.
-            config: Its configuration. With ``inference_mode`` the mask is bits, unless scores are
-                kept: the place for them where a file is about to be read, else the initial mask. A
-                sign delta's signs and scales always come later.
-            fingerprint: Identifies the base under all of the adapter's masks.
-            density: Share of ones of this mask, where the selector takes one.
+        With ``inference_mode`` the mask is bits, unless scores are kept: the place for them where a
+        file is about to be read, else the initial mask. A sign delta's signs and scales always come
+        later.
         """
         make = self._sign_delta if config.form == "sign_delta" else self._mask
         self.pemn_masks[adapter_name] = make(config, fingerprint, config.selector_of(density))
@@ -219,10 +207,6 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fix the effective weight of these adapters (default: the active ones).
 
-        Args:
-            safe_merge: Refuse scores or weights that are not finite.
-            adapter_names: Adapters to merge.
-
         Raises:
             NonFiniteScoresError: With ``safe_merge``, if scores or weights are not finite.
         """
@@ -236,9 +220,6 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
     def check_mergeable(self, adapter_names: Sequence[str] | None) -> None:
         """Refuse what a safe `merge` would refuse, and merge nothing.
-
-        Args:
-            adapter_names: As in `merge`.
 
         Raises:
             NonFiniteScoresError: If scores or weights are not finite.
@@ -265,13 +246,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> None:
-        """Leave a plain layer behind: PEFT calls this on every tuner layer.
-
-        Args:
-            merge: Whether the layer keeps the masked weight.
-            safe_merge: As in `merge`.
-            adapter_names: As in `merge`.
-        """
+        """Leave a plain layer behind: PEFT calls this on every tuner layer."""
         with onload_layer(self.owner):
             if merge:
                 self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -319,12 +294,9 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 def initial_scores(config: PemnConfig, target: str, shape: tuple[int, ...], fan_in: int) -> Tensor:
     """Return the scores that training starts from, float32, the same on every machine.
 
-    Args:
-        config: Says how: a constant, or U(-b, b) with b = 1 / sqrt(fan_in), which is torch's
-            ``kaiming_uniform_(a=sqrt(5))`` (PEMN's released code; edge-popup).
-        target: Name of the weight; each has a stream of its own.
-        shape: Shape of the weight.
-        fan_in: Inputs that one output sums over.
+    They are a constant, or U(-b, b) with b = 1 / sqrt(fan_in), which is torch's
+    ``kaiming_uniform_(a=sqrt(5))`` (PEMN's released code; edge-popup). Each weight has a stream of
+    its own, by its name.
     """
     if not isinstance(config.score_init, str):
         return torch.full(shape, cast("float", config.score_init), dtype=torch.float32)

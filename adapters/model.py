@@ -22,14 +22,16 @@ from pemn_surgery.adapters.checks import (
     check_mode,
     check_model,
     check_name_is_free,
+    check_no_other_method,
     check_targets,
     warn_of_low_coverage,
 )
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import KEY_PREFIX, ignores_sizes
+from pemn_surgery.adapters.files.adapter_file import ignores_sizes
+from pemn_surgery.adapters.files.contents import KEY_PREFIX
 from pemn_surgery.adapters.files.file_checks import check_loader_decodes
-from pemn_surgery.adapters.injection.growing import growing
 from pemn_surgery.adapters.injection.heads import settle_heads, warn_of_heads
+from pemn_surgery.adapters.injection.layer_checks import check_can_be_stored, warn_of_extra_state
 from pemn_surgery.adapters.injection.matching import (
     forward_of,
     is_excluded,
@@ -38,22 +40,25 @@ from pemn_surgery.adapters.injection.matching import (
 )
 from pemn_surgery.adapters.injection.new_rows import (
     check_new_rows,
+    growing,
     models_with_new_rows,
     tell_sizes,
 )
 from pemn_surgery.adapters.injection.operation import Operation
-from pemn_surgery.adapters.injection.storable import check_can_be_stored, warn_of_extra_state
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
 from pemn_surgery.adapters.names import check_adapter_name, saved_whole, without_name
-from pemn_surgery.adapters.other_methods import check_no_other_method
 from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
 from pemn_surgery.adapters.state import pack_for_file, prepare_for_model
-from pemn_surgery.adapters.tasks.algebra import CombinationName, add_combination
+from pemn_surgery.adapters.tasks.manage import CombinationName, add_combination
 from pemn_surgery.adapters.tasks.mixed_batch import mixed_batches
-from pemn_surgery.adapters.whole.replaced import new_layers
-from pemn_surgery.adapters.whole.whole_modules import check_whole_modules, choosing_layers
-from pemn_surgery.adapters.whole.whole_sizes import take_sizes, told_sizes
+from pemn_surgery.adapters.whole_modules import (
+    check_whole_modules,
+    choosing_layers,
+    new_layers,
+    take_sizes,
+    told_sizes,
+)
 from pemn_surgery.masks import in_force
 from pemn_surgery.surgery import graphs, layer_groups
 from pemn_surgery.surgery.swapped import mark_forward, unmark_forward
@@ -163,7 +168,7 @@ class PemnModel(BaseTuner):
         config = add_combination(
             self.model, configs, adapters, given, adapter_name, combination_type
         )
-        config.put_in_force()
+        config.is_in_force = True
         configs[adapter_name] = config
 
     @contextmanager
@@ -262,7 +267,7 @@ class PemnModel(BaseTuner):
                 take_sizes(model, adapter_name, shapes)
             graphs.rewrite_graphs(model)
             self._added.add(adapter_name)
-            config.put_in_force()
+            config.is_in_force = True
             mark_forward(model)
         tell_sizes(models_with_new_rows(model))
 

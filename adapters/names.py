@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import MASKS, TENSORS
+from pemn_surgery.adapters.files.contents import MASKS, TENSORS
 from pemn_surgery.errors import AdapterNameError
 from pemn_surgery.masks.masked_weight import masked_child_name
 from pemn_surgery.masks.task_tensors import TASK_CHILD
@@ -30,15 +30,9 @@ _OURS = re.compile(
 
 
 def check_adapter_name(name: Any, saved_whole: Iterable[str] = ()) -> None:
-    """Refuse a name under which an adapter could not be added, saved or loaded.
+    """Refuse a name that an adapter cannot be added, saved or loaded under (`AdapterNameError`).
 
-    Args:
-        name: What was given.
-        saved_whole: Modules that the model's adapters train and save whole; PEFT would take an
-            adapter that is called like one of them for it.
-
-    Raises:
-        AdapterNameError: If it is one.
+    PEFT would take an adapter that is called like a module that is saved whole for that module.
     """
     problem = _problem(name)
     ends = [one for one in saved_whole if not problem and name.endswith(one)]
@@ -53,21 +47,12 @@ def check_adapter_name(name: Any, saved_whole: Iterable[str] = ()) -> None:
 
 
 def saved_whole(configs: Iterable[PemnConfig]) -> list[str]:
-    """Return the modules that adapters train and save whole.
-
-    Args:
-        configs: Their configurations.
-    """
+    """Return the modules that adapters train and save whole."""
     return [module for config in configs for module in config.modules_to_save or ()]
 
 
 def without_name(key: str, adapter_name: str) -> str:
-    """Return the key that a file has for an adapter's tensor.
-
-    Args:
-        key: A key of the model's state dict; one that names no adapter stays.
-        adapter_name: The adapter.
-    """
+    """Return a state dict's key as an adapter's file has it; one that names no adapter stays."""
     found = _OURS.search(key)
     if found is None or found["name"] != adapter_name:
         return key
@@ -103,20 +88,12 @@ def _problem(name: Any) -> str:
     parts = name.split("/")
     if not all(parts):
         return "it is empty, or one of the folders that it names is"
-    if "\0" in name or not _is_text(name):
+    if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in name):  # halves of pairs
         return "it has a character that no file's name can have"
     longest = max(len(part.encode()) for part in parts)
     if longest > _MOST_BYTES:
         return f"it has {longest} bytes, and a folder's name at most {_MOST_BYTES}"
     return "PEFT's containers have an attribute of that name" if hasattr(_ATTRIBUTES, name) else ""
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # half of a pair of surrogates
-        return False
-    return True
 
 
 def _shown(name: Any) -> str:

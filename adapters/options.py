@@ -1,13 +1,14 @@
 """What every option of `PemnConfig` may be.
 
 `OPTIONS` has a row for each field, with the words for its error. A new option gets its row there,
-and in `idle` for each way in which it is never read, not code elsewhere.
+and in `IDLE` for each way in which another one makes it meaningless, not code elsewhere.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from os import PathLike
 from typing import Any, NoReturn, get_args
 
@@ -15,7 +16,7 @@ from peft.utils import TaskType
 
 from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
-from pemn_surgery.masks.selector import SelectorName
+from pemn_surgery.masks.selector import TAKES_DENSITY, SelectorName
 from pemn_surgery.numbers.bank import BankName, InitName
 from pemn_surgery.planning.request import RestName, TiedName
 
@@ -43,10 +44,6 @@ class Option:
 def _choice(*choices: Any) -> Option:
     listed = ", ".join(repr(choice) for choice in choices)
     return Option(f"one of {listed}", lambda value: value in choices)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
 
 
 def _is_text(value: Any) -> bool:
@@ -85,18 +82,15 @@ def _is_fingerprint(value: Any) -> bool:
     )
 
 
-def _or_none(option: Option) -> Option:
-    return Option(
-        f"{option.needed}, or None",
-        lambda value: value is None or option.holds(value),
-        option.is_users,
-    )
+def _or_none(option: Option, *, is_users: bool = True) -> Option:
+    needed = f"{option.needed}, or None"
+    return Option(needed, lambda value: value is None or option.holds(value), is_users)
 
 
 _SHARE = Option("a number with 0 < value <= 1 (a share, not a percentage)", _is_share)
 _NUMBER = Option("a finite number", is_number)
 _WHOLE = Option(f"a whole number of at most {_MOST_DIGITS} digits", _is_whole)
-_FLAG = Option("True or False", _is_flag)
+_FLAG = Option("True or False", lambda value: isinstance(value, bool))
 _TEXT = Option("a string", _is_text)
 _NAMES = Option("a list of strings", _is_list_of(_is_text))
 _NAMES_OR_PATTERN = Option(
@@ -110,9 +104,7 @@ _PATH = Option("a string", lambda value: isinstance(value, (str, PathLike)))
 _DICT = Option("a dict", lambda value: isinstance(value, dict))
 
 
-def _internal(option: Option) -> Option:
-    """Return the row of a field that PEFT or this library fills in."""
-    return _or_none(Option(option.needed, option.holds, is_users=False))
+_internal = partial(_or_none, is_users=False)  # a field that PEFT or this library fills in
 
 
 OPTIONS: dict[str, Option] = {
@@ -187,30 +179,14 @@ _READ_LATER = {"coding", "modules_to_save", "task_type", "inference_mode", "revi
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Refuse values that an option cannot have, each by itself.
-
-    Args:
-        values: Fields of a configuration.
-
-    Raises:
-        ConfigError: If one has another type, or is out of its range.
-    """
+    """Refuse values that options cannot have, each by itself (`ConfigError`)."""
     for name, value in values.items():
         if name in OPTIONS and not OPTIONS[name].holds(value):
             refuse(name, value, OPTIONS[name].needed)
 
 
 def refuse_in_force(config: Any, name: str, value: Any) -> None:
-    """Refuse to change a setting that an adapter was made by.
-
-    Args:
-        config: The adapter's configuration.
-        name: What is assigned.
-        value: Its new value.
-
-    Raises:
-        ConfigError: If it is another value, and nothing would read it.
-    """
+    """Refuse another value of a setting that an adapter was made by (`ConfigError`)."""
     settled = name in OPTIONS and OPTIONS[name].is_users and name not in _READ_LATER
     if settled and value != getattr(config, name):
         message = (
@@ -222,14 +198,7 @@ def refuse_in_force(config: Any, name: str, value: Any) -> None:
 
 
 def check_names(options: Mapping[str, Any]) -> None:
-    """Refuse options that there are not, or that the library fills in.
-
-    Args:
-        options: What a user gave.
-
-    Raises:
-        ConfigError: If one is unknown.
-    """
+    """Refuse options that there are not, or that the library fills in (`ConfigError`)."""
     users = [name for name, option in OPTIONS.items() if option.is_users]
     internal = [name for name in OPTIONS if name not in users and options.get(name) is None]
     unknown = [name for name in options if name not in users and name not in internal]
@@ -244,15 +213,7 @@ def check_names(options: Mapping[str, Any]) -> None:
 
 
 def check_pattern(name: str, value: Any) -> None:
-    """Refuse a string that is no regular expression.
-
-    Args:
-        name: The option.
-        value: Its value, of any type.
-
-    Raises:
-        ConfigError: If it is a string that does not compile.
-    """
+    """Refuse a string that is no regular expression (`ConfigError`)."""
     if isinstance(value, str):
         try:
             re.compile(value)
@@ -261,28 +222,147 @@ def check_pattern(name: str, value: Any) -> None:
 
 
 def refuse(name: str, value: Any, needed: str) -> NoReturn:
-    """Refuse an option's value.
-
-    Args:
-        name: The option.
-        value: What was given.
-        needed: What it needs to be.
-
-    Raises:
-        ConfigError: Always.
-    """
+    """Refuse an option's value (`ConfigError`)."""
     message = f"PemnConfig got {name}={shown(value)}; it needs {needed}."
     raise ConfigError(message)
 
 
 def shown(value: Any) -> str:
-    """Return a value as it stands in an error: a long one is cut.
-
-    Args:
-        value: Any value.
-    """
+    """Return a value as it stands in an error: a long one is cut."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits; nested too deeply
         return f"<{type(value).__name__} too long to show>"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A way in which a field is never read.
+
+    Attributes:
+        option: The field.
+        when: Tells from a configuration, its open fields still None, whether nothing reads it.
+        because: Where it belongs, and what stands against that; braces name fields.
+        in_files: Whether an adapter that is read is refused too, or else taken as it is.
+    """
+
+    option: str
+    when: Callable[[Any], bool]
+    because: str
+    in_files: bool = False
+
+
+def _draws_numbers(config: Any) -> bool:
+    return config.bank_init != "model" and (config.bank_init is not None or config.bank != "own")
+
+
+def _draws_scores(config: Any) -> bool:
+    is_constant = is_number(config.score_init)
+    by_default = config.score_init is None and config.selector == "threshold"
+    return config.form == "product" and not is_constant and not by_default
+
+
+def _permutes(config: Any) -> bool:
+    return config.permute and config.bank == "rp" and config.ratio != 1
+
+
+_OTHER_BANK = 'it belongs to bank="rp", not bank="{bank}"'
+_SIGNS = 'it belongs to form="product"; signs come from a fine-tuned model'
+
+IDLE: tuple[Idle, ...] = (
+    *(
+        Idle(name, lambda config: config.bank != "rp", _OTHER_BANK, in_files=True)
+        for name in ("ratio", "length", "permute")
+    ),
+    Idle(
+        "ratio",
+        lambda config: config.length is not None,
+        "length={length!r} beside it decides: give one",
+        in_files=True,
+    ),
+    Idle(
+        "permute",
+        lambda config: config.ratio == 1,
+        "a vector of ratio=1 is as long as the largest layer, and only a tiled one is permuted",
+    ),
+    Idle(
+        "scale_fan",
+        lambda config: not _draws_numbers(config),
+        'it belongs to drawn numbers, and bank_init="model" takes the model\'s own',
+        in_files=True,
+    ),
+    Idle(
+        "seed",
+        lambda config: not (_draws_numbers(config) or _draws_scores(config) or _permutes(config)),
+        "frozen numbers are the model's own and no initial score is drawn; batches and new heads "
+        "follow torch.manual_seed",
+    ),
+    Idle(
+        "overall_density",
+        lambda config: config.density != "erk",
+        'it belongs to density="erk"; density={density!r} decides',
+    ),
+    *(
+        Idle(
+            name,
+            lambda config: config.selector not in TAKES_DENSITY,
+            'it belongs to selector="topk", not selector="{selector}"',
+        )
+        for name in ("overall_density", "density_pattern")
+    ),
+    *(
+        Idle(name, lambda config: config.form != "product", _SIGNS)
+        for name in ("overall_density", "density_pattern", "new_rows")
+    ),
+    Idle(
+        "density",
+        lambda config: config.selector not in TAKES_DENSITY and not config.scale_fan,
+        'it belongs to selector="topk" (or to scale_fan=True), not selector="{selector}"',
+    ),
+    Idle("density", lambda config: config.form != "product", _SIGNS),
+    Idle(
+        "threshold",
+        lambda config: config.selector != "threshold",
+        'it belongs to selector="threshold", not selector="{selector}"',
+    ),
+    Idle("threshold", lambda config: config.form != "product", _SIGNS),
+    Idle(
+        "score_init",
+        lambda config: config.selector == "topk" and is_number(config.score_init),
+        'a number belongs to selector="threshold"; "topk" needs "kaiming_uniform", as equal scores '
+        "have no order",
+        in_files=True,
+    ),
+    Idle("score_init", lambda config: config.form != "product", _SIGNS),
+    Idle(
+        "scale",
+        lambda config: config.form != "product",
+        'it belongs to form="product", not form="{form}", which has its own scales',
+        in_files=True,
+    ),
+)
+
+
+def idle_options(config: Any, given: Iterable[str], *, is_new: bool) -> dict[str, str]:
+    """Return the options that nothing would read, and why.
+
+    The configuration is anything with its fields, those left open None; given are the fields that
+    are not as by default. An adapter that is read, so not new, may have been saved with them.
+    """
+    names = set(given)
+    return {
+        row.option: row.because.format_map(vars(config))
+        for row in IDLE
+        if row.option in names and (is_new or row.in_files) and row.when(config)
+    }
+
+
+def refuse_idle(config: Any, idle: Mapping[str, str]) -> None:
+    """Refuse options of which `idle_options` says that nothing would read them (`ConfigError`)."""
+    for name, because in idle.items():
+        message = (
+            f"PemnConfig got {name}={shown(getattr(config, name))}, which nothing would read: "
+            f"{because}. Leave it out."
+        )
+        raise ConfigError(message)

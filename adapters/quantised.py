@@ -21,23 +21,18 @@ from pemn_surgery.errors import UnsupportedModelError
 from pemn_surgery.masks.attached import find_masked
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.numbers.bank import BankSpec
-from pemn_surgery.planning.roles import base_modules
+from pemn_surgery.planning.roles import base_modules, full_name
 
 Requantiser = Callable[[], Any]
 
 
 def quantised_weights(model: nn.Module, spec: BankSpec) -> dict[str, str]:
-    """Return why each weight that a library stores quantised cannot be masked, "" where it can.
-
-    Args:
-        model: Any module; weights under masks are not looked at again.
-        spec: What decides the frozen numbers.
-    """
+    """Return why each weight that a library stores quantised cannot be masked, "" where it can."""
     found = {}
     for path, module in base_modules(model):
         backend = None if find_masked(module, "weight") else resolve_backend(module)
         if backend is not None:
-            found[f"{path}.weight" if path else "weight"] = _problem(module, backend, spec)
+            found[full_name(path, "weight")] = _problem(module, backend, spec)
     return found
 
 
@@ -68,12 +63,7 @@ def _waits_for_its_device(weight: Any, backend: QuantizationBackend) -> bool:
 def resolve_backend(
     module: nn.Module, requantiser: Requantiser | None = None
 ) -> QuantizationBackend | None:
-    """Return PEFT's way to read and write a layer's quantised weight, or None if it is plain.
-
-    Args:
-        module: A layer without masks.
-        requantiser: What quantises torchao's weights again (`find_requantiser`).
-    """
+    """Return PEFT's way to read and write a layer's quantised weight, or None if it is plain."""
     weight = module._parameters.get("weight")
     is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
     if not is_linear or (weight is not None and is_plain(weight)):
@@ -94,11 +84,6 @@ def _unknown() -> NoReturn:
 
 def dequantised(backend: QuantizationBackend, module: nn.Module, stored: Tensor) -> Tensor:
     """Return the values of a quantised weight, a new float tensor of the layer's own shape.
-
-    Args:
-        backend: PEFT's way to read it.
-        module: The layer, under masks or not.
-        stored: Its weight as it is stored.
 
     Raises:
         UnsupportedModelError: If the library cannot dequantise this kind.
@@ -146,26 +131,13 @@ def _dequantise_4bit(packed: Tensor, state: Any) -> Tensor:
 
 
 def store(backend: QuantizationBackend, module: nn.Module, weight: Tensor) -> None:
-    """Quantise a weight as the layer's was, and put it in its place.
-
-    Args:
-        backend: PEFT's way to write it.
-        module: The layer, without masks.
-        weight: Float tensor of the layer's own shape.
-    """
+    """Quantise a weight as the layer's was, and put it in its place."""
     layer: Any = SimpleNamespace(get_base_layer=lambda: module)
     backend.set_base_weight(layer, weight)
 
 
 def check_can_store(model: nn.Module) -> None:
-    """Refuse to merge for good into weights that cannot be quantised again.
-
-    Args:
-        model: The model.
-
-    Raises:
-        UnsupportedModelError: If it does not say how torchao has quantised its weights.
-    """
+    """Refuse to merge into what cannot be quantised again (`UnsupportedModelError`)."""
     names = [
         module.target
         for module in model.modules()

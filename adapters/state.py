@@ -1,32 +1,37 @@
 """Masks between a model and a file: scores packed to bits, bits checked and put in place."""
 
+import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.base import (
+    base_sizes,
+    check_named_base,
     fingerprint_now,
     gathered,
+    guides_of,
     masked_layers,
     warn_of_trained_draws,
 )
-from pemn_surgery.adapters.checkpoints import are_scores_kept
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import (
+from pemn_surgery.adapters.files.adapter_file import is_reading
+from pemn_surgery.adapters.files.contents import (
     FINGERPRINT,
     KEY_PREFIX,
     MASKS,
     is_fingerprint_key,
     is_mask_key,
-    is_reading,
     mask_key,
 )
-from pemn_surgery.adapters.guides import base_sizes, guides_of
-from pemn_surgery.adapters.injection.storable import check_is_plain
+from pemn_surgery.adapters.injection.layer_checks import check_is_plain
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
+from pemn_surgery.adapters.within import set_within
 from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.header import UNKNOWN_BASE, StoredMask, inspect, refuse
 from pemn_surgery.errors import ArchitectureError, PemnWarning
@@ -38,6 +43,8 @@ from pemn_surgery.surgery.layer_groups import base_name
 StateDict = dict[str, Tensor]
 
 _BYTE = torch.uint8
+# Whether the Trainer writes a checkpoint.
+_is_checkpoint: ContextVar[bool] = ContextVar("is_checkpoint", default=False)
 
 
 def pack_for_file(
@@ -52,19 +59,14 @@ def pack_for_file(
     The values come from the given entries, not from the modules: FSDP and ZeRO pass gathered
     tensors, while the modules hold shards. The base is named as it is now.
 
-    Args:
-        entries: The adapter's part of the model's state dict.
-        model: The model.
-        config: The adapter's configuration.
-        adapter_name: The adapter.
-        state_dict: The model's state dict.
-
     Raises:
         NonFiniteScoresError: If scores contain NaN or infinity.
     """
     layers = _layers_by_key(model, adapter_name)
     masks = {path: layer.mask_of(adapter_name) for path, layer in layers.items()}
-    base = _name_base(config, model, adapter_name, state_dict)
+    warn_of_trained_draws(model, adapter_name)
+    config.fingerprint = fingerprint_now(model, adapter_name, state_dict)
+    base = fingerprints.short_form(config.fingerprint)
     config.digest = None  # that of an earlier file, if the adapter was loaded
     if config.modules_to_save is not None:  # PEFT adds a task's heads again at each load
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
@@ -99,14 +101,7 @@ class AdapterEntries(dict[str, Tensor]):
         self._grown = {*grown, *(KEY_PREFIX + name for name in grown)}
 
     def update(self, added: Mapping[str, Tensor]) -> None:  # pyright: ignore
-        """Take what the adapter has in no form yet, under the name that it has in the base.
-
-        Args:
-            added: Further tensors by key.
-
-        Raises:
-            UnsupportedModelError: If no file can hold one of them.
-        """
+        """Take what the adapter has in no form yet, under the name that it has in the base."""
         held = {*self._grown, *(base_name(key) for key in self)}
         for key, value in added.items():
             name = base_name(key)
@@ -120,12 +115,6 @@ def prepare_for_model(
     state_dict: Mapping[str, Tensor], model: nn.Module, config: PemnConfig, adapter_name: str
 ) -> StateDict:
     """Check every mask of a file, and turn bits into scores or scores into bits where needed.
-
-    Args:
-        state_dict: The file's tensors.
-        model: The model, with a place for every mask.
-        config: The adapter's configuration.
-        adapter_name: The adapter.
 
     Returns:
         The tensors under the same keys, but that ".bits" or ".scores" is what the model holds.
@@ -169,11 +158,7 @@ def prepare_for_model(
 
 
 def warn_of_bits(count: int) -> None:
-    """Say that training cannot go on exactly from masks that are bits.
-
-    Args:
-        count: How many masks.
-    """
+    """Say that training cannot go on exactly from masks that are bits."""
     warnings.warn(
         f"The file holds bits, not scores, for {count} masks: training starts from scores made "
         "from the bits, so earlier magnitudes are lost.",
@@ -188,11 +173,6 @@ def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> T
     With "topk" the ones lie just above the largest initial magnitude, in the order of their own
     initial ones, and the zeros keep their initial scores: either side's nearest change soonest.
     With "threshold" every score lies one initial margin above or below it.
-
-    Args:
-        chosen: Bool mask.
-        mask: Where it belongs.
-        config: Says what initial scores are.
     """
     fan_in = max(chosen.numel() // max(chosen.shape[0], 1), 1) if chosen.dim() else 1
     start = initial_scores(config, mask.target, mask.shape, fan_in).to(chosen.device)
@@ -202,6 +182,26 @@ def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> T
     threshold = mask.selector.threshold
     margin = (start - threshold).abs().clamp(min=1e-3)
     return torch.where(chosen, threshold + margin, threshold - margin)
+
+
+def are_scores_kept(config: PemnConfig) -> bool:
+    """Tell whether saving an adapter writes its scores."""
+    return config.keep_scores or _is_checkpoint.get()
+
+
+def with_scores(write: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a ``Trainer``'s checkpoints hold scores: a run that goes on from bits is another run.
+
+    A checkpoint and a final save are the same call of ``save_pretrained``; only the method that
+    writes checkpoints knows which it is, whatever module the adapters are in.
+    """
+
+    @functools.wraps(write)
+    def _save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        with set_within(_is_checkpoint, True):
+            return write(*args, **kwargs)
+
+    return _save_checkpoint
 
 
 def _coded(saved: StateDict, layers: Mapping[str, PemnLayer], config: PemnConfig) -> StateDict:
@@ -223,15 +223,6 @@ def _layers_by_key(model: nn.Module, adapter_name: str) -> dict[str, PemnLayer]:
     """Return the layers with an adapter's mask, by its place in the model's state dict."""
     layers = masked_layers(model, adapter_name)
     return {f"{path}.{MASKS}.{adapter_name}": layer for path, layer in layers.items()}
-
-
-def _name_base(
-    config: PemnConfig, model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]
-) -> bytes:
-    """Write the base into the configuration, and return what masks carry of it."""
-    warn_of_trained_draws(model, adapter_name)
-    config.fingerprint = fingerprint_now(model, adapter_name, state_dict)
-    return fingerprints.short_form(config.fingerprint)
 
 
 def _on_base(stored: Tensor, base: bytes) -> Tensor:
@@ -281,7 +272,7 @@ def _check_masks(
         count = headers[key].weights if key in headers else given[key].numel()
         _check_size(key, kind, count, mask)
     for header in headers.values():
-        _check_base(header.base, actual)
+        check_named_base(header.base, actual)
     return headers
 
 
@@ -296,7 +287,7 @@ def _check_scores(
         if value.dtype != _BYTE or value.numel() != len(UNKNOWN_BASE):
             shown = f"{value.dtype} of shape {tuple(value.shape)}"
             refuse(key, f"is {shown}; a base's fingerprint is {len(UNKNOWN_BASE)} bytes")
-        _check_base(bytes(value.tolist()), actual)
+        check_named_base(bytes(value.tolist()), actual)
     scores = [key for key in given if key in masks and masks[key][1] == "scores"]
     unnamed = [k for k in scores if f"{k.removesuffix('scores')}{FINGERPRINT}" not in named]
     if unnamed and not is_reading():  # a file's configuration names the base, too
@@ -311,32 +302,17 @@ def _check_scores(
 
 def _check_size(key: str, kind: str, count: int, mask: AdapterMask) -> None:
     if isinstance(mask, SignDelta) and kind == "row_scale":
-        _check_scales(key, count, mask)
-        return
-    weights = int(torch.Size(mask.shape).numel())
-    if count != weights:
+        wanted, made = mask.rows.count, "made"
+        given, own = f"holds {count} scales", f"{wanted} outputs"
+    else:
+        wanted, made = int(torch.Size(mask.shape).numel()), "trained"
+        given, own = f"masks {count} weights", f"{wanted} weights"
+    if count != wanted:
         message = (
-            f"{key} masks {count} weights, but {mask.target} has {weights} weights (shape "
-            f"{mask.shape}). Build the model that the adapter was trained for. Nothing was loaded."
+            f"{key} {given}, but {mask.target} has {own} (shape {mask.shape}). Build the model "
+            f"that the adapter was {made} for. Nothing was loaded."
         )
         raise ArchitectureError(message)
-
-
-def _check_scales(key: str, count: int, mask: SignDelta) -> None:
-    if count != mask.rows.count:
-        message = (
-            f"{key} holds {count} scales, but {mask.target} has {mask.rows.count} outputs "
-            f"(shape {mask.shape}). Build the model that the adapter was made for. Nothing was "
-            "loaded."
-        )
-        raise ArchitectureError(message)
-
-
-def _check_base(base: bytes, actual: fingerprints.Fingerprint) -> None:
-    expected = fingerprints.from_short_form(base)
-    if expected and actual:
-        given = "the given model"
-        fingerprints.check_fingerprint(expected, fingerprints.shorten(actual), given)
 
 
 def _make_wide_enough(mask: AdapterMask, value: Tensor) -> None:

@@ -46,12 +46,8 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
     ) -> None:
         """Give an adapter its copies, starting from the module's own values.
 
-        Args:
-            adapter_name: The adapter.
-            owned: The tensors of this module.
-            keeps_eval: Whether the module stays in eval mode while this adapter trains.
-            shared: Whether to take the module's own tensors instead of copies, but for the types
-                that PEFT widens to float32.
+        With ``shared`` it takes the module's own tensors instead, but for the types that PEFT
+        widens to float32. With ``keeps_eval`` the module stays in eval mode while it trains.
         """
         copies = TensorSet(keeps_eval=keeps_eval)
         for item in owned:
@@ -67,10 +63,7 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
     def grow_tensors(self, adapter_name: str, item: Owned, *, is_trained: bool) -> None:
         """Give an adapter new rows, which the module's own tensor has by now.
 
-        Args:
-            adapter_name: The adapter.
-            item: The tensor; of one that the adapter has whole its rows stay.
-            is_trained: Whether the adapter is trained.
+        Of a tensor that the adapter has whole its rows stay.
         """
         if adapter_name not in self.pemn_tensors:
             self.pemn_tensors[adapter_name] = TensorSet(keeps_eval=False)
@@ -86,12 +79,7 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
             held._parameters[item.tensor].requires_grad_(is_trained)  # pyright: ignore
 
     def drop_tensor(self, adapter_name: str, name: str) -> None:
-        """Take a copy away that another module's serves in place of.
-
-        Args:
-            adapter_name: The adapter.
-            name: Name of the tensor on the module.
-        """
+        """Take a copy away that another module's serves in place of."""
         held = self.pemn_tensors._modules.get(adapter_name)
         for table in () if held is None else (held._parameters, held._buffers):
             table.pop(name, None)
@@ -110,12 +98,7 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
         return nn.Parameter(rows) if isinstance(base, nn.Parameter) else rows
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Keep these adapters' tensors in force, and store them in the module.
-
-        Args:
-            safe_merge: Has no meaning here.
-            adapter_names: Adapters to merge; default the active ones.
-        """
+        """Keep these adapters' tensors in force, and store them in the module."""
         wanted = check_adapters_to_merge(self, adapter_names)
         self.merged_adapters.extend(name for name in wanted if name in self.pemn_tensors)
         if self.merged_adapters:
@@ -129,13 +112,7 @@ class PemnTaskLayer(PemnTunerLayer, TaskTensors):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> None:
-        """Leave a plain module behind.
-
-        Args:
-            merge: Whether it keeps the task's values.
-            safe_merge: Has no meaning here.
-            adapter_names: As in `merge`.
-        """
+        """Leave a plain module behind."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             for name, masked in held_masks(self.owner).items():

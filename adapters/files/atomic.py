@@ -28,7 +28,6 @@ import errno
 import inspect
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -41,8 +40,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import CONFIG, WEIGHTS, seal
-from pemn_surgery.adapters.files.seal import SEAL
+from pemn_surgery.adapters.files.adapter_file import CONFIG, SEAL, WEIGHTS, seal
+from pemn_surgery.adapters.files.disk import system_number
 from pemn_surgery.errors import AdapterWriteError, ConfigError
 
 try:
@@ -57,10 +56,6 @@ _SCRATCH = ".pemn_saving_"
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a file's content at once: a reader finds all of the old or all of the new.
 
-    Args:
-        path: The file; its folder exists.
-        content: What it shall hold.
-
     Raises:
         AdapterWriteError: If it cannot be written; the old file is still there.
     """
@@ -71,11 +66,6 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PemnConfig) -> None:
     """Write an adapter's two files as a save does: whole or not at all.
-
-    Args:
-        folder: Where; an adapter that is there is replaced.
-        tensors: The weights file's content.
-        config: The configuration.
 
     Raises:
         AdapterWriteError: If it cannot be written; an old adapter is still there.
@@ -89,16 +79,17 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PemnConfi
 def save_whole(save: Callable[..., None], given: inspect.BoundArguments) -> None:
     """Save a model with masks by PEFT's own method, whole or not at all.
 
-    Args:
-        save: ``PeftModel.save_pretrained`` as PEFT has it.
-        given: All its arguments; the folder among them is another one afterwards.
-
     Raises:
         AdapterWriteError: If it cannot be written; old adapters are still there.
         ConfigError: If pickle is asked for.
     """
     options = given.arguments
-    _check_no_pickle(options)
+    if not options["safe_serialization"]:
+        message = (
+            "save_pretrained got safe_serialization=False, which writes pickle; masks are never "
+            "saved to pickle nor read from it. Leave the option out. Nothing was written."
+        )
+        raise ConfigError(message)
     folder = Path(options["save_directory"])
     if folder.is_file() or not options["is_main_process"]:  # PEFT refuses, or writes nothing
         save(*given.args, **given.kwargs)
@@ -109,15 +100,6 @@ def save_whole(save: Callable[..., None], given: inspect.BoundArguments) -> None
         options["save_directory"] = str(scratch)
         save(*given.args, **given.kwargs)
         _put_in_place(scratch, folder)
-
-
-def _check_no_pickle(options: Mapping[str, Any]) -> None:
-    if not options["safe_serialization"]:
-        message = (
-            "save_pretrained got safe_serialization=False, which writes pickle; masks are never "
-            "saved to pickle nor read from it. Leave the option out. Nothing was written."
-        )
-        raise ConfigError(message)
 
 
 @contextmanager
@@ -131,13 +113,8 @@ def _named_errors(path: Path) -> Iterator[None]:
             f"{str(path)!r} cannot be written: {error}. What was there is still whole, unless the "
             "new is whole in its place already. Make room, or save to a folder that can be written."
         )
-        raise AdapterWriteError(_number(error), message) from error
-
-
-def _number(error: Exception) -> int:
-    """Return the system's number of an error, which safetensors has in its words alone."""
-    said = re.search(r"\(os error (\d+)\)", str(error))
-    return getattr(error, "errno", None) or (int(said[1]) if said else errno.EIO)
+        number = getattr(error, "errno", None) or system_number(error) or errno.EIO
+        raise AdapterWriteError(number, message) from error
 
 
 def _put_in_place(scratch: Path, folder: Path) -> None:
@@ -175,12 +152,7 @@ def sealed_metadata(configuration: Mapping[str, Any]) -> dict[str, str]:
 
 
 def header_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
-    """Return how a safetensors file begins: the header's length, and the header.
-
-    Args:
-        tensors: Type, shape and place of every tensor, by key.
-        metadata: Its words beside them.
-    """
+    """Return how a safetensors file of such tensors begins: the header's length, and the header."""
     content = json.dumps({**tensors, "__metadata__": metadata}, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)  # tensors begin at a multiple of eight
     return len(content).to_bytes(8, "little") + content
@@ -232,7 +204,9 @@ def _beside(folder: Path) -> Iterator[Path]:
         _remove_leftovers(folder)
         scratch, lock = _new_scratch(folder)
         try:
-            yield _inner(scratch)
+            inner = scratch / "new"  # the Trainer takes a checkpoint's own folders for adapters
+            inner.mkdir()
+            yield inner
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             if lock is not None:
@@ -241,13 +215,6 @@ def _beside(folder: Path) -> Iterator[Path]:
         if is_new:  # after a failure it is empty and goes; otherwise it stays
             with contextlib.suppress(OSError):
                 folder.rmdir()
-
-
-def _inner(scratch: Path) -> Path:
-    """Return a folder within: the ``Trainer`` takes a checkpoint's own folders for adapters."""
-    inner = scratch / "new"
-    inner.mkdir()
-    return inner
 
 
 def _new_scratch(folder: Path) -> tuple[Path, int | None]:

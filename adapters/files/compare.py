@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import mask_key, one_reading, read_decoded
+from pemn_surgery.adapters.files.adapter_file import one_reading, read_decoded
+from pemn_surgery.adapters.files.contents import mask_key
 from pemn_surgery.adapters.files.file_checks import check_without_base
 from pemn_surgery.adapters.files.opening import open_adapter
 from pemn_surgery.coding.header import HEADER_BYTES

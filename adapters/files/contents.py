@@ -72,11 +72,7 @@ class FileMask:
     coded: Tensor | None = field(default=None, repr=False, compare=False)
 
     def count(self, mask: Tensor) -> None:
-        """Count the ones of this mask, now decoded.
-
-        Args:
-            mask: What `bits.pack` returned.
-        """
+        """Count the ones of this mask, now decoded."""
         self.ones, self.coded = bits.count_ones(mask), None
 
 
@@ -142,12 +138,7 @@ class AdapterFile:
 
 
 def mask_key(name: str, kind: str) -> str:
-    """Return the file's key of a parameter's mask.
-
-    Args:
-        name: The parameter's name, for example "layer1.0.conv1.weight".
-        kind: "bits", "scores" or "row_scale".
-    """
+    """Return the file's key of a parameter's mask: its "bits", "scores" or "row_scale"."""
     path, _, parameter = name.rpartition(".")
     module = f"{path}." if path else ""
     return f"{KEY_PREFIX}{module}{masked_child_name(parameter)}.{MASKS}.{kind}"
@@ -177,9 +168,6 @@ def check_room(file: AdapterFile) -> None:
     A code may stand for 2,040 weights a byte, and a file of some megabytes for hundreds of
     gigabytes; masks of density .997 stay within the limit however large their model is.
 
-    Args:
-        file: What was read, its coded masks not decoded.
-
     Raises:
         MaskFormatError: If it asks for more.
     """
@@ -203,11 +191,7 @@ def check_room(file: AdapterFile) -> None:
 
 
 def is_mask(key: str) -> bool:
-    """Tell whether a key is a stored mask's: no scores, nor what lies beside a mask.
-
-    Args:
-        key: A tensor's key.
-    """
+    """Tell whether a key is a stored mask's: no scores, nor what lies beside a mask."""
     return is_mask_key(key) and not key.endswith((".row_scale", ".scores", f".{FINGERPRINT}"))
 
 
@@ -219,16 +203,7 @@ def sort_out(
     sealed: Mapping[str, Any] | None,
     wish: Wish,
 ) -> AdapterFile:
-    """Return what a file holds.
-
-    Args:
-        path: The file.
-        nbytes: Its size.
-        tensors: Its tensors by key, as they are stored.
-        stored: The header of each mask by key.
-        sealed: The configuration in its seal.
-        wish: What is asked for; the keys above are those of the file.
-    """
+    """Return what a file holds, from its tensors and the headers of its masks by key."""
     names = _renamed_keys(path, tensors, wish)
     masks, others = {}, {}
     for key, tensor in tensors.items():

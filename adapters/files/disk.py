@@ -22,9 +22,6 @@ _NO_CONTENT = (SafetensorError, ValueError, TypeError, RuntimeError, AttributeEr
 def is_there(path: Path) -> bool:
     """Tell whether anything has this name: a file, or what cannot be read as one.
 
-    Args:
-        path: The name.
-
     Raises:
         AdapterFileError: If the system does not tell, for example of a folder without permission.
     """
@@ -41,14 +38,7 @@ def is_there(path: Path) -> bool:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Name what goes wrong where a safetensors file is read.
-
-    Args:
-        path: The file.
-
-    Raises:
-        AdapterFileError: If it cannot be opened or read, or is truncated or altered.
-    """
+    """Raise `AdapterFileError` where a safetensors file cannot be opened or read, or is damaged."""
     try:
         _check_opens(path)
         yield
@@ -56,7 +46,7 @@ def named_errors(path: Path) -> Iterator[None]:
         refuse_unreadable(path, error)
     except _NO_CONTENT as error:
         if "(os error " in str(error):  # safetensors says in words alone what the system said
-            refuse_unreadable(path, OSError(_number(error), str(error)))
+            refuse_unreadable(path, OSError(system_number(error), str(error)))
         message = (
             f"The adapter file {str(path)!r} ({path.stat().st_size} bytes) cannot be read: "
             f"{error}. It is truncated or altered; nothing was loaded. Get the file again from "
@@ -67,9 +57,6 @@ def named_errors(path: Path) -> Iterator[None]:
 
 def read_text(path: Path) -> str:
     """Return a text file's content.
-
-    Args:
-        path: The file.
 
     Raises:
         AdapterFileError: If it cannot be opened or read.
@@ -92,15 +79,7 @@ def _check_opens(path: Path) -> None:
 
 
 def refuse_unreadable(path: Path, error: OSError) -> NoReturn:
-    """Refuse a file that the system does not read.
-
-    Args:
-        path: The file.
-        error: What the system says.
-
-    Raises:
-        AdapterFileError: Always.
-    """
+    """Refuse a file that the system does not read (`AdapterFileError`)."""
     said = error.strerror or str(error)
     message = f"{str(path)!r} cannot be read: {_what(path)}{said}. Nothing was loaded; {_do(path)}"
     raise AdapterFileError(message) from error
@@ -120,7 +99,8 @@ def _do(path: Path) -> str:
     return "let this process read it (permissions, the disk), or copy it anew."
 
 
-def _number(error: Exception) -> int:
+def system_number(error: Exception) -> int:
+    """Return the system's number in the words of an error of safetensors, 0 if there is none."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else 0
 

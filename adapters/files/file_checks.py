@@ -5,8 +5,8 @@ from collections.abc import Mapping, Set
 from torch import Tensor
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import KEY_PREFIX, TENSORS, AdapterFile, is_mask_key
-from pemn_surgery.adapters.whole.whole_sizes import Shape, is_resized
+from pemn_surgery.adapters.files.contents import KEY_PREFIX, TENSORS, AdapterFile, is_mask_key
+from pemn_surgery.adapters.whole_modules import Shape, is_resized
 from pemn_surgery.errors import ArchitectureError, ConfigError, MaskFormatError
 from pemn_surgery.masks.task_tensors import TASK_CHILD
 from pemn_surgery.planning.outcomes import Owned
@@ -14,16 +14,10 @@ from pemn_surgery.planning.plan import Plan
 
 
 def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str], sized: Set[str]) -> None:
-    """Refuse an adapter of another architecture before anything changes.
+    """Refuse an adapter of another architecture before anything changes (`ArchitectureError`).
 
-    Args:
-        file: The adapter file.
-        plan: What would be masked, and what the task owns.
-        base_names: Names of all tensors of the model: PEFT adds resized embeddings to a file.
-        sized: Paths of the layers that may have another number of outputs where they are whole.
-
-    Raises:
-        ArchitectureError: If names or sizes of masks or of other tensors differ.
+    Names of the base's tensors are given because PEFT adds resized embeddings to a file. Layers at
+    the sized paths may have another number of outputs where they are whole.
     """
     masks = {name: _shown_mask(mask.weights, mask.row_scales) for name, mask in file.masks.items()}
     targets = {item.name: _shown_mask(item.weights, item.row_scales) for item in plan.targets}
@@ -47,20 +41,17 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str], sized: 
     ]
     if not differing:
         return
+    remedy = ", or, if its modules have other names now, give key_mapping"
+    if file.wish.ignores_sizes:
+        remedy = "; ignore_mismatched_sizes leaves out other tensors of other sizes, never masks"
     message = (
         f"The adapter masks {len(masks)} tensors of {sum(file.sizes.values())} weights and has "
         f"{len(others)} others; the model has {len(targets)} of {plan.masked_weights} to mask. "
         f"{len(differing)} differ ({'; '.join(differing[:3])}{'; ...' * (len(differing) > 3)}). "
-        f"Build the model that the adapter was trained for{_remedy(file)}"
+        f"Build the model that the adapter was trained for{remedy}"
         f"{_way_out(masks, targets, plan)}. Nothing was changed."
     )
     raise ArchitectureError(message)
-
-
-def _remedy(file: AdapterFile) -> str:
-    if file.wish.ignores_sizes:
-        return "; ignore_mismatched_sizes leaves out other tensors of other sizes, never masks"
-    return ", or, if its modules have other names now, give key_mapping"
 
 
 def _size_of(item: Owned, shapes: Mapping[str, Shape], sized: Set[str]) -> Shape:
@@ -90,9 +81,6 @@ def check_loader_decodes(config: PemnConfig) -> None:
     Transformers' ``load_adapter`` does so, and with it ``from_pretrained`` of an adapter's folder:
     they ask for masks to be added here, then fill the places without asking anybody.
 
-    Args:
-        config: The adapter's configuration; one that names its base was read with an adapter.
-
     Raises:
         MaskFormatError: If the adapter's file holds coded masks.
     """
@@ -108,14 +96,7 @@ def check_loader_decodes(config: PemnConfig) -> None:
 
 
 def check_without_base(file: AdapterFile) -> None:
-    """Refuse an adapter whose masks cannot be read from its files alone.
-
-    Args:
-        file: The adapter file.
-
-    Raises:
-        MaskFormatError: If a mask is coded beside the base's weights.
-    """
+    """Refuse an adapter with masks that only their base can decode (`MaskFormatError`)."""
     beside = [name for name, header in file.headers.items() if header.coding == "base"]
     if beside:
         message = (
@@ -129,9 +110,6 @@ def check_without_base(file: AdapterFile) -> None:
 
 def check_can_rename(config: PemnConfig) -> None:
     """Refuse to rename the weights of an adapter whose numbers go by their names.
-
-    Args:
-        config: The adapter's configuration.
 
     Raises:
         ConfigError: If a seed draws each weight's own numbers, or masks are coded beside the base.
@@ -152,9 +130,7 @@ def check_can_rename(config: PemnConfig) -> None:
 def check_swap_fits(given: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
     """Refuse to put an adapter in the place of another that has other tensors.
 
-    Args:
-        given: The new adapter's tensors by key.
-        held: Those of the adapter that gives way. Sizes of masks are checked when they are loaded.
+    Sizes of masks are checked when they are loaded.
 
     Raises:
         ArchitectureError: If the two do not have the same masks, or other tensors of one shape.

@@ -7,15 +7,15 @@ zeros where a save has digests.
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.files.atomic import config_text, header_bytes, sealed_metadata
+from pemn_surgery.adapters.files.contents import KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.coding import bits
 from pemn_surgery.masks.task_tensors import TASK_CHILD
 from pemn_surgery.numbers.bank import Shape
@@ -44,20 +44,8 @@ _TYPES: dict[torch.dtype, str] = {
 _ORDER = list(_TYPES.values())
 
 
-class _Entry(NamedTuple):
-    key: str
-    dtype: str
-    shape: Shape
-    nbytes: int
-
-
 def frame_bytes(plan: Plan, model: nn.Module, config: PemnConfig) -> int:
     """Return the bytes of a task's two files that are not its tensors'.
-
-    Args:
-        plan: What will be masked and what the task owns.
-        model: The model that it was made for.
-        config: What is asked for, as it is after planning.
 
     Returns:
         Size of the weights' header, with the seal in it, and of ``adapter_config.json``. It is
@@ -94,25 +82,23 @@ def _known_types(plan: Plan, model: nn.Module) -> list[str]:
 
 
 def _header(plan: Plan, model: nn.Module) -> dict[str, Any]:
-    entries = sorted(_entries(plan, model), key=lambda one: (-_ORDER.index(one.dtype), one.key))
     header, offset = {}, 0
-    for entry in entries:
-        header[entry.key] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.nbytes],
-        }
-        offset += entry.nbytes
+    entries = sorted(_entries(plan, model), key=lambda one: (-_ORDER.index(one[1]), one[0]))
+    for key, dtype, shape, nbytes in entries:
+        place = [offset, offset + nbytes]
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": place}
+        offset += nbytes
     return header
 
 
-def _entries(plan: Plan, model: nn.Module) -> Iterator[_Entry]:
+def _entries(plan: Plan, model: nn.Module) -> Iterator[tuple[str, str, Shape, int]]:
+    """Yield the key, type, shape and bytes of each tensor in the file."""
     for target in plan.targets:
         size = bits.packed_bytes(target.weights)
-        yield _Entry(mask_key(target.name, "bits"), "U8", (size,), size)
+        yield mask_key(target.name, "bits"), "U8", (size,), size
         if target.row_scales:
             scales = target.row_scales
-            yield _Entry(mask_key(target.name, "row_scale"), "F32", (scales,), 4 * scales)
+            yield mask_key(target.name, "row_scale"), "F32", (scales,), 4 * scales
     tensors = _tensors(model)
     inside = f"{TASK_CHILD}.{TENSORS}."
     for items, within in ((plan.owned, inside), (plan.whole, "")):
@@ -120,7 +106,7 @@ def _entries(plan: Plan, model: nn.Module) -> Iterator[_Entry]:
             if item.saved and not item.tied_to:
                 prefix = f"{KEY_PREFIX}{item.path}." if item.path else KEY_PREFIX
                 key = f"{prefix}{within}{item.tensor}"
-                yield _Entry(key, _type_of(item, tensors), item.shape, item.nbytes)
+                yield key, _type_of(item, tensors), item.shape, item.nbytes
 
 
 def _type_of(item: Owned, tensors: Mapping[str, Tensor]) -> str:

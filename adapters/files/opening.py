@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import CONFIG, WEIGHTS, AdapterFile, holds_masks
-from pemn_surgery.adapters.files.config_file import read_json
+from pemn_surgery.adapters.files.adapter_file import CONFIG, WEIGHTS, holds_masks, read_json
+from pemn_surgery.adapters.files.contents import AdapterFile
 from pemn_surgery.adapters.files.disk import is_there
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.errors import AdapterFileError
@@ -24,12 +24,6 @@ _NO_CONFIGURATION = (KeyError, TypeError, ValueError, AttributeError)
 def open_adapter(folder: str | Path) -> tuple[PemnConfig, AdapterFile]:
     """Return an adapter's configuration and what its file holds.
 
-    Args:
-        folder: What ``save_pretrained`` wrote, on this machine.
-
-    Returns:
-        The two; within `one_reading` the file's tensors are read once.
-
     Raises:
         AdapterFileError: If there is no adapter of masks: nothing, another method's, no weights; or
             a file is truncated or altered.
@@ -37,7 +31,13 @@ def open_adapter(folder: str | Path) -> tuple[PemnConfig, AdapterFile]:
     where = Path(folder)
     if not is_there(where / CONFIG):
         _refuse(folder, _what_is_there(where))
-    config = _read(where)
+    try:
+        config: Any = PemnConfig.from_pretrained(str(where))
+    except AdapterFileError:
+        raise
+    except _NO_CONFIGURATION as error:
+        said = f"{type(error).__name__}: {error}"
+        _refuse(where, f"has an {CONFIG} that is no adapter's configuration ({said})")
     if not isinstance(config, PemnConfig):
         method = str(getattr(config, "peft_type", None) or "no method").rpartition(".")[2]
         _refuse(folder, f"is an adapter of PEFT's method {method}, which has no masks")
@@ -47,40 +47,30 @@ def open_adapter(folder: str | Path) -> tuple[PemnConfig, AdapterFile]:
 
 
 def check_adapter(folder: Path) -> PemnConfig | None:
-    """Check the files of a local adapter.
-
-    Args:
-        folder: What may be an adapter's folder.
-
-    Returns:
-        Its configuration; None if it is not a folder with masks.
+    """Return a local adapter's checked configuration; None if it is not a folder with masks.
 
     Raises:
         AdapterFileError: If a file is missing, truncated, altered, or pickle.
     """
-    weights = folder / WEIGHTS
     if not is_there(folder / CONFIG) or not _is_ours(folder):
         return None
-    if not is_there(weights):
-        _refuse_without_weights(folder)
+    if not is_there(folder / WEIGHTS):
+        pickled = f"; {PICKLE} is pickle, which is never read" * (folder / PICKLE).is_file()
+        message = (
+            f"The adapter in {str(folder)!r} has no {WEIGHTS}{pickled}. Nothing was loaded; get "
+            "the file from where it was saved."
+        )
+        raise AdapterFileError(message)
     return PemnConfig.from_pretrained(str(folder))
 
 
 def adapter_folder(source: Any, options: Mapping[str, Any] | None) -> Path:
-    """Return the folder that a loading method means, if it is one.
-
-    Args:
-        source: Folder, or name on the hub.
-        options: Further arguments of the method.
-    """
+    """Return the folder that a loading method means, if it is one."""
     return Path(source) / ((options or {}).get("subfolder") or "")
 
 
 def check_method(folder: Path) -> None:
     """Refuse a folder whose weights are masks, but whose configuration says another method.
-
-    Args:
-        folder: An adapter's folder.
 
     Raises:
         AdapterFileError: If it says so; PEFT would load the weights as that.
@@ -94,16 +84,6 @@ def check_method(folder: Path) -> None:
             "the adapter again, or load it with PeftModel.from_pretrained."
         )
         raise AdapterFileError(message)
-
-
-def _read(where: Path) -> Any:
-    try:
-        return PemnConfig.from_pretrained(str(where))
-    except AdapterFileError:
-        raise
-    except _NO_CONFIGURATION as error:
-        said = f"{type(error).__name__}: {error}"
-        _refuse(where, f"has an {CONFIG} that is no adapter's configuration ({said})")
 
 
 def _what_is_there(where: Path) -> str:
@@ -135,12 +115,3 @@ def _method(path: Path) -> Any:
         return read_json(path).get("peft_type")
     except AdapterFileError:  # of whichever method; its own loader says so
         return None
-
-
-def _refuse_without_weights(folder: Path) -> NoReturn:
-    pickled = f"; {PICKLE} is pickle, which is never read" * (folder / PICKLE).is_file()
-    message = (
-        f"The adapter in {str(folder)!r} has no {WEIGHTS}{pickled}. Nothing was loaded; get the "
-        "file from where it was saved."
-    )
-    raise AdapterFileError(message)

@@ -8,17 +8,15 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import (
+from pemn_surgery.adapters.files.adapter_file import one_reading, read_adapter_file, read_decoded
+from pemn_surgery.adapters.files.atomic import CARD, write_adapter
+from pemn_surgery.adapters.files.card import complete_card
+from pemn_surgery.adapters.files.contents import (
     AdapterFile,
     is_fingerprint_key,
     is_mask_key,
-    one_reading,
     parameter_name,
-    read_adapter_file,
-    read_decoded,
 )
-from pemn_surgery.adapters.files.atomic import CARD, write_adapter
-from pemn_surgery.adapters.files.card import complete_card
 from pemn_surgery.adapters.files.file_checks import check_without_base
 from pemn_surgery.adapters.files.opening import open_adapter
 from pemn_surgery.coding import bits, codec

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pemn_surgery.adapters.api import make_config, pemnify
 from pemn_surgery.adapters.checks import check_fresh, check_model, signs_follow
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import FINGERPRINT, KEY_PREFIX, TENSORS, mask_key
+from pemn_surgery.adapters.files.contents import FINGERPRINT, KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.finetuned.errors import tensors_differ
 from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, plan_for

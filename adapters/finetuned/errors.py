@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.errors import FinetunedMismatchError
 from pemn_surgery.planning.owned import is_idle_counter
-from pemn_surgery.planning.roles import base_modules
+from pemn_surgery.planning.roles import base_modules, full_name
 from pemn_surgery.report import tables
 
 
@@ -124,7 +125,9 @@ def measure_errors(model: nn.Module, finetuned: nn.Module | Mapping[str, Tensor]
         rows = tuple(_row(layer, state) for layer in masked)
         skipped = {row.name for row in rows} | _idle_counters(inner)
         others = {name: value for name, value in state.items() if name not in skipped}
-        differing = [name for name, value in others.items() if _differs(inner, name, value)]
+        differing = [
+            n for n, value in others.items() if tensors_differ(attrgetter(n)(inner), value)
+        ]
     return ErrorReport(rows, len(others), tuple(differing))
 
 
@@ -148,27 +151,15 @@ def _row(layer: PemnLayer, state: Mapping[str, Tensor]) -> WeightError:
     )
 
 
-def _differs(model: nn.Module, name: str, wanted: Tensor) -> bool:
-    held: Any = model
-    for part in name.split("."):
-        held = getattr(held, part)
-    return tensors_differ(held, wanted)
-
-
 def tensors_differ(held: Tensor, wanted: Tensor) -> bool:
-    """Tell whether a tensor differs from another one, rounded to its type; NaN equals NaN.
-
-    Args:
-        held: What the model has.
-        wanted: What it should have; of any device and type.
-    """
+    """Tell whether a tensor differs from another one, rounded to its type; NaN equals NaN."""
     rounded = wanted.to(held.device, held.dtype)
     return not torch.allclose(held, rounded, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _idle_counters(model: nn.Module) -> set[str]:
     return {
-        f"{path}.{name}" if path else name
+        full_name(path, name)
         for path, module in base_modules(model)
         for name in module._buffers
         if is_idle_counter(module, name)

@@ -26,7 +26,7 @@ from pemn_surgery.adapters.injection.new_rows import settle_new_rows
 from pemn_surgery.errors import HeadWarning
 from pemn_surgery.planning.outcomes import Target
 from pemn_surgery.planning.plan import Plan
-from pemn_surgery.planning.roles import base_modules, is_container
+from pemn_surgery.planning.roles import base_modules, full_name, is_container
 
 # What PEFT trains and saves whole for a task. For two of the three it says so only after the layers
 # were chosen, and would then save a head that is masked, too.
@@ -53,10 +53,8 @@ class NewParts:
 def settle_heads(config: PemnConfig, model: nn.Module) -> None:
     """Write into a configuration which modules are trained and saved whole, where it is open.
 
-    Args:
-        config: Changed in place (``modules_to_save``, ``carried``), unless it was read with an
-            adapter, which says what it holds.
-        model: The model.
+    It gets ``modules_to_save`` and ``carried``; one that was read with an adapter says what it
+    holds.
     """
     if config.origin.fingerprint is not None:
         return
@@ -70,7 +68,7 @@ def settle_heads(config: PemnConfig, model: nn.Module) -> None:
         heads += [*new.modules, *_timm_heads(model, chosen=_has_chosen(config))]
     if heads:
         config.modules_to_save = _each_once(heads)
-    left = [name for name in new.tensors if not _is_whole(config, name)]
+    left = [name for name in new.tensors if not is_saved_whole(config, name.rpartition(".")[0])]
     if left:
         config.carried = list(dict.fromkeys([*(config.carried or ()), *left]))
 
@@ -78,10 +76,7 @@ def settle_heads(config: PemnConfig, model: nn.Module) -> None:
 def warn_of_heads(config: PemnConfig, model: nn.Module, plan: Plan) -> None:
     """Name what neither a checkpoint nor the adapter's file will bring back, or might not.
 
-    Args:
-        config: The configuration, its heads settled; an adapter that is loaded has been warned of.
-        model: The model.
-        plan: What will be masked, trained and saved.
+    An adapter that is loaded has been warned of.
     """
     if config.origin.fingerprint is not None or do_signs_follow():
         return
@@ -111,16 +106,13 @@ def warn_of_heads(config: PemnConfig, model: nn.Module, plan: Plan) -> None:
 
 
 def new_parts(model: nn.Module) -> NewParts:
-    """Return what of a model came with no checkpoint, as far as transformers says so.
-
-    Args:
-        model: Any module; models of transformers may lie anywhere in it.
-    """
+    """Return what of a model came with no checkpoint, as far as transformers says so."""
     total: Counter[str] = Counter()
     new: Counter[str] = Counter()
     names = []
-    for path, parameters in _loaded_parameters(model):
-        for name, parameter in parameters.items():
+    loaded = _loaded_models(model)
+    for path, name, parameter in _parameters(model):
+        if _is_under(path, loaded):
             total.update(_above(f"{path}.{name}"))
             if _is_new(parameter):
                 new.update(_above(f"{path}.{name}"))
@@ -149,34 +141,17 @@ def _grouped(model: nn.Module, names: list[str], whole: set[str]) -> NewParts:
     return NewParts(tuple(modules), tuple(n.strip(".") for n in names if not _is_under(n, modules)))
 
 
-def _loaded_parameters(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield, module by module, the parameters of models that transformers filled in part or all."""
-    loaded = _loaded_models(model)
-    for path, module in _named_modules(model):
-        if _is_under(path, loaded):
-            yield path, {name: p for name, p in module._parameters.items() if p is not None}
-
-
 def _loaded_models(model: nn.Module) -> list[str]:
     """Return the paths of transformers' models of which a checkpoint has filled most tensors.
 
     Where it is less, a part of the model was loaded so, and the rest by other means.
     """
-    return [
-        path
-        for path, module in _named_modules(model)
-        if isinstance(module, PreTrainedModel) and _is_mostly_filled(module)
-    ]
-
-
-def _is_mostly_filled(model: nn.Module) -> bool:
-    filled = [
-        _is_filled(parameter)
-        for _, module in _named_modules(model)
-        for parameter in module._parameters.values()
-        if parameter is not None
-    ]
-    return 2 * sum(filled) > len(filled)
+    found = []
+    for path, module in _named_modules(model):
+        if isinstance(module, PreTrainedModel):
+            filled = [_is_filled(parameter) for _, _, parameter in _parameters(module)]
+            found += [path] if 2 * sum(filled) > len(filled) else []
+    return found
 
 
 def _is_filled(parameter: nn.Parameter) -> bool:
@@ -197,7 +172,7 @@ def _timm_heads(model: nn.Module, *, chosen: bool) -> list[str]:
         described = cast("Any", modules[path]).pretrained_cfg
         named = described.get("classifier") or ()
         names = [named] if isinstance(named, str) else list(named)
-        found = [f"{path}.{name}" if path else name for name in names]
+        found = [full_name(path, name) for name in names]
         other = described.get("num_classes") != getattr(modules[path], "num_classes", None)
         if all(head in modules for head in found) and (other or not chosen):
             heads += [head for head in found if any(True for _ in modules[head].parameters())]
@@ -248,22 +223,14 @@ def _is_lost(path: str, model: nn.Module, plan: Plan) -> bool:
     held = {item.name for item in (*plan.owned, *plan.whole) if item.saved}
     if plan.spec.generated:
         held |= {name for target in plan.targets for name in (target.name, *target.tied)}
-    return any(
-        f"{at}.{name}" not in held
-        for at, module in _named_modules(model)
-        for name, parameter in module._parameters.items()
-        if parameter is not None and _is_under(at, [path])
-    )
+    inside = (f"{at}.{name}" for at, name, _ in _parameters(model) if _is_under(at, [path]))
+    return any(name not in held for name in inside)
 
 
 def _each_once(heads: list[str]) -> list[str]:
     """Return names without those of modules within another one."""
     names = list(dict.fromkeys(heads))
     return [name for name in names if not _is_under(name, [n for n in names if n != name])]
-
-
-def _is_whole(config: PemnConfig, name: str) -> bool:
-    return is_saved_whole(config, name.rpartition(".")[0])
 
 
 def _is_under(name: str, paths: list[str]) -> bool:
@@ -275,6 +242,14 @@ def _above(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield the model's parameters, after the paths of their modules and their names there."""
+    for path, module in _named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield path, name, parameter
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,14 +1,19 @@
-"""Refuses layers that cannot carry masks: a name is taken, a class is closed."""
+"""What cannot carry masks (a name is taken, a class is closed) or lie in an adapter's file."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from pemn_surgery.errors import UnsupportedModelError
+from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.quantised import resolve_backend
+from pemn_surgery.errors import PemnWarning, UnsupportedModelError
 from pemn_surgery.masks.masked_weight import MaskedWeight, masked_child_name
 from pemn_surgery.masks.task_tensors import TASK_CHILD, TaskTensors
 from pemn_surgery.planning.plan import Plan
+from pemn_surgery.planning.roles import base_modules
 from pemn_surgery.surgery.swapped import original_class
 from pemn_surgery.surgery.unwatched import can_be_swapped
 
@@ -17,10 +22,6 @@ def check_layers(modules: Mapping[str, nn.Module], plan: Plan) -> None:
     """Refuse layers with a name of ours, and classes that cannot be swapped.
 
     Another name would do for the first, but adapter files are read by these names.
-
-    Args:
-        modules: The model's own modules by path.
-        plan: What would be masked, and what the task owns.
 
     Raises:
         UnsupportedModelError: If a layer has an attribute of the name that its masks or the task's
@@ -78,3 +79,57 @@ def _leave_out(path: str, name: str) -> str:
     if name == TASK_CHILD:
         return 'let tasks own nothing of it (rest="stats" or "freeze" on the model\'s own weights)'
     return f"leave it out: PemnConfig(exclude_modules=[{path!r}])"
+
+
+def warn_of_extra_state(model: nn.Module, config: PemnConfig) -> None:
+    """Say what neither seed nor file brings back: state that modules keep beside their tensors."""
+    if not config.bank_spec.generated or config.origin.file is not None:
+        return
+    plain = nn.Module.get_extra_state
+    keeping = [p for p, m in base_modules(model) if type(m).get_extra_state is not plain]
+    if keeping:
+        warnings.warn(
+            f"{len(keeping)} modules keep state beside their tensors (get_extra_state; first: "
+            f"{keeping[0]!r}), which no adapter's file holds: where it is random or trained, seed "
+            "and file do not make this model again. A buffer does.",
+            PemnWarning,
+            stacklevel=2,
+        )
+
+
+def check_is_plain(name: str, tensor: Tensor) -> None:
+    """Refuse to save what a library stores its own way (torchao; `UnsupportedModelError`)."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        message = (
+            f"{name!r} is a {type(tensor).__name__}, which an adapter's file (safetensors) cannot "
+            "hold: it was quantised after the adapter was made. Save before that, or merge first, "
+            "model.merge_and_unload(), and quantise the plain model. Nothing was saved."
+        )
+        raise UnsupportedModelError(message)
+
+
+def check_can_be_stored(model: nn.Module, plan: Plan) -> None:
+    """Refuse tensors that a file cannot hold, before anything changes (`UnsupportedModelError`).
+
+    safetensors has no name for complex128; of quantised numbers it would hold those without their
+    scales (bitsandbytes), or none (torchao).
+    """
+    modules = dict(base_modules(model))
+    for item in (*plan.owned, *plan.whole):
+        tensors = modules[item.path]._parameters | modules[item.path]._buffers
+        held = tensors.get(item.tensor)
+        backend = resolve_backend(modules[item.path]) if item.tensor == "weight" else None
+        if backend is not None:
+            message = (
+                f"{item.name!r} is stored as {backend.backend_name} (quantised) and would be the "
+                "task's, but no adapter's file can hold it. On a model's own weights rest="
+                '"stats" or "norms" leaves it to the base; drawn numbers need a base that is not '
+                "quantised. Nothing was changed."
+            )
+            raise UnsupportedModelError(message)
+        if held is not None and held.dtype == torch.complex128:
+            message = (
+                f"{item.name!r} is complex128, which an adapter's file (safetensors) cannot hold; "
+                "complex64 it can. Nothing was changed."
+            )
+            raise UnsupportedModelError(message)

@@ -1,8 +1,8 @@
 """Which weights a configuration means, in PEFT's own matching."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.quantised import quantised_weights
+from pemn_surgery.adapters.within import set_within
 from pemn_surgery.errors import ConfigError, TraceError
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.models.forward import Trace, trace
@@ -32,15 +33,10 @@ class _NotNeededError(TraceError):
 def follow_forward(
     model: nn.Module, config: PemnConfig, inputs: Mapping[str, Any] | None = None
 ) -> Trace | TraceError:
-    """Follow a forward on shapes, and write what it shows into the configuration where it is open.
+    """Follow a forward on shapes; return the trace, or why there is none.
 
-    Args:
-        model: Any module.
-        config: Changed in place: ``functional_weights`` and ``rewritten_weights`` if they are None.
-        inputs: Keyword arguments of the model's forward; None makes them from its configuration.
-
-    Returns:
-        The trace, or why there is none.
+    What it shows is written into the configuration where that is open (``functional_weights``,
+    ``rewritten_weights``). Without inputs they are made from the model's configuration.
     """
     result = _follow(model, config, inputs)
     chosen = config.target_modules is not None
@@ -56,23 +52,13 @@ def follow_forward(
 _followed: ContextVar[Trace | TraceError | None] = ContextVar("followed", default=None)
 
 
-@contextmanager
-def followed(result: Trace | TraceError) -> Iterator[None]:
+def followed(result: Trace | TraceError) -> AbstractContextManager[None]:
     """Have `forward_of` return a result, within the block."""
-    token = _followed.set(result)
-    try:
-        yield
-    finally:
-        _followed.reset(token)
+    return set_within(_followed, result)
 
 
 def forward_of(model: nn.Module, config: PemnConfig) -> Trace | TraceError | None:
-    """Return what a forward shows, if it was followed already or the configuration is open.
-
-    Args:
-        model: Any module.
-        config: As in `follow_forward`.
-    """
+    """Return what a forward shows, if it was followed already or the configuration is open."""
     is_open = config.functional_weights is None or config.rewritten_weights is None
     return follow_forward(model, config) if is_open else _followed.get()
 
@@ -93,13 +79,7 @@ def _follow(
 def plan_for(
     model: nn.Module, config: PemnConfig, followed: Trace | TraceError | None = None
 ) -> Plan:
-    """Return the plan that a configuration means for a model.
-
-    Args:
-        model: Any module.
-        config: The configuration.
-        followed: What `follow_forward` returned, to show the use of every weight.
-    """
+    """Return the plan that a configuration means for a model whose forward was followed, or not."""
     matcher = _matcher(config, model)
     own_paths = _own_paths(model)
     if config.origin.file is None:
@@ -109,7 +89,8 @@ def plan_for(
     def reason_to_leave(path: str) -> str:
         path = own_paths.get(path, path)
         if not path and isinstance(model, GraphModule):  # its own parameters have no module
-            return "" if _takes_all(config) else "not in target_modules"
+            takes_all = config.target_modules is None and config.layers_to_transform is None
+            return "" if takes_all else "not in target_modules"
         if not path:
             return "is the model itself; put it into torch.nn.Sequential to mask it"
         if by_layer and "." not in path:  # PEFT takes full names before it looks at layers
@@ -146,11 +127,7 @@ def plan_for(
 
 
 def _check_layers_exist(model: nn.Module, matcher: PemnConfig) -> None:
-    """Refuse indices that no layer has: a filter that matches nothing would do so in silence.
-
-    Raises:
-        ConfigError: If there is one.
-    """
+    """Refuse indices that no layer has: a filter that matches nothing would do so in silence."""
     wanted = matcher.layers_to_transform
     given = [wanted] if isinstance(wanted, int) else sorted(wanted or ())
     paths = [path for path, _ in base_modules(model) if path]
@@ -176,12 +153,7 @@ def _has_layer(matcher: PemnConfig, paths: Sequence[str], index: int) -> bool:
 
 
 def is_excluded(config: PemnConfig, path: str) -> bool:
-    """Tell whether PEFT's matching excludes a module (``exclude_modules``, ``modules_to_save``).
-
-    Args:
-        config: The configuration.
-        path: Path of the module.
-    """
+    """Tell whether PEFT's matching excludes a module (``exclude_modules``, ``modules_to_save``)."""
     return isinstance(_match(config, path), _ExcludedModule)
 
 
@@ -189,10 +161,6 @@ def is_saved_whole(config: PemnConfig, path: str) -> bool:
     """Tell whether PEFT trains and saves a module as a whole, or one that it lies in.
 
     PEFT goes by the ends of names, within a part of a name too: "classifier" is "pre_classifier".
-
-    Args:
-        config: The configuration.
-        path: Path of the module.
     """
     parts = path.split(".")
     above = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
@@ -210,10 +178,6 @@ def _own_paths(model: nn.Module) -> dict[str, str]:
         for path in paths
         if f"{path}.".startswith(f"{start}.")
     }
-
-
-def _takes_all(config: PemnConfig) -> bool:
-    return config.target_modules is None and config.layers_to_transform is None
 
 
 def _matcher(config: PemnConfig, model: nn.Module) -> PemnConfig:

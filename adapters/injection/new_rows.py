@@ -6,32 +6,33 @@ The rows before them stay what they are, under masks or the base's. As a file ha
 how many the base has, it does not matter whether a later base is resized.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.injection.matching import is_saved_whole
+from pemn_surgery.adapters.injection.matching import is_saved_whole, plan_for
+from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.errors import AdapterError, ArchitectureError, ConfigError
 from pemn_surgery.masks.attached import find_masked, find_owned, find_task
+from pemn_surgery.planning.outcomes import Owned
 from pemn_surgery.planning.request import NewRows
 from pemn_surgery.planning.roles import base_modules, full_name
+from pemn_surgery.surgery import operate, tying
+from pemn_surgery.surgery.swapped import original_class
+from pemn_surgery.surgery.undo import undone_on_error
 
 _FROM_SCRATCH = "_is_hf_initialized"  # transformers' mark of what a checkpoint filled
+_NOISE = 1e-3  # of the rows' own deviation, so that no two new rows are the same
 
 
 def settle_new_rows(config: PemnConfig, model: nn.Module) -> None:
-    """Write into a configuration which rows are new, by the names of their tensors.
-
-    Args:
-        config: Changed in place (``new_rows``, ``base_rows``), unless it was read with an adapter.
-        model: The model.
-
-    Raises:
-        ConfigError: If a tensor has no such rows.
-    """
+    """Write into a new adapter's configuration which rows are new (`ConfigError` if none can)."""
     if config.origin.fingerprint is not None or config.base_rows is not None:
         return
     if config.new_rows is None:
@@ -43,16 +44,12 @@ def settle_new_rows(config: PemnConfig, model: nn.Module) -> None:
     short = [name for name, new in rows.items() if new.first <= 0]
     if short:
         _refuse_option(config, f"{short[0]!r} has {rows_of[short[0]]} rows")
-    of_parts = {n: new for n, new in rows.items() if not is_saved_whole(config, _path(n))}
-    config.settle_rows(of_parts)
+    whole = {name for name in rows if is_saved_whole(config, name.rpartition(".")[0])}
+    config.settle_rows({name: new for name, new in rows.items() if name not in whole})
 
 
 def check_new_rows(config: PemnConfig, model: nn.Module) -> None:
     """Refuse a base that lacks rows before an adapter's new ones, or masks other ones.
-
-    Args:
-        config: The adapter's configuration, settled.
-        model: The model.
 
     Raises:
         ArchitectureError: If the base has fewer rows.
@@ -105,21 +102,13 @@ def _check_other_rows(config: PemnConfig, model: nn.Module) -> None:
 
 
 def models_with_new_rows(model: nn.Module) -> list[PreTrainedModel]:
-    """Return transformers' models in which an adapter has rows of tokens that were added.
-
-    Args:
-        model: A model with adapters.
-    """
+    """Return transformers' models in which an adapter has rows of tokens that were added."""
     inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     return [one for one in inner if any(_has_new_rows(table) for table in language_tables(one))]
 
 
 def tell_sizes(models: list[PreTrainedModel]) -> None:
-    """Let models say how many tokens they have now, by which they shape logits for a loss.
-
-    Args:
-        models: What `models_with_new_rows` returned, whichever adapters are in force now.
-    """
+    """Let models say how many tokens they have now, by which they shape logits for a loss."""
     for model in models:
         tables = language_tables(model)
         count = _rows_in_force(tables[-1])
@@ -188,24 +177,15 @@ def _refuse_option(config: PemnConfig, problem: str) -> NoReturn:
 def _rows_by_name(model: nn.Module) -> Iterator[tuple[str, int]]:
     """Yield the parameters that may have new rows, and how many rows the base has of them."""
     for path, module in base_modules(model):
-        for name in module._parameters if isinstance(module, (nn.Embedding, nn.Linear)) else ():
-            rows = count_rows(module, name)
-            if rows:
-                yield full_name(path, name), rows
+        is_table = isinstance(module, (nn.Embedding, nn.Linear))
         for name, tensor in module._parameters.items():
-            is_bias = name.endswith("bias") and not isinstance(module, (nn.Embedding, nn.Linear))
-            rows = count_rows(module, name) if is_bias else 0
-            if rows and tensor is not None and tensor.dim() == 1:
+            rows = count_rows(module, name) if is_table or name.endswith("bias") else 0
+            if rows and (is_table or (tensor is not None and tensor.dim() == 1)):
                 yield full_name(path, name), rows
 
 
 def count_rows(module: nn.Module, name: str) -> int:
-    """Return how many rows the base has of a parameter, with those that no mask lies on.
-
-    Args:
-        module: The module.
-        name: The parameter's name on it.
-    """
+    """Return how many rows the base has of a parameter, with those that no mask lies on."""
     masked = find_masked(module, name)
     tensor = module._parameters[name]
     if masked is not None:
@@ -227,11 +207,7 @@ def _language_models(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def language_tables(model: PreTrainedModel) -> list[nn.Module]:
-    """Return a model's embedding of tokens and, if it has one, the head over them.
-
-    Args:
-        model: The model.
-    """
+    """Return a model's embedding of tokens and, if it has one, the head over them."""
     try:
         found = [model.get_input_embeddings(), model.get_output_embeddings()]
     except (NotImplementedError, AttributeError):
@@ -242,12 +218,7 @@ def language_tables(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def names_of_tables(model: nn.Module, one: PreTrainedModel) -> list[str]:
-    """Return the names of a language model's tables and biases of tokens, tied ones too.
-
-    Args:
-        model: The model that names are of.
-        one: The language model in it, or itself.
-    """
+    """Return the names of a language model's tables and biases of tokens, tied ones too."""
     tables = {id(table) for table in language_tables(one)}
     tied = _tied(model)
     own = [
@@ -283,5 +254,119 @@ def _rows_of_checkpoint(model: PreTrainedModel) -> int | None:
         return None
 
 
-def _path(name: str) -> str:
-    return name.rpartition(".")[0]
+def growing(
+    model: nn.Module, configs: Mapping[str, PemnConfig], theirs: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a ``resize_token_embeddings`` that gives adapters the rows that are new.
+
+    transformers' own would put a new head in the place of a masked one, its weight made of the
+    masked numbers. Here what is stored grows, the masks stay on the rows that they lie on, and each
+    adapter gets the new rows as if they had been there before it.
+    """
+
+    def resize_token_embeddings(
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        wanted, held = new_num_tokens, _held(model, configs)
+        if wanted is not None and pad_to_multiple_of:
+            wanted += -wanted % pad_to_multiple_of
+        if wanted is None or held is None or wanted <= held:
+            return theirs(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        with undone_on_error(model, *configs.values()):
+            _grow(model, configs, NewRows(held, wanted - held))
+        tell_sizes(models_with_new_rows(model))
+        return cast("PreTrainedModel", model).get_input_embeddings()
+
+    return resize_token_embeddings
+
+
+def _held(model: nn.Module, configs: Mapping[str, PemnConfig]) -> int | None:
+    """Return how many tokens a model has; None where its own method has to resize it, or refuse."""
+    plain = PreTrainedModel.resize_token_embeddings
+    kind: Any = original_class(model)
+    if not isinstance(model, PreTrainedModel) or kind.resize_token_embeddings is not plain:
+        return None
+    tables = language_tables(model)
+    signed = any(config.form != "product" for config in configs.values())
+    stored = [t for table in tables for t in table._parameters.values() if t is not None]
+    is_plain = all(type(one.data) is Tensor and not one.is_meta for one in stored)
+    whole = model.get_output_embeddings() in (None, *tables)
+    if not tables or not whole or signed or not is_plain or tying.decide_ties(model):
+        return None
+    return count_rows(tables[0], "weight")
+
+
+def _grow(model: nn.Module, configs: Mapping[str, PemnConfig], new: NewRows) -> None:
+    names = names_of_tables(model, cast("PreTrainedModel", model))
+    modules, grown = dict(base_modules(model)), set()
+    for name in names:
+        path, _, parameter = name.rpartition(".")
+        _grow_stored(modules[path], parameter, new.more, grown)
+    for table in language_tables(cast("PreTrainedModel", model)):
+        sized = "num_embeddings" if isinstance(table, nn.Embedding) else "out_features"
+        setattr(table, sized, new.first + new.more)
+    for adapter, config in configs.items():
+        config.settle_rows(dict.fromkeys(names, new))
+        owned = [item for item in plan_for(model, config).owned if item.first_row is not None]
+        _attach(model, adapter, modules, owned)
+
+
+def _grow_stored(module: nn.Module, name: str, more: int, grown: set[int]) -> None:
+    """Put rows near the mean of those that are there behind a stored tensor, of a tied one once."""
+    masked = find_masked(module, name)
+    if masked is not None and masked.bank is not None:
+        if id(masked) not in grown:
+            masked.take_rows(_drawn(masked.fill(), more))
+            grown.add(id(masked))
+        return
+    parameter = cast("Tensor", module._parameters[name])
+    if id(parameter) not in grown:
+        parameter.data = torch.cat([parameter.data, _drawn(parameter.data, more)])
+        grown.add(id(parameter))
+
+
+def _drawn(rows: Tensor, more: int) -> Tensor:
+    """Return new rows of a table: the mean of its own, which favours no token, and noise."""
+    wide = rows.detach().float()
+    noise = torch.randn(more, *rows.shape[1:], device=rows.device)
+    drawn = wide.mean(dim=0) + _NOISE * wide.std(dim=0, correction=0) * noise
+    return drawn.to(rows.dtype)
+
+
+def _attach(
+    model: nn.Module, adapter: str, modules: Mapping[str, nn.Module], owned: Sequence[Owned]
+) -> None:
+    """Give an adapter its new rows, trained if its masks are."""
+    layers = [one for one in model.modules() if isinstance(one, PemnLayer)]
+    masks = [layer.mask_of(adapter) for layer in layers if layer.holds(adapter)]
+    is_trained = any(p.requires_grad for mask in masks for p in mask.parameters())
+    for item in owned:
+        module = modules[item.path]
+        if item.tied_to:
+            path, _, source = item.tied_to.rpartition(".")
+            owner = cast("PemnTaskLayer", find_task(modules[path]))
+            operate.share_tensor(module, item.tensor, owner, source)
+            own = cast("PemnTaskLayer | None", find_task(module))
+            if own is not None:  # a copy that no one trains: it was the base's until now
+                own.drop_tensor(adapter, item.tensor)
+            continue
+        layer = cast("PemnTaskLayer", find_task(module) or _new_layer(module, item.path, layers[0]))
+        plain = () if find_masked(module, item.tensor) is not None else (item.tensor,)
+        operate.own_tensors(layer, plain)
+        layer.grow_tensors(adapter, item, is_trained=is_trained)
+    parts = masks[0].parts
+    if parts is not None:
+        tied = {one.name: bool(one.tied_to) for one in owned}
+        names = [name for name in dict.fromkeys((*parts.owned, *tied)) if not tied.get(name)]
+        for mask in masks:
+            mask.parts = replace(parts, owned=tuple(names))
+
+
+def _new_layer(module: nn.Module, path: str, like: PemnLayer) -> PemnTaskLayer:
+    """Return a layer for a module's tensors, with the adapters active that are so elsewhere."""
+    made = PemnTaskLayer(module, path)
+    made._active_adapter, made._disable_adapters = like._active_adapter, like._disable_adapters
+    return made

@@ -1,7 +1,7 @@
 """One planned injection: everything is checked when it is made, then carried out path by path."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -9,7 +9,7 @@ import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
-from pemn_surgery.adapters.base import offloaded
+from pemn_surgery.adapters.base import check_named_base, offloaded
 from pemn_surgery.adapters.checks import (
     check_in_place,
     check_same_bank,
@@ -17,13 +17,14 @@ from pemn_surgery.adapters.checks import (
     check_signs,
 )
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import AdapterFile, decode_held, put_on_base
+from pemn_surgery.adapters.files.adapter_file import decode_held, put_on_base
+from pemn_surgery.adapters.files.contents import AdapterFile
 from pemn_surgery.adapters.files.file_checks import check_can_rename, check_file_fits
 from pemn_surgery.adapters.injection.layer_checks import check_layers
 from pemn_surgery.adapters.layer import PemnLayer, weight_stream
 from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
-from pemn_surgery.adapters.whole.whole_sizes import outputs_of
+from pemn_surgery.adapters.whole_modules import outputs_of
 from pemn_surgery.masks.adapter_mask import Parts
 from pemn_surgery.masks.attached import find_masked, find_task
 from pemn_surgery.numbers import bank as banks
@@ -31,7 +32,7 @@ from pemn_surgery.numbers import fingerprint as fingerprints
 from pemn_surgery.numbers.bank import Bank, Shape
 from pemn_surgery.planning.outcomes import Owned, Target
 from pemn_surgery.planning.plan import Plan
-from pemn_surgery.planning.roles import base_modules
+from pemn_surgery.planning.roles import base_modules, full_name
 from pemn_surgery.surgery import materialise, operate
 
 
@@ -57,7 +58,12 @@ class Operation:
             materialise.check_own_weights(model, plan)
         if config.origin.file is not None:
             sized = {item.path for item in plan.whole if outputs_of(self.modules[item.path])}
-            check_file_fits(config.origin.file, plan, set(self._tensor_names()), sized)
+            names = {
+                full_name(path, name)
+                for path, module in self.modules.items()
+                for name in (*module._parameters, *module._buffers)
+            }
+            check_file_fits(config.origin.file, plan, names, sized)
         self.bank = self._find_or_build_bank()
         self.fingerprint = self._fingerprint()
         self._check_base()
@@ -117,7 +123,7 @@ class Operation:
         for item in self.plan.owned:
             (shared if item.tied_to else owned[item.path]).append(item)
         for path, items in owned.items():
-            layer = find_task(self.modules[path]) or self._own(path)
+            layer = find_task(self.modules[path]) or PemnTaskLayer(self.modules[path], path)
             plain = (item.tensor for item in items if item.name not in masked)
             operate.own_tensors(layer, tuple(plain))
             frozen = path in self.plan.frozen_norms
@@ -129,12 +135,10 @@ class Operation:
             owner = cast("PemnTaskLayer", find_task(self.modules[path]))
             operate.share_tensor(self.modules[item.path], item.tensor, owner, source)
 
-    def _own(self, path: str) -> PemnTaskLayer:
-        return PemnTaskLayer(self.modules[path], path)
-
     def _find_or_build_bank(self) -> Bank | None:
         spec = self.config.bank_spec
-        held = list(self._held_layers())
+        children = (child for one in self.modules.values() for child in one._modules.values())
+        held = [child for child in children if isinstance(child, PemnLayer)]
         for layer in held:
             check_same_bank(layer.spec, spec)
         if held and (spec.generated or spec.bank != "own"):
@@ -183,24 +187,15 @@ class Operation:
 
     def _check_base(self) -> None:
         """Refuse masks of another base: the configuration names one, and so does every mask."""
-        given, file = "the given model", self.config.origin.file
+        named, file = self.config.origin.fingerprint, self.config.origin.file
         actual_base = self.fingerprint
         if file is not None and file.is_renamed:
             check_can_rename(self.config)
             actual_base = self._fingerprint(file.called)
-        if self.config.origin.fingerprint is not None:
-            fingerprints.check_fingerprint(self.config.origin.fingerprint, actual_base, given)
-        headers = file.headers.values() if file is not None else ()
-        for mask in headers:
-            expected = fingerprints.from_short_form(mask.base)
-            if expected and actual_base:
-                actual = fingerprints.shorten(actual_base)
-                fingerprints.check_fingerprint(expected, actual, given)
-
-    def _tensor_names(self) -> Iterator[str]:
-        for path, module in self.modules.items():
-            for name in (*module._parameters, *module._buffers):
-                yield f"{path}.{name}" if path else name
+        if named is not None:
+            fingerprints.check_fingerprint(named, actual_base, "the given model")
+        for mask in file.headers.values() if file is not None else ():
+            check_named_base(mask.base, actual_base)
 
     def _weight(self, name: str) -> Tensor:
         path, _, parameter = name.rpartition(".")
@@ -226,11 +221,6 @@ class Operation:
 
     def _backend(self, module: nn.Module, parameter: str) -> QuantizationBackend | None:
         return resolve_backend(module, self.requantiser) if parameter == "weight" else None
-
-    def _held_layers(self) -> Iterator[PemnLayer]:
-        for module in self.modules.values():
-            children = module._modules.values()
-            yield from (child for child in children if isinstance(child, PemnLayer))
 
 
 def _first_rows(weight: Tensor, shape: Shape) -> Tensor:

@@ -11,9 +11,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pemn_surgery.adapters.base import is_guessed, masked_layers
 from pemn_surgery.adapters.checks import check_adapters_exist
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.guides import is_guessed
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.adapters.tasks.manage import adapter_configs
@@ -103,26 +103,19 @@ def take_back_flips(
     for layer, one, count in zip(layers, pairs, _least(pairs, share), strict=True):
         mask = layer.mask_of(adapter_name)
         chosen = one.taken_back(count)
-        _settle(cast("nn.Parameter", mask.scores), scores_from_mask(chosen, mask, config))
+        held = cast("nn.Parameter", mask.scores).requires_grad_(False)
+        held.copy_(scores_from_mask(chosen, mask, config))
         flips = [int((now != one.initial).sum()) for now in (one.mask, chosen)]
         found.append(Flips(layer.target, chosen.numel(), *flips))
     return found
 
 
 def _masks_of(model: nn.Module, adapter_name: str) -> tuple[PemnConfig, list[PemnLayer]]:
-    """Return an adapter's configuration and masked layers.
-
-    Raises:
-        AdapterError: If there is no such adapter, or it has no flips to take back.
-    """
+    """Return an adapter's configuration and masked layers, if it has flips to take back."""
     configs: Mapping[str, PemnConfig] = adapter_configs(model)
     check_adapters_exist(configs, [adapter_name])
     config = configs[adapter_name]
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, PemnLayer) and adapter_name in module.pemn_masks
-    ]
+    layers = list(masked_layers(model, adapter_name).values())
     if not all(is_guessed(layer, config) for layer in layers):
         message = (
             f"The adapter {adapter_name!r} has selector={config.selector!r} and "
@@ -158,9 +151,6 @@ def _squared_gradients(
     """Return the sum of squared gradients over losses, float32, for each of the scores.
 
     A score's gradient is, but for its sign, that of the effective weight times the frozen number.
-
-    Raises:
-        AdapterError: If there is no loss, or one does not depend on scores, or is not finite.
     """
     sums = [torch.zeros_like(score, dtype=torch.float32) for score in scores]
     count = 0
@@ -218,9 +208,3 @@ def _least(pairs: list[_Pairs], share: float) -> list[int]:
     )
     least = costs.argsort(stable=True)[: round(share * len(costs))]
     return torch.bincount(owner[least], minlength=len(pairs)).tolist()
-
-
-@torch.no_grad()
-def _settle(scores: nn.Parameter, values: Tensor) -> None:
-    scores.copy_(values)
-    scores.requires_grad_(False)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from pemn_surgery.adapters.base import fingerprint_now
 from pemn_surgery.adapters.checks import check_not_merged
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.adapter_file import MASKS, TENSORS, one_reading
+from pemn_surgery.adapters.files.adapter_file import one_reading
 from pemn_surgery.adapters.files.file_checks import check_swap_fits
 from pemn_surgery.adapters.files.opening import adapter_folder, check_adapter
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.names import without_name
 from pemn_surgery.errors import AdapterFileError
 from pemn_surgery.numbers import fingerprint as fingerprints
 
@@ -33,12 +34,6 @@ def swap_masks(
 ) -> None:
     """Copy another adapter's masks and tensors over those of one that a model has.
 
-    Args:
-        model: The model, compiled or not.
-        state_dict: The other adapter's tensors, with or without the adapter's name in their keys.
-        adapter_name: The adapter that gives way; its name and configuration stay.
-        config: The other adapter's configuration.
-
     Raises:
         UnsupportedModelError: If the adapter is merged.
         FingerprintError: If the masks were trained on another base.
@@ -47,7 +42,7 @@ def swap_masks(
     """
     inner = cast("nn.Module", getattr(model, "_orig_mod", model))  # behind torch.compile
     check_not_merged(inner, adapter_name)
-    given = {_without_name(key, adapter_name): value for key, value in state_dict.items()}
+    given = {without_name(key, adapter_name): value for key, value in state_dict.items()}
     held = get_peft_model_state_dict(inner, adapter_name=adapter_name, save_embedding_layers=False)
     check_swap_fits(given, held)
     base = fingerprint_now(inner, adapter_name)
@@ -138,9 +133,3 @@ def _check_same_save(state_dict: dict[str, Tensor], config: PemnConfig) -> None:
             "changed; swap it again."
         )
         raise AdapterFileError(message)
-
-
-def _without_name(key: str, adapter_name: str) -> str:
-    for part in (MASKS, TENSORS):
-        key = key.replace(f".{part}.{adapter_name}.", f".{part}.")
-    return key

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from pemn_surgery.adapters.whole.whole_modules import choosing_layers
+from pemn_surgery.adapters.whole_modules import choosing_layers
 from pemn_surgery.errors import ConfigError, TaskInferenceError
 from pemn_surgery.masks import in_force
 from pemn_surgery.masks.masked_weight import MaskedWeight
@@ -140,7 +140,8 @@ def _check_heads(model: nn.Module, names: Sequence[str]) -> None:
     for path, wrapper in model.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
-        shapes = [_shapes(head) for head in _heads(wrapper, names)]
+        heads = [_tensors(head) for head in _heads(wrapper, names)]
+        shapes = [{name: tuple(one.shape) for name, one in head.items()} for head in heads]
         for name, found in _others(names, shapes):
             message = (
                 f"{path} of adapter {name!r} has the shapes {found}, that of {names[0]!r} "
@@ -174,10 +175,6 @@ def _heads(wrapper: ModulesToSaveWrapper, names: Sequence[str]) -> list[nn.Modul
     """Return each adapter's copy of a module; one without a copy uses the original."""
     held = wrapper.modules_to_save._modules
     return [cast("nn.Module", held.get(name, wrapper.original_module)) for name in names]
-
-
-def _shapes(head: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in _tensors(head).items()}
 
 
 def _tensors(head: nn.Module) -> dict[str, Tensor]:

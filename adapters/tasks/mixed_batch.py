@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from pemn_surgery.adapters.whole.whole_modules import choosing_layers
+from pemn_surgery.adapters.whole_modules import choosing_layers
+from pemn_surgery.adapters.within import set_within
 from pemn_surgery.errors import AdapterError, MixedBatchError
 from pemn_surgery.masks import in_force
 from pemn_surgery.masks.in_force import Chosen
@@ -32,8 +33,7 @@ BASE = "__base__"
 
 # Methods of a model that take a batch.
 _METHODS = ("forward", "generate")
-
-_OFFER = "Run these samples in calls of their own, one per adapter"
+_HELD = "_pemn_held_methods"
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,8 @@ def mixed_batches(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Let a model's forward (and generate) take each sample with its own adapter.
 
     Every tensor argument whose first dimension is the batch's is split; others go to every group.
-    Other calls, of this thread or of others, run as if there were no such batch.
-
-    Args:
-        model: The model itself, below PEFT's own.
-        names: The adapter of each sample, or "__base__" for none.
+    Other calls, of this thread or of others, run as if there were no such batch. A name is an
+    adapter's, or "__base__" for none.
 
     Raises:
         MixedBatchError: If the model trains, is merged, or is compiled where torch does not follow
@@ -69,27 +66,20 @@ def mixed_batches(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """
     _check(model, names)
     layers = frozenset(choosing_layers(model))
-    token = _batch.set(_Batch(tuple(names), _groups(names), layers))
-    try:
-        with _splitting(model):
-            yield
-    finally:
-        _batch.reset(token)
+    groups: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        groups.setdefault(name, []).append(index)
+    with set_within(_batch, _Batch(tuple(names), groups, layers)), _splitting(model):
+        yield
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the samples of a call belong to.
+    """What the samples of a call belong to."""
 
-    Attributes:
-        names: The adapter of each sample.
-        groups: The rows of every adapter's samples.
-        layers: Everything in the model that chooses between adapters.
-    """
-
-    names: tuple[str, ...]
-    groups: Mapping[str, list[int]]
-    layers: Set[in_force.Layer]
+    names: tuple[str, ...]  # the adapter of each sample
+    groups: Mapping[str, list[int]]  # the rows of every adapter's samples
+    layers: Set[in_force.Layer]  # everything in the model that chooses between adapters
 
 
 # The batch whose samples the next method of the model has to part; None within a group's run.
@@ -114,18 +104,11 @@ def _splitting(model: nn.Module) -> Iterator[None]:
                 del model.__dict__[_HELD]
 
 
-_HELD = "_pemn_held_methods"
-
-
 class _Held:
-    """A model's own methods while others stand in their place.
-
-    Attributes:
-        calls: How many calls need those others.
-    """
+    """A model's own methods while others stand in their place."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.calls = 0
+        self.calls = 0  # that need those others
         self.own = {name: model.__dict__[name] for name in _METHODS if name in model.__dict__}
         for method in _METHODS:
             if hasattr(model, method):
@@ -155,7 +138,8 @@ def _check(model: nn.Module, names: Sequence[str]) -> None:
             "train another adapter. Call model.eval() first."
         )
         raise MixedBatchError(message)
-    layers = _switches(model)
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
     known = {name for layer in layers for name in layer._get_available_adapters()}
     unknown = sorted(set(names) - known - {BASE})
     if unknown:
@@ -178,27 +162,8 @@ def _is_compiled(model: nn.Module) -> bool:
     return compiled or torch.compiler.is_compiling()
 
 
-def _groups(names: Sequence[str]) -> dict[str, list[int]]:
-    """Return the indices of every adapter's samples."""
-    groups: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        groups.setdefault(name, []).append(index)
-    return groups
-
-
-def _switches(model: nn.Module) -> list[Any]:
-    """Return every module that chooses between adapters."""
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [module for module in model.modules() if isinstance(module, kinds)]
-
-
 def _by_group(model: nn.Module, method: str) -> Callable[..., Any]:
-    """Return a model's method that runs once per group where a batch is to be parted.
-
-    Args:
-        model: The model.
-        method: Name of the method.
-    """
+    """Return a model's method that runs once per group where a batch is to be parted."""
     plain = getattr(model, method)
 
     @functools.wraps(plain)  # transformers' generate reads the forward's signature
@@ -222,12 +187,9 @@ def _by_group(model: nn.Module, method: str) -> Callable[..., Any]:
 @contextmanager
 def _group(name: str, layers: Set[in_force.Layer]) -> Iterator[None]:
     """Run one group: one adapter is in force, and no method parts its samples again."""
-    token = _batch.set(None)
-    try:
-        with in_force.use(Chosen(() if name == BASE else (name,), layers)), one_forward():
-            yield
-    finally:
-        _batch.reset(token)
+    chosen = Chosen(() if name == BASE else (name,), layers)
+    with set_within(_batch, None), in_force.use(chosen), one_forward():
+        yield
 
 
 def _check_size(given: Any, names: tuple[str, ...]) -> None:
@@ -287,10 +249,7 @@ def _padding(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
 class _Joiner:
     """Puts the outputs of groups together in the order of the batch.
 
-    Args:
-        names: The adapter of each sample.
-        rows: The indices of each group's samples.
-        padding: Token that fills up shorter sequences, or None where none may be shorter.
+    Shorter sequences are filled up with the padding; where it is None none may be shorter.
     """
 
     def __init__(self, names: tuple[str, ...], rows: list[list[int]], padding: int | None) -> None:
@@ -304,11 +263,13 @@ class _Joiner:
         if isinstance(first, Tensor):
             return self._tensors(parts)
         if isinstance(first, Mapping):
-            self._check_keys(parts)
+            if any(part.keys() != first.keys() for part in parts):
+                self._refuse("Adapters gave different outputs", parts, list)
             joined = {key: self.join([part[key] for part in parts]) for key in first}
             return joined if type(first) is dict else type(first)(**joined)
         if isinstance(first, (list, tuple)):
-            self._check_lengths(parts)
+            if any(len(part) != len(first) for part in parts):
+                self._refuse("Adapters gave lists of different lengths", parts, len)
             items = [self.join(column) for column in zip(*parts, strict=True)]
             return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
         if all(part is first or part == first for part in parts):
@@ -325,9 +286,7 @@ class _Joiner:
             return self._same(parts)
         parts = self._padded(parts)
         if len({part.shape[1:] for part in parts}) > 1:
-            shapes = ", ".join(f"{name}: {tuple(part.shape)}" for name, part in self._named(parts))
-            message = f"Adapters gave outputs of different shapes ({shapes}). {_OFFER}."
-            raise MixedBatchError(message)
+            self._refuse("Adapters gave outputs of different shapes", parts, _shape)
         each = int(next(iter(per_sample)))
         if not each:
             return torch.cat(list(parts))
@@ -352,24 +311,18 @@ class _Joiner:
     def _same(self, parts: Sequence[Tensor]) -> Tensor:
         """Return a tensor without samples, which has to be the same in every group."""
         first = parts[0]
-        if all(part.shape == first.shape and torch.equal(part, first) for part in parts):
-            return first
-        shapes = ", ".join(f"{name}: {tuple(part.shape)}" for name, part in self._named(parts))
-        message = f"An output has no first dimension of samples and differs ({shapes}). {_OFFER}."
+        if not all(part.shape == first.shape and torch.equal(part, first) for part in parts):
+            self._refuse("An output has no first dimension of samples and differs", parts, _shape)
+        return first
+
+    def _refuse(
+        self, problem: str, parts: Sequence[Any], shown: Callable[[Any], object]
+    ) -> NoReturn:
+        named = zip((self.names[rows[0]] for rows in self.rows), map(shown, parts), strict=True)
+        listed = ", ".join(f"{name}: {part}" for name, part in named)
+        message = f"{problem} ({listed}). Run these samples in calls of their own, one per adapter."
         raise MixedBatchError(message)
 
-    def _check_keys(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        if any(part.keys() != parts[0].keys() for part in parts):
-            keys = ", ".join(f"{name}: {list(part)}" for name, part in self._named(parts))
-            message = f"Adapters gave different outputs ({keys}). {_OFFER}."
-            raise MixedBatchError(message)
 
-    def _check_lengths(self, parts: Sequence[Sequence[Any]]) -> None:
-        if any(len(part) != len(parts[0]) for part in parts):
-            lengths = ", ".join(f"{name}: {len(part)}" for name, part in self._named(parts))
-            message = f"Adapters gave lists of different lengths ({lengths}). {_OFFER}."
-            raise MixedBatchError(message)
-
-    def _named(self, parts: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-        for part, rows in zip(parts, self.rows, strict=True):
-            yield self.names[rows[0]], part
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

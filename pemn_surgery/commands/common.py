@@ -12,7 +12,7 @@ from pemn_surgery.errors import ConfigError
 
 if TYPE_CHECKING:
     from pemn_surgery.adapters.config import PemnConfig
-    from pemn_surgery.adapters.files.adapter_file import AdapterFile
+    from pemn_surgery.adapters.files.contents import AdapterFile
 
 
 def add_command(

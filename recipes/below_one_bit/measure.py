@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pemn_surgery.adapters.guides import drawn_guides
+from pemn_surgery.adapters.base import drawn_guides
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.coding import bits, codec
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pemn_surgery.adapters.files.adapter_file import MASKS, parameter_name
+from pemn_surgery.adapters.files.contents import MASKS, parameter_name
 from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.errors import RecipeError

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from pemn_surgery import compare_adapters, from_finetuned, pemnify, recode
 from pemn_surgery.adapters import state
+from pemn_surgery.adapters.base import base_sizes
 from pemn_surgery.adapters.files.adapter_file import read_adapter_file
 from pemn_surgery.adapters.files.card import complete_card
-from pemn_surgery.adapters.guides import base_sizes
 from pemn_surgery.coding.header import inspect
 from pemn_surgery.commands.cli import main
 from pemn_surgery.errors import FingerprintError, MaskFormatError

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pemn_surgery import PemnConfig, pemnify
-from pemn_surgery.adapters.files.adapter_file import AdapterFile
+from pemn_surgery.adapters.files.contents import AdapterFile
 from pemn_surgery.errors import AdapterFileError
 from pemn_surgery.masks.selector import Selector
 from tests.adapters import models

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pemn_surgery import PemnConfig, pemnify
-from pemn_surgery.adapters.guides import drawn_guides
+from pemn_surgery.adapters.base import drawn_guides
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.header import inspect

@@ -27,10 +27,10 @@ from transformers import Trainer
 
 import pemn_surgery
 from pemn_surgery import PemnConfig, pemnify
-from pemn_surgery.adapters import doors, guard, versions
-from pemn_surgery.adapters.checkpoints import are_scores_kept
+from pemn_surgery.adapters import adding, doors, guard
 from pemn_surgery.adapters.files.atomic import replace_file
-from pemn_surgery.adapters.whole.whole_modules import choosing_layers
+from pemn_surgery.adapters.state import are_scores_kept
+from pemn_surgery.adapters.whole_modules import choosing_layers
 from pemn_surgery.errors import (
     AdapterError,
     AdapterFileError,
@@ -570,7 +570,7 @@ def project_ranges():
 
 
 def test_the_tested_ranges_are_the_projects():
-    for library, (least, below) in versions.TESTED.items():
+    for library, (least, below) in adding.TESTED.items():
         assert f"{library}>={least}" + (f",<{below}" if below else "") in project_ranges()
 
 
@@ -585,13 +585,13 @@ def test_the_tested_ranges_are_the_projects():
 )  # fmt: skip
 def test_an_untested_version_warns_once(library, version, is_tested, monkeypatch):
     monkeypatch.setattr(library, "__version__", version)
-    versions.warn_of_untested.cache_clear()
+    adding.warn_of_untested.cache_clear()
     if is_tested:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            versions.warn_of_untested()
+            adding.warn_of_untested()
         return
-    least, below = versions.TESTED[library.__name__]
+    least, below = adding.TESTED[library.__name__]
     said = f"{library.__name__} {version} is untested: .* was tested with >={least},<{below}"
     with pytest.warns(VersionsWarning, match=said):
         doors.install()

@@ -11,8 +11,7 @@ from peft import PeftConfig
 from torch import nn
 
 from pemn_surgery import PemnConfig, pemnify, plan
-from pemn_surgery.adapters.idle import IDLE
-from pemn_surgery.adapters.options import OPTIONS
+from pemn_surgery.adapters.options import IDLE, OPTIONS
 from pemn_surgery.errors import AdapterFileError, ConfigError
 from tests.adapters import models
 

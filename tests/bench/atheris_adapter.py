@@ -22,7 +22,6 @@ import atheris
 READERS = (
     "adapters.files.adapter_file",
     "adapters.config",
-    "adapters.files.config_file",
     "bits",
     "codec",
     "codes",

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pemn_surgery.adapters.files.adapter_file import parameter_name
+from pemn_surgery.adapters.files.contents import parameter_name
 from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.context import Guide
 from pemn_surgery.coding.header import HEADER_BYTES, inspect

@@ -99,7 +99,7 @@ def test_the_trainers_checkpoints_hold_scores_in_any_order(first):
 import sys
 {first}
 from pemn_surgery import PemnConfig
-from pemn_surgery.adapters.checkpoints import are_scores_kept
+from pemn_surgery.adapters.state import are_scores_kept
 assert not any(getattr(finder, "awaited", None) for finder in sys.meta_path)
 trainer = object.__new__(Trainer)
 trainer.state = None  # asked for first, so that nothing is written

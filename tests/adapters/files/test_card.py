@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from pemn_surgery import PemnCallback, PemnConfig, pemnify, recode
-from pemn_surgery.adapters.files.card import complete_card
-from pemn_surgery.adapters.files.card_text import without_form
+from pemn_surgery.adapters.files.card import complete_card, without_form
 from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers

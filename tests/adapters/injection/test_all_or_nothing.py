@@ -28,8 +28,7 @@ THEIRS = str(Path(peft.__file__).parent) + "/"
 PURE = (
     "planning/", "models/", "numbers/rng.py", "coding/", "kernels/", "masks/selector.py",
     "surgery/undo.py", "errors.py", "adapters/injection/matching.py",
-    "adapters/injection/all_or_nothing.py", "adapters/config.py", "adapters/files/adapter_file.py",
-    "adapters/files/config_file.py",
+    "adapters/adding.py", "adapters/config.py", "adapters/files/adapter_file.py",
 )  # fmt: skip
 STEPS_OF_PEFT = ("tuners_utils.py", "peft_model.py", "other.py", "save_and_load.py")
 

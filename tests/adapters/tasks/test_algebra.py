@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from pemn_surgery import PemnConfig, errors, from_finetuned, pemnify, to_trainable
-from pemn_surgery.adapters.tasks.algebra import combined_mask
+from pemn_surgery.adapters.tasks.manage import combined_mask
 from tests.adapters import models
 from tests.adapters.models import says
 
