@@ -112,10 +112,7 @@ def build_without_weights(
 
 
 def find_model(name: str) -> Source:
-    """Return where a model comes from.
-
-    Args:
-        name: As in `build_model`.
+    """Return where a model comes from, by a name as in `build_model`.
 
     Raises:
         ConfigError: If the name can be none.

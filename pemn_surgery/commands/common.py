@@ -22,18 +22,7 @@ def add_command(
     help_text: str,
     example: str,
 ) -> argparse.ArgumentParser:
-    """Add a command.
-
-    Args:
-        commands: The subparsers.
-        name: The word behind ``pemn``.
-        run: From the parsed arguments to the exit code.
-        help_text: What it does, in a sentence.
-        example: A whole command line.
-
-    Returns:
-        Its parser, for its arguments.
-    """
+    """Add a command and return its parser; ``run`` maps parsed arguments to an exit code."""
     parser = commands.add_parser(
         name,
         help=help_text,
@@ -102,9 +91,6 @@ def adapter_folder(text: str) -> Path:
 def read_adapter(text: str) -> tuple["PemnConfig", "AdapterFile"]:
     """Return the configuration and the `AdapterFile` of an adapter.
 
-    Args:
-        text: Its folder, or its name on the hub.
-
     Raises:
         AdapterFileError: If one of its two files is missing, truncated, altered or no adapter's of
             masks.
@@ -117,11 +103,6 @@ def read_adapter(text: str) -> tuple["PemnConfig", "AdapterFile"]:
 
 def check_free(out: Path, names: Collection[str], *, overwrite: bool) -> None:
     """Refuse to write over what lies in the folder already, unless that is asked for.
-
-    Args:
-        out: The folder.
-        names: Files that would be written.
-        overwrite: Whether they may be replaced.
 
     Raises:
         ConfigError: If one is there.

@@ -42,10 +42,6 @@ def hub_name(text: str) -> HubName | None:
 def hub_file(name: HubName, file: str) -> Path:
     """Return a file of a repository, fetched if it is not in the local cache.
 
-    Args:
-        name: The repository.
-        file: The file's name.
-
     Raises:
         HubError: If it cannot be had.
     """

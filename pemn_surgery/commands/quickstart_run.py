@@ -109,11 +109,7 @@ def run(out: Path, epochs: int, seed: int, progress: Progress) -> dict[str, Any]
 
 
 def network(seed: int) -> nn.Module:
-    """Return a timm ResNet for 16 x 16 images with 4.2 million weights and ten outputs.
-
-    Args:
-        seed: Seed of torch's random weights.
-    """
+    """Return a timm ResNet for 16 x 16 images with 4.2 million weights and ten outputs."""
     import timm
 
     torch.manual_seed(seed)
@@ -151,21 +147,13 @@ def load_digits() -> tuple[Split, Split]:
 
 
 def verify_in_new_process(out: Path) -> bool:
-    """Tell whether a new process gets the saved logits from the saved adapters, bit for bit.
-
-    Args:
-        out: The quickstart's folder.
-    """
+    """Tell whether a new process gets the saved logits from the saved adapters, bit for bit."""
     command = [sys.executable, "-m", "pemn_surgery.commands.quickstart_run", str(out)]
     return subprocess.run(command, check=False).returncode == 0
 
 
 def reload_and_compare(out: Path) -> bool:
-    """Load both adapters onto a network with other random weights and compare logits.
-
-    Args:
-        out: The quickstart's folder.
-    """
+    """Load both adapters onto a network with other random weights and compare logits."""
     _, test = load_digits()
     folder = out / "masks"
     first = TASKS[0]
@@ -177,11 +165,7 @@ def reload_and_compare(out: Path) -> bool:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Return the result as a table.
-
-    Args:
-        result: What `run` returned.
-    """
+    """Return the result as a table."""
     dense = {row["task"]: row["nbytes"] for row in result["outcomes"] if row["method"] == "dense"}
     rows = [
         (

@@ -123,14 +123,7 @@ def is_in_place(name: str) -> bool:
 def stands_at(
     args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Any, positions: Positions
 ) -> bool:
-    """Tell whether an argument, or an item of a list that is one, stands at one of some positions.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        wanted: The very object that is looked for.
-        positions: Where to look.
-    """
+    """Tell whether this very object is an argument, or in a list that is one, at some positions."""
     for position, value in [*enumerate(args), *kwargs.items()]:
         values = value if isinstance(value, (list, tuple)) else (value,)
         if position in positions and any(item is wanted for item in values):

@@ -17,15 +17,7 @@ from pemn_surgery.models.operators import is_in_place, look_up
 
 
 class Call:
-    """One operator call.
-
-    Args:
-        func: Torch's function.
-        name: Its name.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        made_up: What values are that nobody knows.
-    """
+    """One operator call; ``made_up`` is what values are that nobody knows."""
 
     def __init__(self, func: Any, name: str, args: tuple, kwargs: dict, made_up: int) -> None:
         self.func, self.made_up = func, made_up

@@ -90,12 +90,7 @@ class Watcher(TorchFunctionMode):
             module.register_forward_hook(lambda *_: self._leave(), always_call=True)
 
     def watch(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Run a forward.
-
-        Args:
-            model: The copy.
-            inputs: Keyword arguments of its forward, whose tensors are marked.
-        """
+        """Run a forward of the copy, on keyword arguments whose tensors are marked."""
         for tensor in pytree.tree_leaves(inputs):
             if isinstance(tensor, Tensor):
                 setattr(tensor, _ORIGIN, FED)
@@ -120,13 +115,7 @@ class Watcher(TorchFunctionMode):
         return self._is_busy
 
     def see(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Note what an operator takes, run it, and mark what it makes.
-
-        Args:
-            func: Torch's function or operator.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-        """
+        """Note what an operator takes, run it, and mark what it makes."""
         self._is_busy = True
         try:
             operator = _name_of(func)

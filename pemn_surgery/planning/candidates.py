@@ -67,13 +67,7 @@ class Candidate:
 def candidates(
     model: nn.Module, request: Request, uses: Mapping[int, GraphUse]
 ) -> Iterator[Candidate]:
-    """Yield every parameter of two or more dimensions, masked ones included.
-
-    Args:
-        model: Any module.
-        request: What is asked for.
-        uses: What graphs do with parameters (`uses_in_graphs`).
-    """
+    """Yield every parameter of two or more dimensions, masked ones included."""
     for path, module in base_modules(model):
         yield from _packed_elsewhere(path, module, request)
         held = held_masks(module)

@@ -35,24 +35,14 @@ def is_weight(module: nn.Module, parameter: str) -> bool:
 
 
 def rows_of(module: nn.Module, shape: Shape) -> Rows:
-    """Return where the outputs of a layer lie in its weight; a vector's numbers are one output's.
-
-    Args:
-        module: The layer.
-        shape: Shape of its weight.
-    """
+    """Return where a layer's outputs lie in a weight; a vector's numbers are one output's."""
     if len(shape) < 2:
         return Rows(1, 1, 1, math.prod(shape))
     return _kind_of(module).rows(module, shape)
 
 
 def fan_in_of(module: nn.Module, shape: Shape) -> int:
-    """Return how many inputs one output sums over, as `torch.nn.init` counts them.
-
-    Args:
-        module: The layer.
-        shape: Shape of its weight.
-    """
+    """Return how many inputs one output sums over, as `torch.nn.init` counts them."""
     if len(shape) < 2 or isinstance(module, _TRANSPOSED_CONVOLUTIONS):
         return max(math.prod(shape[1:]), 1)  # torch takes every convolution for (out, in, ...)
     rows = rows_of(module, shape)

@@ -22,14 +22,7 @@ from pemn_surgery.planning.roles import (
 def owned_tensors(
     model: nn.Module, request: Request, masked: set[str], uses: Mapping[int, GraphUse]
 ) -> Iterator[Owned]:
-    """Yield the unmasked tensors that each task has its own copy of.
-
-    Args:
-        model: Any module.
-        request: What is asked for.
-        masked: Names of the weights that are masked.
-        uses: What graphs do with parameters (`uses_in_graphs`).
-    """
+    """Yield the unmasked tensors that each task has its own copy of."""
     seen: dict[int, str] = {}
     for path, module in base_modules(model):
         if request.is_saved_whole(path):
@@ -155,10 +148,6 @@ def is_idle_counter(module: nn.Module, name: str) -> bool:
     """Tell whether a tensor is BatchNorm's batch counter, which is read only without a momentum.
 
     An exported graph has the momentum as a constant; its modules are plain containers.
-
-    Args:
-        module: The module that holds the tensor.
-        name: The tensor's name on it.
     """
     has_momentum = getattr(module, "momentum", None) is not None or is_container(module)
     return name == "num_batches_tracked" and has_momentum

@@ -25,15 +25,7 @@ Staying = tuple[Candidate, str]
 
 
 def make_plan(model: nn.Module, request: Request) -> Plan:
-    """Decide what happens to every tensor of a model.
-
-    Args:
-        model: Any module; one that carries masks already is planned as if it did not.
-        request: What is asked for.
-
-    Returns:
-        The plan.
-    """
+    """Decide what happens to every tensor of a model; masks that it has already count as none."""
     uses = uses_in_graphs(model)
     found = list(candidates(model, request, uses))
     targets, left = _sort_out(found, request)
@@ -63,10 +55,6 @@ def functional_weights(model: nn.Module, trace: Trace) -> list[str]:
 
     Not among them: weights of layers, which are masked anyway, tables whose rows it looks up, and
     what it chooses by (routers, codebooks).
-
-    Args:
-        model: The model.
-        trace: Its trace.
     """
     modules = dict(base_modules(model))
     found = []
@@ -82,12 +70,7 @@ def functional_weights(model: nn.Module, trace: Trace) -> list[str]:
 
 
 def rewritten_weights(model: nn.Module, trace: Trace) -> list[str]:
-    """Return the weights that a forward changes in place: what it writes would miss the mask.
-
-    Args:
-        model: The model.
-        trace: Its trace.
-    """
+    """Return the weights that a forward changes in place: what it writes would miss the mask."""
     modules = dict(base_modules(model))
     names = [name for name in trace.written if name.rpartition(".")[0] in modules]
     return [name for name in names if not is_norm(modules[name.rpartition(".")[0]])]

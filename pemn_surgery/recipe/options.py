@@ -16,13 +16,7 @@ SEEDS = "one run of everything for each"
 
 
 def option(text: str, default: Any = MISSING, choices: Sequence[str] | None = None) -> Any:
-    """Return a dataclass field that is an option of the command line; its type reads the words.
-
-    Args:
-        text: Its help.
-        default: Its value where it is not given; without one it must be given.
-        choices: The values there are.
-    """
+    """Return a dataclass field that is an option of the command line; its type reads the words."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 

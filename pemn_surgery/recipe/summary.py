@@ -81,14 +81,7 @@ class Row:
 
 
 def gather(recipe: Recipe, folder: Path) -> dict[Budget, list[Row]]:
-    """Read all results of a folder.
-
-    Args:
-        recipe: Its file orders cases and arms.
-        folder: Of files that ``run`` wrote.
-
-    Returns:
-        Rows of each budget, full ones first.
+    """Read all results that ``run`` wrote to a folder: rows of each budget, full ones first.
 
     Raises:
         RecipeError: If there is none, or two hold one arm of one seed at one budget.

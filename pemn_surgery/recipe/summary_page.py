@@ -14,11 +14,6 @@ _REDUCED = "Trained for less than in the paper: columns compare with each other,
 def write(recipe: Recipe, found: Mapping[Budget, Sequence[Row]], folder: Path) -> None:
     """Write ``report.html`` and its pictures, as SVG and PNG.
 
-    Args:
-        recipe: Whose results they are.
-        found: What `summary.gather` returned.
-        folder: Made where it is not there.
-
     Raises:
         ImportError: If matplotlib is missing.
     """

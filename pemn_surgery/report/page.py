@@ -61,12 +61,6 @@ class Section:
 
 
 def render(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """Return the page; whatever it shows is escaped.
-
-    Args:
-        title: Its heading.
-        lead: A sentence below it.
-        sections: One below the other.
-    """
+    """Return the page; whatever it shows is escaped."""
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE)
     return template.render(title=title, lead=lead, sections=sections)

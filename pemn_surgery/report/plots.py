@@ -1,4 +1,4 @@
-"""Plots, drawn to files by matplotlib."""
+"""Plots, drawn to files by matplotlib; a file's ending decides the format."""
 
 import importlib.util
 import math
@@ -26,13 +26,7 @@ def scatter(
     labels: tuple[str, str],
     title: str,
 ) -> None:
-    """Save a scatter plot with a logarithmic x axis.
-
-    Args:
-        path: Where; the ending decides the format.
-        points: (x, y) pairs by series.
-        labels: Names of the x and y axes.
-        title: What it shows.
+    """Save a scatter plot of (x, y) pairs by series, its x axis logarithmic.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -60,14 +54,7 @@ def profile(
     label: str,
     title: str,
 ) -> None:
-    """Save a plot of values from 0 to 1 by layer, the first at the top.
-
-    Args:
-        path: Where; the ending decides the format.
-        names: The layers.
-        series: Values by what they are of, one for each layer; None is left out.
-        label: What a value is.
-        title: What it shows.
+    """Save a plot of values from 0 to 1 by layer, the first at the top; None is left out.
 
     Raises:
         ConfigError: If no plot can have this ending.

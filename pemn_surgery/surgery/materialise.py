@@ -49,20 +49,12 @@ def is_on_meta(model: nn.Module, plan: Plan) -> bool:
     """Tell whether a masked weight has no values: the model was built on the meta device.
 
     A weight that accelerate has moved away is on that device too, but comes back for each call.
-
-    Args:
-        model: The model.
-        plan: What will be masked.
     """
     return bool(_masked_on_meta(model, plan))
 
 
 def check_own_weights(model: nn.Module, plan: Plan) -> None:
     """Refuse masks on weights that have no values.
-
-    Args:
-        model: The model.
-        plan: What will be masked, where every weight stays in memory.
 
     Raises:
         MetaTensorError: If a masked weight is on the meta device.
@@ -80,9 +72,6 @@ def check_own_weights(model: nn.Module, plan: Plan) -> None:
 
 def check_device(device: torch.device) -> None:
     """Refuse to make masks where tensors have no values.
-
-    Args:
-        device: Torch's default device.
 
     Raises:
         MetaTensorError: If it is the meta device.

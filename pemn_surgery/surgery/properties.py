@@ -23,11 +23,7 @@ BITSANDBYTES = "bitsandbytes."
 
 
 def masked_property(name: str) -> property:
-    """Return the property in place of a parameter whose effective weight a `MaskedWeight` makes.
-
-    Args:
-        name: The parameter's name on the module.
-    """
+    """Return the property in place of a parameter whose effective weight a `MaskedWeight` makes."""
     child_name = masked_child_name(name)
 
     def getter(self: nn.Module) -> Tensor | None:
@@ -45,11 +41,7 @@ def masked_property(name: str) -> property:
 
 
 def owned_property(name: str) -> property:
-    """Return the property in place of a tensor that a `TaskTensors` chooses.
-
-    Args:
-        name: The tensor's name on the module.
-    """
+    """Return the property in place of a tensor that a `TaskTensors` chooses."""
 
     def getter(self: nn.Module) -> Tensor | None:
         shared = self.__dict__.get(SHARED_TENSORS, {})
@@ -78,12 +70,7 @@ def flat_weights_property() -> property:
 
 
 def answer_property(parameter: str, name: str) -> property:
-    """Return the property by which a layer answers what is asked of its masks.
-
-    Args:
-        parameter: A masked parameter of the layer.
-        name: The attribute of its `MaskedWeight`.
-    """
+    """Return the property by which a layer answers what is asked of its masks."""
     return property(lambda self: getattr(find_masked(self, parameter), name))
 
 

@@ -27,11 +27,6 @@ def refuse_replacing(module: nn.Module, name: str, reader: str) -> None:
     A parametrization or pruning that the model came with reads its own originals to make the weight
     of them.
 
-    Args:
-        module: The module whose tensor is read.
-        name: The tensor's name on it.
-        reader: Name of the Python module that reads.
-
     Raises:
         MaskedWeightError: If such a tool reads.
     """
@@ -44,13 +39,7 @@ def refuse_replacing(module: nn.Module, name: str, reader: str) -> None:
 def refusing_methods(
     original: type[nn.Module], made: Collection[str], allowed: str
 ) -> dict[str, Any]:
-    """Return methods of a swapped class that refuse what would go past its adapters.
-
-    Args:
-        original: The class that is swapped.
-        made: Names of the tensors that adapters make or choose.
-        allowed: Python modules, by the beginning of their names, that may delete such a tensor.
-    """
+    """Return methods of a swapped class that refuse what would go past its adapters."""
 
     def delete(self: nn.Module, name: str) -> None:
         caller = sys._getframe(1).f_globals.get("__name__", "")
@@ -79,10 +68,6 @@ def _is_pruned(module: nn.Module, name: str) -> bool:
 
 def refuse(module: nn.Module, problem: str) -> NoReturn:
     """Refuse what a tool or a user would do to a module.
-
-    Args:
-        module: The module.
-        problem: What it would do, or what would come of it.
 
     Raises:
         MaskedWeightError: Always.

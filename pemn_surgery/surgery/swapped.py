@@ -22,25 +22,14 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def swap(module: nn.Module, masks: tuple[str, ...] = (), tensors: tuple[str, ...] = ()) -> None:
-    """Put properties in place of tensors; those that the module already has are kept.
-
-    Args:
-        module: Any module.
-        masks: Parameters whose effective weight a `MaskedWeight` child makes.
-        tensors: Parameters and buffers that a `TaskTensors` child chooses.
-    """
+    """Put properties in place of tensors; those that the module already has are kept."""
     all_masks = dict.fromkeys((*names_masked(module), *masks))
     all_tensors = dict.fromkeys((*names_owned(module), *tensors))
     _set_class(module, tuple(all_masks), tuple(all_tensors))
 
 
 def unswap(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Take properties away again; without any the module has its original class.
-
-    Args:
-        module: A module that was swapped.
-        names: Tensors that are plain again.
-    """
+    """Take properties away again; without any the module has its original class."""
     masks = tuple(name for name in names_masked(module) if name not in names)
     tensors = tuple(name for name in names_owned(module) if name not in names)
     has_task = TASK_CHILD in module._modules
@@ -55,20 +44,13 @@ def mark_forward(model: nn.Module) -> None:
 
     PEFT's model calls past it and says so itself. A graph module makes a weight where its graph
     reads it, and is left alone.
-
-    Args:
-        model: A model with masks.
     """
     if not isinstance(model, GraphModule):
         _set_class(model, names_masked(model), names_owned(model), marked=True)
 
 
 def unmark_forward(model: nn.Module) -> None:
-    """Take the mark of `mark_forward` away again.
-
-    Args:
-        model: A model that may have it.
-    """
+    """Take the mark of `mark_forward` away again."""
     if _is_marked(model):
         masks, tensors = names_masked(model), names_owned(model)
         if masks or tensors or find_task(model) is not None:

@@ -17,11 +17,7 @@ from pemn_surgery.surgery.refusals import refuse
 
 
 def tying_methods(original: type[nn.Module]) -> dict[str, Any]:
-    """Return methods of a model's swapped class; none for models that do not tie by themselves.
-
-    Args:
-        original: The class that is swapped.
-    """
+    """Return methods of a model's swapped class; none for models that do not tie by themselves."""
     kind: Any = original
     if not hasattr(kind, "tie_weights") or not hasattr(kind, "resize_token_embeddings"):
         return {}
@@ -53,11 +49,7 @@ def tying_methods(original: type[nn.Module]) -> dict[str, Any]:
 
 
 def decide_ties(model: nn.Module) -> bool:
-    """Tell whether adapters have untied a weight, share one with an embedding, or have new rows.
-
-    Args:
-        model: The model.
-    """
+    """Tell whether adapters have untied a weight, share one with an embedding, or have new rows."""
     if any(_has_new_rows(module) for module in model.modules()):
         return True
     masked = [module for module in model.modules() if isinstance(module, MaskedWeight)]

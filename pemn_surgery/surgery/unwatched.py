@@ -15,10 +15,6 @@ def unwatched_subclass(original: type[nn.Module], namespace: dict[str, Any]) -> 
     layer out of such a register. The standard library's abstract classes are the exception: each
     needs caches of its own.
 
-    Args:
-        original: A module's class.
-        namespace: The subclass's attributes.
-
     Raises:
         TypeError: If python allows no such subclass (`can_be_swapped`).
     """
@@ -38,9 +34,6 @@ def can_be_swapped(original: type[nn.Module]) -> bool:
     """Tell whether python lets a class be swapped for a subclass that it does not hear of.
 
     It does not where the class watches its subclasses and has slots, or an abstract class first.
-
-    Args:
-        original: A module's class.
     """
     try:
         unwatched_subclass(original, {})

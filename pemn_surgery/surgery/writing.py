@@ -35,13 +35,7 @@ FindMakers = Callable[[nn.Module, str], Makers]
 def writing_methods(
     original: type[nn.Module], made: Collection[str], find: FindMakers
 ) -> dict[str, Any]:
-    """Return methods of a swapped class that write what a reader of the name would read.
-
-    Args:
-        original: The class that is swapped.
-        made: Names of the tensors that adapters make or choose.
-        find: Tells what makes one of them.
-    """
+    """Return methods of a swapped class that write what a reader of the name would read."""
 
     def takes(module: nn.Module, name: str, value: Any, caller: str) -> bool:
         if name not in made or places.moves_stored(caller):
