@@ -92,8 +92,8 @@ class Runner:
     ) -> Arm:
         """Add an arm, as its checkpoint has it if the options say ``resume``.
 
-        Torch's global generator has the run's seed when ``build`` makes the model; ``changes``, what
-        made it what it is, are for the checkpoint and the result.
+        Torch's global generator has the run's seed when ``build`` makes the model; ``changes`` are
+        what made it what it is, for the checkpoint and the result.
 
         Raises:
             RecipeError: If there is a checkpoint and no ``resume``, or it has other settings, or
