@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.fx.graph_module import reduce_graph_module
 
-from pemn_surgery.masks.attached import find_task, names_masked, names_owned
+from pemn_surgery.masks.attached import names_masked, names_owned
 from pemn_surgery.masks.places import SHARED_MASKS, SHARED_TENSORS
 from pemn_surgery.masks.task_tensors import TASK_CHILD
 from pemn_surgery.surgery.subclasses import swapped_class
@@ -32,11 +32,7 @@ def unswap(module: nn.Module, names: tuple[str, ...]) -> None:
     """Take properties away again; without any the module has its original class."""
     masks = tuple(name for name in names_masked(module) if name not in names)
     tensors = tuple(name for name in names_owned(module) if name not in names)
-    has_task = TASK_CHILD in module._modules
-    if masks or tensors or has_task or _is_marked(module):
-        _set_class(module, masks, tensors)
-    else:
-        _change_class(module, original_class(module))
+    _set_class(module, masks, tensors)
 
 
 def mark_forward(model: nn.Module) -> None:
@@ -52,11 +48,7 @@ def mark_forward(model: nn.Module) -> None:
 def unmark_forward(model: nn.Module) -> None:
     """Take the mark of `mark_forward` away again."""
     if _is_marked(model):
-        masks, tensors = names_masked(model), names_owned(model)
-        if masks or tensors or find_task(model) is not None:
-            _set_class(model, masks, tensors, marked=False)
-        else:
-            _change_class(model, original_class(model))
+        _set_class(model, names_masked(model), names_owned(model), marked=False)
 
 
 def _is_marked(module: nn.Module) -> bool:
@@ -69,20 +61,19 @@ def _set_class(
     tensors: tuple[str, ...],
     marked: bool | None = None,
 ) -> None:
-    original = original_class(module)
-    if issubclass(original, GraphModule):
+    """Swap a module's class for what it needs now: its original one where that is nothing."""
+    before, original = type(module), original_class(module)
+    marked = _is_marked(module) if marked is None else marked
+    if not (masks or tensors or marked or TASK_CHILD in module._modules):
+        wanted = original
+    elif issubclass(original, GraphModule):
         wanted = _graph_class(original, masks, tensors)
     else:
-        kept = _is_marked(module) if marked is None else marked
-        wanted = swapped_class(original, masks, tensors, kept)
-    _change_class(module, wanted)
-
-
-def _change_class(module: nn.Module, wanted: type[nn.Module]) -> None:
-    before = type(module)
+        wanted = swapped_class(original, masks, tensors, marked)
     object.__setattr__(module, "__class__", wanted)  # past a layer's own __setattr__
     _rebind(module, before)
-    _recompile(module)
+    if isinstance(module, GraphModule):
+        module.recompile()  # puts the graph's code on the class
 
 
 def _rebind(module: nn.Module, before: type[nn.Module]) -> None:
@@ -90,12 +81,6 @@ def _rebind(module: nn.Module, before: type[nn.Module]) -> None:
     held = module.__dict__.get("_old_forward")
     if getattr(held, "__func__", None) is before.forward:
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
-
-
-def _recompile(module: nn.Module) -> None:
-    """Put a graph's code on the class that its graph module has now."""
-    if isinstance(module, GraphModule):
-        module.recompile()
 
 
 def _graph_class(
