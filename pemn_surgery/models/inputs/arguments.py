@@ -180,6 +180,10 @@ def half_of_patches(asked: Asked) -> Tensor:
 # ------------------------------------------------------------------------------------ audio, states
 
 
+def _frames(asked: Asked) -> int:
+    return 2 * asked.number("max_source_positions") if _is_whisper(asked) else FRAMES
+
+
 def spectrogram(asked: Asked) -> Tensor:
     """Return spectrograms (batch, frames, bins); Whisper's encoder has channels first."""
     names = ("input_dim", "num_mel_bins", "feature_projection_input_dim", "n_mels")
@@ -192,10 +196,6 @@ def spectrogram(asked: Asked) -> Tensor:
 def _is_whisper(asked: Asked) -> bool:
     """Tell whether the encoder is Whisper's, which wants one length: two frames a position."""
     return bool(asked.number("max_source_positions") and asked.number("num_mel_bins"))
-
-
-def _frames(asked: Asked) -> int:
-    return 2 * asked.number("max_source_positions") if _is_whisper(asked) else FRAMES
 
 
 def wave(asked: Asked) -> Tensor:
@@ -220,12 +220,7 @@ Maker = Callable[[Asked], Any]
 TEXT = ("input_ids", "attention_mask")
 DATA = {"image": ("pixel_values",), "audio": ("input_features", "input_values")}
 SENSES = {
-    "image": (
-        "pixel_values",
-        "image_grid_thw",
-        "image_merge_sizes",
-        "mm_token_type_ids",
-    ),
+    "image": ("pixel_values", "image_grid_thw", "image_merge_sizes", "mm_token_type_ids"),
     "audio": ("input_features", "input_features_mask", "feature_attention_mask", "input_values"),
 }
 ALWAYS = (*TEXT, "bbox", *SENSES["image"], *SENSES["audio"])  # made wherever they are taken
