@@ -25,7 +25,7 @@ from pemn_surgery.adapters.injection.new_rows import (
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.masks.attached import find_masked, find_task
-from pemn_surgery.planning.outcomes import Owned
+from pemn_surgery.planning.plan import Owned
 from pemn_surgery.planning.request import NewRows
 from pemn_surgery.planning.roles import base_modules
 from pemn_surgery.surgery import operate, refusals

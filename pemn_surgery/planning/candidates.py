@@ -1,7 +1,7 @@
 """A plan's candidates: the parameters that a mask could lie on by their shape, and what each is.
 
 A *candidate* is one name of such a parameter. `planner` decides on all names of one tensor together
-and makes `outcomes` of them: a `Target` of those that are masked, a `Left` of each that stays.
+and makes of them a `Target` of those that are masked, a `Left` of each that stays.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,6 @@ from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.models.forward import Trace
 from pemn_surgery.models.graph_modules import GraphUse
 from pemn_surgery.numbers.bank import Shape
-from pemn_surgery.planning.layer_kinds import is_weight
 from pemn_surgery.planning.request import Request
 from pemn_surgery.planning.roles import (
     base_modules,
@@ -24,6 +23,7 @@ from pemn_surgery.planning.roles import (
     is_container,
     is_embedding,
     is_norm,
+    is_weight,
     scripted_modules,
 )
 

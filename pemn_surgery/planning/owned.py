@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pemn_surgery.masks.attached import held_masks
 from pemn_surgery.models.graph_modules import GraphUse
-from pemn_surgery.planning.outcomes import Owned
+from pemn_surgery.planning.plan import Owned
 from pemn_surgery.planning.request import NewRows, Request
 from pemn_surgery.planning.roles import (
     base_modules,
@@ -38,11 +38,11 @@ def owned_tensors(
             if not (trained or carried or new):
                 continue
             first = seen.setdefault(id(tensor), full)
+            # PEFT trains 16-bit tensors of its layers in float32, and saves them so.
+            element = max(tensor.element_size(), 4 if trained else 0)
+            item = _describe_owned(path, name, tensor, element, trained=trained)
             tied_to = "" if first == full else first
-            saved = not is_idle_counter(module, name)
-            item = _describe_owned(
-                path, name, tensor, trained=trained, saved=saved, tied_to=tied_to, widened=trained
-            )  # PEFT trains 16-bit tensors of its layers in float32, and saves them so
+            item = replace(item, saved=not is_idle_counter(module, name), tied_to=tied_to)
             yield item if new is None else _with_new_rows(item, new, whole=trained or carried)
     yield from _behind_masks(model, request, masked)
 
@@ -81,7 +81,7 @@ def whole_tensors(model: nn.Module, request: Request) -> Iterator[Owned]:
     for path, module in base_modules(model):
         if path and request.is_saved_whole(path):
             for name, tensor in _unmasked_tensors(path, module, set()):
-                yield _describe_owned(path, name, tensor, trained=True)
+                yield _describe_owned(path, name, tensor, tensor.element_size(), trained=True)
 
 
 def frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:
@@ -92,27 +92,9 @@ def frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:
                 yield path
 
 
-def _describe_owned(
-    path: str,
-    name: str,
-    tensor: Tensor,
-    *,
-    trained: bool,
-    saved: bool = True,
-    tied_to: str = "",
-    widened: bool = False,
-) -> Owned:
-    size = max(tensor.element_size(), 4) if widened else tensor.element_size()
-    return Owned(
-        path=path,
-        tensor=name,
-        shape=tuple(tensor.shape),
-        is_float=tensor.is_floating_point() or tensor.is_complex(),
-        nbytes=tensor.numel() * size,
-        trained=trained,
-        saved=saved,
-        tied_to=tied_to,
-    )
+def _describe_owned(path: str, name: str, tensor: Tensor, element: int, *, trained: bool) -> Owned:
+    is_float = tensor.is_floating_point() or tensor.is_complex()
+    return Owned(path, name, tuple(tensor.shape), is_float, tensor.numel() * element, trained)
 
 
 def _unmasked_tensors(
