@@ -1,4 +1,4 @@
-"""``pemn pack``."""
+"""``pemn pack`` and ``pemn unpack``: the same masks in another coding."""
 
 import argparse
 from pathlib import Path
@@ -21,28 +21,32 @@ from pemn_surgery.errors import ConfigError
 
 
 def add(commands: Any) -> None:
-    """Add the command."""
-    parser = add_command(
-        commands,
+    """Add the commands."""
+    words = (
         "pack",
-        recode_adapter,
+        _run,
         "Code an adapter's masks near their entropy; a checkpoint's scores become masks.",
         "pemn pack tasks/cifar10 --out small",
     )
-    add_recoding(parser)
-    parser.set_defaults(coding="entropy")
+    _add_arguments(add_command(commands, *words), "entropy")
+    words = (
+        "unpack",
+        _run,
+        "Write an adapter's masks as one bit a weight, which transformers' own loaders read too.",
+        "pemn unpack small --out tasks/cifar10",
+    )
+    _add_arguments(add_command(commands, *words), "bits")
 
 
-def add_recoding(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `recode_adapter`."""
+def _add_arguments(parser: argparse.ArgumentParser, coding: str) -> None:
     add_adapter(parser)
     parser.add_argument("--out", type=Path, help="folder for the new one; default: in its place")
     add_overwrite(parser)
     add_json(parser)
+    parser.set_defaults(coding=coding)
 
 
-def recode_adapter(parsed: argparse.Namespace) -> int:
-    """Write an adapter in ``parsed.coding`` and say what became of its bytes."""
+def _run(parsed: argparse.Namespace) -> int:
     from pemn_surgery.adapters import recode
 
     _, before = read_adapter(parsed.adapter)
