@@ -26,25 +26,14 @@ _TIMM_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 class Wanted(NamedTuple):
-    """Which of the classes that a transformers configuration fits is meant.
-
-    Attributes:
-        task_type: PEFT's task type, or None.
-        class_name: Name of the class that an adapter was made on, or None.
-    """
+    """Which class of a configuration is meant: a PEFT task's, or that an adapter was made on."""
 
     task_type: str | None = None
     class_name: str | None = None
 
 
 class Source(NamedTuple):
-    """Where a model comes from.
-
-    Attributes:
-        library: "timm" or "transformers".
-        name: What the library calls it.
-        revision: Branch, tag or commit on the hub, for transformers.
-    """
+    """A library, "timm" or "transformers", its name of a model, and a revision on the hub."""
 
     library: str
     name: str
@@ -108,12 +97,7 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def find_model(name: str) -> Source:
-    """Return where a model comes from, by a name as in `build_model`.
-
-    Raises:
-        ConfigError: If the name can be none.
-        HubError: If the hub does not give its configuration.
-    """
+    """Return where a model comes from, as in `build_model`; a ConfigError or HubError if not."""
     import timm
 
     path = Path(name)

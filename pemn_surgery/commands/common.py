@@ -83,14 +83,7 @@ def first_line(error: BaseException) -> str:
 
 
 class HubName(NamedTuple):
-    """A repository on the hub.
-
-    Attributes:
-        text: The words that were given.
-        repository: "owner/name".
-        folder: Folder within it, "" for none.
-        revision: Branch, tag or commit; None for the newest.
-    """
+    """A repository on the hub as words name it: "owner/name", a folder in it or "", a revision."""
 
     text: str
     repository: str
@@ -107,11 +100,7 @@ def hub_name(text: str) -> HubName | None:
 
 
 def hub_file(name: HubName, file: str) -> Path:
-    """Return a file of a repository, fetched if it is not in the local cache.
-
-    Raises:
-        HubError: If it cannot be had.
-    """
+    """Return a file of a repository, from the local cache or the hub, or raise a HubError."""
     from huggingface_hub import hf_hub_download
 
     folder = name.folder or None
@@ -144,11 +133,7 @@ def _reason(error: Exception) -> str:
 
 
 def adapter_folder(text: str) -> Path:
-    """Return the folder of an adapter on this machine; one of the hub's is fetched.
-
-    Raises:
-        HubError: If the hub does not give it.
-    """
+    """Return an adapter's folder on this machine; the hub's is fetched, or a HubError raised."""
     name = None if Path(text).exists() else hub_name(text)
     if name is None:
         return Path(text)
@@ -158,24 +143,14 @@ def adapter_folder(text: str) -> Path:
 
 
 def read_adapter(text: str) -> tuple["PemnConfig", "AdapterFile"]:
-    """Return the configuration and the `AdapterFile` of an adapter.
-
-    Raises:
-        AdapterFileError: If one of its two files is missing, truncated, altered or no adapter's of
-            masks.
-        HubError: If the hub does not give it.
-    """
+    """Return an adapter's configuration and file, or raise an AdapterFileError or a HubError."""
     from pemn_surgery.adapters.files.opening import open_adapter
 
     return open_adapter(adapter_folder(text))
 
 
 def check_free(out: Path, names: Collection[str], *, overwrite: bool) -> None:
-    """Refuse to write over what lies in the folder already, unless that is asked for.
-
-    Raises:
-        ConfigError: If one is there.
-    """
+    """Refuse to write over these files in the folder unless that is asked for (ConfigError)."""
     if out.exists() and not out.is_dir():
         message = f"--out got {str(out)!r}, which is a file; give a folder."
         raise ConfigError(message)

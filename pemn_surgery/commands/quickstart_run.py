@@ -39,14 +39,7 @@ _LOGITS_FILE = "logits.safetensors"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one method did on one task.
-
-    Attributes:
-        method: One of `METHODS`.
-        task: One of `TASKS`.
-        accuracy: Share of test images classified right.
-        nbytes: Size of what has to be kept for the task.
-    """
+    """How a method did on a task: its share of test images right, bytes to keep for the task."""
 
     method: str
     task: str
@@ -120,10 +113,8 @@ def network(seed: int) -> nn.Module:
 def load_digits() -> tuple[Split, Split]:
     """Return three quarters of scikit-learn's digits to train on and one quarter to test.
 
-    Images are enlarged twice; the tasks are which digit it is, and whether it is odd.
-
-    Raises:
-        ImportError: If scikit-learn is missing.
+    Images are enlarged twice; the tasks are which digit it is, and whether it is odd. Without
+    scikit-learn an ImportError is raised.
     """
     try:
         from sklearn.datasets import load_digits as read

@@ -56,12 +56,7 @@ FED = Origin(is_fed=True)
 
 
 class Step(NamedTuple):
-    """What one operator call does.
-
-    Attributes:
-        roles: The parameters that do not merely pass through, and what is done with them.
-        origin: What the result is made of.
-    """
+    """What is done with parameters that do not just pass through; what the result is made of."""
 
     roles: Sequence[tuple[str, Role]]
     origin: Origin

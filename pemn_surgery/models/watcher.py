@@ -58,11 +58,9 @@ class Use:
 
 
 class Watcher(TorchFunctionMode):
-    """Follows the parameters of two or more dimensions through a forward.
+    """Follows the parameters of two or more dimensions, which it marks, through a copy's forward.
 
-    Args:
-        model: A copy of a model, whose parameters are marked.
-        made_up: What values are that the forward asks for although there are none.
+    Values that the forward asks for although there are none are ``made_up``.
     """
 
     def __init__(self, model: nn.Module, made_up: int) -> None:

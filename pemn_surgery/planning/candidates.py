@@ -114,16 +114,7 @@ def _masked(
 
 @dataclass(frozen=True)
 class _Known:
-    """A parameter without masks, and what is known of it.
-
-    Attributes:
-        path: Path of its module.
-        parameter: Its name on the module.
-        module: The module.
-        tensor: The parameter.
-        request: What is asked for.
-        use: What graphs do with it.
-    """
+    """A parameter without masks, what is asked for, and what graphs do with it."""
 
     path: str
     parameter: str

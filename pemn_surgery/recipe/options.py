@@ -22,13 +22,9 @@ def option(text: str, default: Any = MISSING, choices: Sequence[str] | None = No
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the runs of all recipes have; a recipe derives what its own adds.
+    """What the runs of all recipes have; a recipe derives what its own adds."""
 
-    Attributes:
-        TRIAL: What ``smoke`` gives in place of other values.
-    """
-
-    TRIAL: ClassVar[dict[str, Any]] = {"epochs": 1}
+    TRIAL: ClassVar[dict[str, Any]] = {"epochs": 1}  # what ``smoke`` gives in place of other values
 
     case: str = option("row of the recipe's file")
     work: Path = option(

@@ -38,9 +38,8 @@ class TimeIsUp(KeyboardInterrupt):
 def of_case(recipe: Recipe, options: CaseOptions, seed: int, console: Console) -> "Runner":
     """Return the run of a case's arms on images, as the recipe's file says and nothing else.
 
-    Raises:
-        RecipeError: If an arm is unknown, or the work folder already holds this run, or one with
-            other settings.
+    A RecipeError says that an arm is unknown, or that the work folder holds this run already, or
+    one with other settings.
     """
     case, images = recipe.case(options.case), recipe.images(options.case)
     arms = recipe.arms_of(options.case, options.arms)

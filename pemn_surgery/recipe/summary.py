@@ -86,8 +86,7 @@ class Row:
 def gather(recipe: Recipe, folder: Path) -> dict[Budget, list[Row]]:
     """Read all results that ``run`` wrote to a folder: rows of each budget, full ones first.
 
-    Raises:
-        RecipeError: If there is none, or two hold one arm of one seed at one budget.
+    A RecipeError says that there is none, or that two hold one arm of one seed at one budget.
     """
     found: dict[Budget, dict[str, dict[int, dict[str, Any]]]] = {}
     for file in sorted(folder.glob("*.json")):
@@ -180,11 +179,7 @@ def by_size(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
 
 
 def write_page(recipe: Recipe, found: Mapping[Budget, Sequence[Row]], folder: Path) -> None:
-    """Write ``report.html`` and its pictures, as SVG and PNG.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
+    """Write ``report.html`` and its pictures, as SVG and PNG; an ImportError without matplotlib."""
     folder.mkdir(parents=True, exist_ok=True)
     sections = [_section(budget, rows, folder) for budget, rows in found.items()]
     text = page.render(f"{recipe.name}: {recipe.claim}", recipe.paper, sections)

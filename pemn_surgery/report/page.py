@@ -43,15 +43,7 @@ img { max-width: 100%; }
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
-
-    Attributes:
-        title: Its heading.
-        text: What it shows, in a sentence.
-        columns: Headings of its table.
-        rows: Cells, one for each heading.
-        pictures: Files, relative to the page, and what they show.
-    """
+    """A heading, a sentence, a table, and pictures: files beside the page, and what they show."""
 
     title: str
     text: str

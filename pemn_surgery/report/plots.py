@@ -10,11 +10,7 @@ from pemn_surgery.errors import ConfigError
 
 
 def check_plotting() -> None:
-    """Refuse early where plots cannot be drawn.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
+    """Refuse early where plots cannot be drawn: an ImportError without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         message = "Plots need matplotlib: pip install matplotlib."
         raise ImportError(message)
@@ -26,11 +22,7 @@ def scatter(
     labels: tuple[str, str],
     title: str,
 ) -> None:
-    """Save a scatter plot of (x, y) pairs by series, its x axis logarithmic.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
+    """Save a scatter plot of (x, y) pairs by series, its x axis logarithmic (or ImportError)."""
     check_plotting()
     from matplotlib.figure import Figure  # draws to a file, needs no screen
 

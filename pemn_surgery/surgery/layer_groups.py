@@ -29,12 +29,7 @@ _WHOLE = re.compile(r"\.(modules_to_save\.[^.]+|original_module)\.")
 
 
 def base_name(name: str) -> str:
-    """Return the name of the base's tensor that a parameter stands for.
-
-    Args:
-        name: A parameter's name in a model with adapters: of scores, of a task's tensor, of a
-            module that is saved whole, or of the base itself.
-    """
+    """Return the base's name of the tensor that a parameter of a model with adapters stands for."""
     name = _OWNED.sub(r"\1", _MASKED.sub(r"\1\2", name))
     return _WHOLE.sub(".", name)
 

@@ -70,11 +70,7 @@ def is_on_meta(model: nn.Module, plan: Plan) -> bool:
 
 
 def check_own_weights(model: nn.Module, plan: Plan) -> None:
-    """Refuse masks on weights that have no values.
-
-    Raises:
-        MetaTensorError: If a masked weight is on the meta device.
-    """
+    """Refuse masks on weights of the meta device, which have no values (`MetaTensorError`)."""
     names = _masked_on_meta(model, plan)
     if names:
         message = (
@@ -87,11 +83,7 @@ def check_own_weights(model: nn.Module, plan: Plan) -> None:
 
 
 def check_device(device: torch.device) -> None:
-    """Refuse to make masks where tensors have no values.
-
-    Raises:
-        MetaTensorError: If it is the meta device.
-    """
+    """Refuse masks on a default device where they would have no values (`MetaTensorError`)."""
     if device.type == "meta":
         message = (
             'pemnify was called inside `with torch.device("meta")`, where masks would have no '
@@ -130,15 +122,7 @@ def fill_in(model: nn.Module, plan: Plan, device: torch.device, supply: Supply) 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor in a table of a module; a tied tensor has several entries.
-
-    Attributes:
-        name: The tensor's name in the model.
-        module: The module.
-        table: The module's parameters or buffers.
-        key: The tensor's name in that.
-        tensor: What was there at first.
-    """
+    """A tensor as it was at first, in a table of a module: its parameters or its buffers."""
 
     name: str
     module: nn.Module

@@ -136,12 +136,7 @@ def _here(module: nn.Module, owner: nn.Module, tensor: Tensor | None) -> Tensor 
 
 
 def _assign(module: nn.Module, name: str, value: Tensor | None) -> bool:
-    """Write where a reader of this name reads; return False where that is the module itself.
-
-    Raises:
-        MaskedWeightError: If masks lie on the tensor, and cannot lie on this one, or if a task owns
-            it, and no file can hold this one.
-    """
+    """Write where a reader of this name reads; return False where that is the module itself."""
     masked, owned = find_masked(module, name), find_owned(module, name)
     if owned is not None:
         _check_can_be_saved(module, name, value)

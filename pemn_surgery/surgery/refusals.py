@@ -31,13 +31,10 @@ _REPLACERS = tuple(
 
 
 def refuse_replacing(module: nn.Module, name: str, reader: str) -> None:
-    """Refuse a read by a tool that would replace the parameter.
+    """Refuse a read by a tool that would replace the parameter (`MaskedWeightError`).
 
     A parametrization or pruning that the model came with reads its own originals to make the weight
     of them.
-
-    Raises:
-        MaskedWeightError: If such a tool reads.
     """
     if not reader.startswith(_REPLACERS):
         return
@@ -112,11 +109,7 @@ def decide_ties(model: nn.Module) -> bool:
 
 
 def refuse(module: nn.Module, problem: str) -> NoReturn:
-    """Refuse what a tool or a user would do to a module.
-
-    Raises:
-        MaskedWeightError: Always.
-    """
+    """Refuse what a tool or a user would do to a module: raise a `MaskedWeightError`."""
     targets = [child.target for child in module.children() if hasattr(child, "target")]
     where = f" at {targets[-1]!r}" if targets else ""
     message = (

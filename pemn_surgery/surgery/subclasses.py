@@ -110,9 +110,6 @@ def _unwatched_subclass(original: type[nn.Module], namespace: dict[str, Any]) ->
     people write. This one stands for the layer itself, under the same name, and would even push the
     layer out of such a register. The standard library's abstract classes are the exception: each
     needs caches of its own.
-
-    Raises:
-        TypeError: If python allows no such subclass (`can_be_swapped`).
     """
     meta: Any = type(original)
     maker: Any = ABCMeta if issubclass(meta, ABCMeta) else type

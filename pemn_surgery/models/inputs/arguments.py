@@ -19,14 +19,7 @@ GRID = (1, 8, 8)  # patches of an image that is given as a list of patches: time
 
 @dataclass(frozen=True)
 class Asked:
-    """A model and what its forward can be given.
-
-    Attributes:
-        model: The model.
-        batch: Number of examples.
-        arguments: Names of forward's arguments, True for those without a default.
-        random: Where numbers come from.
-    """
+    """A model, a number of examples, and forward's arguments, True for those without a default."""
 
     model: nn.Module
     batch: int
