@@ -96,9 +96,8 @@ def _scripted(model: nn.Module, request: Request) -> Iterator[Candidate]:
         for inner, tensor in scripted.named_parameters():
             name = full_name(outer, inner)
             path, _, parameter = name.rpartition(".")
-            seen = request.trace
             if tensor.dim() >= 2:
-                maskable = seen is None or seen.multiplies(name)
+                maskable = request.trace is None or request.trace.multiplies(name)
                 shape = tuple(tensor.shape)
                 yield Candidate(path, parameter, scripted, shape, id(tensor), problem, maskable)
 
@@ -107,8 +106,7 @@ def _masked(
     path: str, parameter: str, module: nn.Module, child: MaskedWeight, tensor: Tensor | None
 ) -> Candidate:
     """Return a weight that has masks already; a bank has taken its tensor away."""
-    identity = id(child) if tensor is None else id(tensor)
-    fan_in = child.fan_in
+    identity, fan_in = id(child if tensor is None else tensor), child.fan_in
     return Candidate(path, parameter, module, child.shape, identity, "", True, fan_in=fan_in)
 
 
@@ -125,7 +123,6 @@ class _Known:
 
     @property
     def name(self) -> str:
-        """Its name in the model's state dict."""
         return full_name(self.path, self.parameter)
 
     @property
@@ -135,12 +132,10 @@ class _Known:
 
     @property
     def is_table(self) -> bool:
-        """Whether rows of it are looked up."""
         return is_embedding(self.module, self.parameter, self.use)
 
     @property
     def is_weight_of_layer(self) -> bool:
-        """Whether its module's class says that it is a weight."""
         return is_weight(self.module, self.parameter)
 
     @property
@@ -172,7 +167,9 @@ def _candidate(known: _Known) -> Iterator[Candidate]:
         problem = "has no shape yet (lazy)"
         yield Candidate(*names, (0,), id(tensor), problem, known.is_wanted)
     elif tensor.dim() >= 2 or known.is_wanted:
-        maskable, problem = _verdict(known)
+        maskable, problem = _by_role(known)
+        if maskable:
+            problem = known.request.quantised.get(known.name, next(_obstacles(known), problem))
         use = known.use if known.is_weight_of_graph else GraphUse(fan_in=0)
         yield Candidate(
             *names,
@@ -192,16 +189,8 @@ def _is_open(known: _Known) -> bool:
     return known.request.unseen and not is_norm(module) and not is_container(module)
 
 
-def _verdict(known: _Known) -> tuple[bool, str]:
-    """Return whether a parameter is a weight that could be masked, and why it stays, or ""."""
-    maskable, problem = _by_role(known)
-    if maskable:
-        problem = known.request.quantised.get(known.name, next(_obstacles(known), problem))
-    return maskable, problem
-
-
 def _by_role(known: _Known) -> tuple[bool, str]:
-    """Return the verdict by what a parameter is, whatever its numbers are."""
+    """Return whether a parameter is a weight by what it is, and why it stays, or ""."""
     if known.path.endswith(".parametrizations.weight") and not known.is_asked_for:
         return True, "is parametrised (weight norm or the like)"
     if known.is_wanted:

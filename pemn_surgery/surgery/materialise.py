@@ -155,13 +155,12 @@ def _entries(model: nn.Module) -> Iterator[_Entry]:
 
 def _masked_on_meta(model: nn.Module, plan: Plan) -> Sequence[str]:
     modules = dict(base_modules(model))
-    names = []
-    for target in plan.targets:
-        module = modules[target.path]
-        weight = module._parameters.get(target.parameter)
-        if weight is not None and weight.is_meta and "_hf_hook" not in module.__dict__:
-            names.append(target.name)
-    return names
+    weights = ((t, modules[t.path]._parameters.get(t.parameter)) for t in plan.targets)
+    return [
+        target.name
+        for target, weight in weights
+        if weight is not None and weight.is_meta and "_hf_hook" not in vars(modules[target.path])
+    ]
 
 
 def _check_nothing_is_invented(missing: Sequence[_Entry], carried: Set[str]) -> None:
