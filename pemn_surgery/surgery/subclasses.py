@@ -55,6 +55,9 @@ def swapped_class(
         state = original.__getstate__(self) if hasattr(original, "__getstate__") else self.__dict__
         return _rebuild, (original, masks, tensors, marked), state
 
+    questions = [name for name in layer_groups.QUESTIONS if hasattr(original, name)]
+    # transformers' models have an active_adapters of their own
+    asked = [name for name in _ASKED_OF_LAYERS if masks and not hasattr(original, name)]
     namespace: dict[str, Any] = {
         "_pemn_original": original,
         "_pemn_masks": masks,
@@ -66,14 +69,11 @@ def swapped_class(
         "__doc__": original.__doc__,
         **refusing_methods(original, {*masks, *tensors}),
         **writing_methods(original, {*masks, *tensors}),
+        **{name: masked_property(name) for name in masks},
+        **{name: answer_property(masks[0], name) for name in asked},
+        **{name: owned_property(name) for name in tensors},
+        **{name: layer_groups.method(original, name) for name in questions},
     }
-    for name in masks:
-        namespace[name] = masked_property(name)
-    for name in _ASKED_OF_LAYERS if masks else ():
-        if not hasattr(original, name):  # transformers' models have an active_adapters of their own
-            namespace[name] = answer_property(masks[0], name)
-    for name in tensors:
-        namespace[name] = owned_property(name)
     if "weight" in masks and _reads_packed(original):
         namespace["forward"] = _dense_forward(original)
     if marked:
@@ -81,9 +81,6 @@ def swapped_class(
         namespace.update(tying_methods(original))
     if issubclass(original, nn.RNNBase):
         namespace["_flat_weights"] = flat_weights_property()
-    for question in layer_groups.QUESTIONS:
-        if hasattr(original, question):
-            namespace[question] = layer_groups.method(original, question)
     swapped = _unwatched_subclass(original, namespace)
     if tensors or not masks:
         _follow_task(swapped, original)

@@ -36,15 +36,10 @@ class Asked:
         """The model type."""
         return self.config.model_type
 
-    @property
-    def main(self) -> list[str]:
-        """The names of what the model calls its main input."""
-        return listed(getattr(self.model, "main_input_name", "input_ids"))
-
     def lacks(self, sense: str) -> bool:
         """Tell whether the model could have a part for images or audio, but has none."""
-        names = {"image": ("vision_config",), "audio": ("audio_config",)}[sense]
-        return any(getattr(self.config, name, self) is None for name in names)
+        name = {"image": "vision_config", "audio": "audio_config"}[sense]
+        return getattr(self.config, name, self) is None
 
     def placeholder(self, sense: str) -> int | None:
         """Return the token that stands for a feature of an image or of audio in a text."""

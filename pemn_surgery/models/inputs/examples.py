@@ -162,7 +162,8 @@ def _wanted(asked: Asked) -> list[str]:
     if getattr(asked.config, "is_encoder_decoder", False):
         also.append("decoder_input_ids")
     absent = [name for sense in SENSES if asked.lacks(sense) for name in SENSES[sense]]
-    names = [*_required(asked.arguments), *asked.main, *also]
+    main = listed(getattr(asked.model, "main_input_name", "input_ids"))
+    names = [*_required(asked.arguments), *main, *also]
     return [name for name in names if name in asked.arguments and name not in absent]
 
 
