@@ -23,20 +23,15 @@ def scatter(
     title: str,
 ) -> None:
     """Save a scatter plot of (x, y) pairs by series, its x axis logarithmic (or ImportError)."""
-    check_plotting()
-    from matplotlib.figure import Figure  # draws to a file, needs no screen
-
-    figure = Figure(figsize=(7.0, 4.2))
-    axes: Any = figure.add_subplot()
+    axes = _axes(4.2, title)
     for (name, series), marker in zip(points.items(), "osD^vP*X" * len(points), strict=False):
         axes.plot(*zip(*series, strict=True), marker, label=name, markersize=9, alpha=0.85)
     axes.set_xscale("log")
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
-    axes.set_title(title, loc="left")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(frameon=False)
-    _save(figure, path)
+    _save(axes.figure, path)
 
 
 def profile(
@@ -52,11 +47,7 @@ def profile(
         ConfigError: If no plot can have this ending.
         ImportError: If matplotlib is missing.
     """
-    check_plotting()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 1.6 + 0.2 * len(names)))
-    axes: Any = figure.add_subplot()
+    axes = _axes(1.6 + 0.2 * len(names), title)
     rows = range(len(names))
     for (name, values), marker in zip(series.items(), "o|sD^v", strict=False):
         numbers = [math.nan if value is None else value for value in values]
@@ -65,10 +56,18 @@ def profile(
     axes.invert_yaxis()
     axes.set_xlim(-0.02, 1.02)
     axes.set_xlabel(label)
-    axes.set_title(title, loc="left")
     axes.grid(visible=True, axis="x", alpha=0.25)
     axes.legend(frameon=False, fontsize=7)
-    _save(figure, path)
+    _save(axes.figure, path)
+
+
+def _axes(height: float, title: str) -> Any:
+    check_plotting()
+    from matplotlib.figure import Figure  # draws to a file, needs no screen
+
+    axes: Any = Figure(figsize=(7.0, height)).add_subplot()
+    axes.set_title(title, loc="left")
+    return axes
 
 
 def _save(figure: Any, path: Path) -> None:
