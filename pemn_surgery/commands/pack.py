@@ -22,23 +22,14 @@ from pemn_surgery.errors import ConfigError
 
 def add(commands: Any) -> None:
     """Add the commands."""
-    words = (
-        "pack",
-        _run,
-        "Code an adapter's masks near their entropy; a checkpoint's scores become masks.",
-        "pemn pack tasks/cifar10 --out small",
-    )
-    _add_arguments(add_command(commands, *words), "entropy")
-    words = (
-        "unpack",
-        _run,
-        "Write an adapter's masks as one bit a weight, which transformers' own loaders read too.",
-        "pemn unpack small --out tasks/cifar10",
-    )
-    _add_arguments(add_command(commands, *words), "bits")
+    text = "Code an adapter's masks near their entropy; a checkpoint's scores become masks."
+    _add_one(commands, "pack", "entropy", text, "pemn pack tasks/cifar10 --out small")
+    text = "Write an adapter's masks as one bit a weight, which transformers' own loaders read too."
+    _add_one(commands, "unpack", "bits", text, "pemn unpack small --out tasks/cifar10")
 
 
-def _add_arguments(parser: argparse.ArgumentParser, coding: str) -> None:
+def _add_one(commands: Any, name: str, coding: str, help_text: str, example: str) -> None:
+    parser = add_command(commands, name, _run, help_text, example)
     add_adapter(parser)
     parser.add_argument("--out", type=Path, help="folder for the new one; default: in its place")
     add_overwrite(parser)
