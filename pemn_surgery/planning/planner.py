@@ -113,10 +113,10 @@ def _split(group: Sequence[Candidate], request: Request) -> tuple[list[Candidate
 
 
 def _left(
-    group: Sequence[Candidate], masked: bool, staying: Sequence[Staying], request: Request
+    group: Sequence[Candidate], is_masked: bool, staying: Sequence[Staying], request: Request
 ) -> Iterator[Left]:
     """Yield what stays; a tied tensor counts once as maskable, and not if a copy is masked."""
-    counted = masked
+    counted = is_masked
     order = {one.name: index for index, one in enumerate(group)}
     seen, reached = _seen(group, request)
     for one, reason in sorted(staying, key=lambda item: order[item[0].name]):

@@ -69,7 +69,7 @@ def share_tensor(module: nn.Module, name: str, child: TaskTensors, source: str) 
 
 
 def restore_parameter(child: MaskedWeight, weight: Tensor | None) -> None:
-    """Leave a plain parameter with these values, or without any with the layer's own."""
+    """Leave a plain parameter again: with these values, or with the layer's own if None."""
     layer, parameter = child.owner, child.parameter
     own = layer._parameters.get(parameter)
     if weight is None and child.untied:
@@ -89,7 +89,7 @@ def restore_parameter(child: MaskedWeight, weight: Tensor | None) -> None:
 
 
 def restore_tensors(child: TaskTensors, *, keep_active: bool) -> None:
-    """Leave plain tensors: with ``keep_active`` the active adapter's values, else the base's."""
+    """Leave plain tensors again: the active adapter's values with ``keep_active``, or the base's."""
     module = child.owner
     names = names_owned(module)
     for name in names:
