@@ -89,7 +89,7 @@ def restore_parameter(child: MaskedWeight, weight: Tensor | None) -> None:
 
 
 def restore_tensors(child: TaskTensors, *, keep_active: bool) -> None:
-    """Leave plain tensors again: the active adapter's values with ``keep_active``, or the base's."""
+    """Leave plain tensors again: the active adapter's values (``keep_active``), or the base's."""
     module = child.owner
     names = names_owned(module)
     for name in names:
