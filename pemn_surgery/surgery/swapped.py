@@ -10,9 +10,8 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.fx.graph_module import reduce_graph_module
 
-from pemn_surgery.masks.attached import names_masked, names_owned
+from pemn_surgery.masks.attached import find_task, names_masked, names_owned
 from pemn_surgery.masks.places import SHARED_MASKS, SHARED_TENSORS
-from pemn_surgery.masks.task_tensors import TASK_CHILD
 from pemn_surgery.surgery.subclasses import swapped_class
 
 
@@ -64,7 +63,7 @@ def _set_class(
     """Swap a module's class for what it needs now: its original one where that is nothing."""
     before, original = type(module), original_class(module)
     marked = _is_marked(module) if marked is None else marked
-    if not (masks or tensors or marked or TASK_CHILD in module._modules):
+    if not (masks or tensors or marked or find_task(module) is not None):
         wanted = original
     elif issubclass(original, GraphModule):
         wanted = _graph_class(original, masks, tensors)
