@@ -24,8 +24,8 @@ from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.masks.selector import Selector, check_finite
 from pemn_surgery.numbers import rng
 from pemn_surgery.numbers.bank import Bank, BankSpec
-from pemn_surgery.planning.layer_kinds import rows_of
-from pemn_surgery.planning.outcomes import Target
+from pemn_surgery.planning.plan import Target
+from pemn_surgery.planning.roles import rows_of
 from pemn_surgery.surgery import operate
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pemn_surgery.adapters.layer import PemnTunerLayer
 from pemn_surgery.masks.attached import find_masked, held_masks
 from pemn_surgery.masks.task_tensors import TaskTensors, TensorSet
-from pemn_surgery.planning.outcomes import Owned
+from pemn_surgery.planning.plan import Owned
 from pemn_surgery.surgery import operate
 
 

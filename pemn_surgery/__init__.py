@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from pemn_surgery.models.inputs.examples import example_inputs
     from pemn_surgery.models.watcher import Use
     from pemn_surgery.planning.blocks import Block, repeated_blocks
-    from pemn_surgery.planning.outcomes import Left, Owned, Target
-    from pemn_surgery.planning.plan import Plan
+    from pemn_surgery.planning.plan import Left, Owned, Plan, Target
     from pemn_surgery.trainer import PemnCallback, for_trainer
 
 __version__ = "0.1.0"
@@ -58,8 +57,7 @@ _NAMES = {
     "pemn_surgery.models.inputs.examples": ["example_inputs"],
     "pemn_surgery.models.watcher": ["Use"],
     "pemn_surgery.planning.blocks": ["Block", "repeated_blocks"],
-    "pemn_surgery.planning.outcomes": ["Left", "Owned", "Target"],
-    "pemn_surgery.planning.plan": ["Plan"],
+    "pemn_surgery.planning.plan": ["Left", "Owned", "Plan", "Target"],
     "pemn_surgery.trainer": ["PemnCallback", "for_trainer"],
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

@@ -51,11 +51,7 @@ class GradientWatch:
         self._steps = 0
 
     def look(self, model: nn.Module) -> None:
-        """Look at the gradients of a step; warn if it is the last to be looked at.
-
-        Args:
-            model: A model, after a backward pass.
-        """
+        """Look at the gradients of a step; warn if it is the last to be looked at."""
         if self._steps < _STEPS and self._idle != set():
             found = masks_without_gradient(model)
             self._idle = set(found) & (set(found) if self._idle is None else self._idle)

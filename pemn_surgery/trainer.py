@@ -182,10 +182,9 @@ def _density(model: nn.Module) -> float:
 
 
 def _flips(before: dict[str, Tensor], now: dict[str, Tensor]) -> int:
-    return sum(_differing_bits(before[name], now[name]) for name in now if name in before)
+    pairs = ((_unpacked(before[name]), _unpacked(now[name])) for name in now if name in before)
+    return sum(int((first != second).sum()) for first, second in pairs)
 
 
-def _differing_bits(first: Tensor, second: Tensor) -> int:
-    weights = 8 * (first.numel() - HEADER_BYTES)
-    shape = (weights,)
-    return int((bits.unpack(first, shape) != bits.unpack(second, shape)).sum())
+def _unpacked(mask: Tensor) -> Tensor:
+    return bits.unpack(mask, (8 * (mask.numel() - HEADER_BYTES),))

@@ -51,11 +51,7 @@ def takes_functions() -> bool:
 
 
 def count_rows(tensor: Tensor) -> int:
-    """Return a tensor's first size as a number: ``torch.jit.trace`` would note who asks.
-
-    Args:
-        tensor: A tensor of at least one dimension.
-    """
+    """Return a tensor's first size (it has one) as a number: ``torch.jit.trace`` notes who asks."""
     if torch.compiler.is_compiling() or _C._get_tracing_state() is None:
         return tensor.shape[0]
     with untransformed():
@@ -63,11 +59,7 @@ def count_rows(tensor: Tensor) -> int:
 
 
 def can_be_read(tensor: Tensor) -> bool:
-    """Tell whether Python may read a tensor's values, though operations be transformed.
-
-    Args:
-        tensor: Any tensor that is not on the meta device.
-    """
+    """Tell whether Python may read the values of a tensor that is not on the meta device."""
     return not _has_no_values() and not _C._functorch.is_functorch_wrapped_tensor(tensor)
 
 

@@ -9,8 +9,7 @@ from pemn_surgery.adapters.files.contents import KEY_PREFIX, TENSORS, AdapterFil
 from pemn_surgery.adapters.whole_modules import Shape, is_resized
 from pemn_surgery.errors import ArchitectureError, ConfigError, MaskFormatError
 from pemn_surgery.masks.task_tensors import TASK_CHILD
-from pemn_surgery.planning.outcomes import Owned
-from pemn_surgery.planning.plan import Plan
+from pemn_surgery.planning.plan import Owned, Plan
 
 
 def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str], sized: Set[str]) -> None:

@@ -20,8 +20,7 @@ from pemn_surgery.coding import bits
 from pemn_surgery.masks.task_tensors import TASK_CHILD
 from pemn_surgery.numbers.bank import Shape
 from pemn_surgery.numbers.fingerprint import types_of
-from pemn_surgery.planning.outcomes import Owned
-from pemn_surgery.planning.plan import Plan
+from pemn_surgery.planning.plan import Owned, Plan
 
 _DIGEST = "0" * 16
 

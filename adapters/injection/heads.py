@@ -24,8 +24,7 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.injection.matching import is_saved_whole
 from pemn_surgery.adapters.injection.new_rows import settle_new_rows
 from pemn_surgery.errors import HeadWarning
-from pemn_surgery.planning.outcomes import Target
-from pemn_surgery.planning.plan import Plan
+from pemn_surgery.planning.plan import Plan, Target
 from pemn_surgery.planning.roles import base_modules, full_name, is_container
 
 # What PEFT trains and saves whole for a task. For two of the three it says so only after the layers

@@ -14,8 +14,8 @@ from pemn_surgery.masks.masked_weight import MaskedWeight, masked_child_name
 from pemn_surgery.masks.task_tensors import TASK_CHILD, TaskTensors
 from pemn_surgery.planning.plan import Plan
 from pemn_surgery.planning.roles import base_modules
+from pemn_surgery.surgery.subclasses import can_be_swapped
 from pemn_surgery.surgery.swapped import original_class
-from pemn_surgery.surgery.unwatched import can_be_swapped
 
 
 def check_layers(modules: Mapping[str, nn.Module], plan: Plan) -> None:

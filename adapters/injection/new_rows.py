@@ -20,10 +20,10 @@ from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.errors import AdapterError, ArchitectureError, ConfigError
 from pemn_surgery.masks.attached import find_masked, find_owned, find_task
-from pemn_surgery.planning.outcomes import Owned
+from pemn_surgery.planning.plan import Owned
 from pemn_surgery.planning.request import NewRows
 from pemn_surgery.planning.roles import base_modules, full_name
-from pemn_surgery.surgery import operate, tying
+from pemn_surgery.surgery import operate, refusals
 from pemn_surgery.surgery.swapped import original_class
 from pemn_surgery.surgery.undo import undone_on_error
 
@@ -294,7 +294,7 @@ def _held(model: nn.Module, configs: Mapping[str, PemnConfig]) -> int | None:
     stored = [t for table in tables for t in table._parameters.values() if t is not None]
     is_plain = all(type(one.data) is Tensor and not one.is_meta for one in stored)
     whole = model.get_output_embeddings() in (None, *tables)
-    if not tables or not whole or signed or not is_plain or tying.decide_ties(model):
+    if not tables or not whole or signed or not is_plain or refusals.decide_ties(model):
         return None
     return count_rows(tables[0], "weight")
 

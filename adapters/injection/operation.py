@@ -30,8 +30,7 @@ from pemn_surgery.masks.attached import find_masked, find_task
 from pemn_surgery.numbers import bank as banks
 from pemn_surgery.numbers import fingerprint as fingerprints
 from pemn_surgery.numbers.bank import Bank, Shape
-from pemn_surgery.planning.outcomes import Owned, Target
-from pemn_surgery.planning.plan import Plan
+from pemn_surgery.planning.plan import Owned, Plan, Target
 from pemn_surgery.planning.roles import base_modules, full_name
 from pemn_surgery.surgery import materialise, operate
 

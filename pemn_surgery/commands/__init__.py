@@ -1,1 +1,1 @@
-"""The commands behind ``pemn``, a file each: its arguments, what it does, what it prints."""
+"""The commands behind ``pemn``: their arguments, what they do, what they print."""

@@ -3,14 +3,14 @@
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
-from pemn_surgery.commands.common import first_line
-from pemn_surgery.commands.hub import HubName, hub_file, hub_name
+from pemn_surgery.commands.common import HubName, first_line, hub_file, hub_name
 from pemn_surgery.errors import ConfigError, PemnError
 
 # What PEFT's task types are built by.
@@ -26,25 +26,14 @@ _TIMM_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 class Wanted(NamedTuple):
-    """Which of the classes that a transformers configuration fits is meant.
-
-    Attributes:
-        task_type: PEFT's task type, or None.
-        class_name: Name of the class that an adapter was made on, or None.
-    """
+    """Which class of a configuration is meant: a PEFT task's, or that an adapter was made on."""
 
     task_type: str | None = None
     class_name: str | None = None
 
 
 class Source(NamedTuple):
-    """Where a model comes from.
-
-    Attributes:
-        library: "timm" or "transformers".
-        name: What the library calls it.
-        revision: Branch, tag or commit on the hub, for transformers.
-    """
+    """A library, "timm" or "transformers", its name of a model, and a revision on the hub."""
 
     library: str
     name: str
@@ -68,59 +57,47 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def build_model(name: str, arguments: Sequence[str], wanted: Wanted | None = None) -> nn.Module:
-    """Build a model by name, with the weights that a folder or the hub has.
+def build_model(
+    name: str, arguments: Sequence[str], wanted: Wanted | None = None, *, weights: bool = True
+) -> nn.Module:
+    """Build a model by name, with the weights that a folder or the hub has, or without any.
 
     Args:
         name: A timm name, a folder with ``config.json``, or a name on the hub.
         arguments: ``KEY=VALUE``; values are read as JSON where they are.
         wanted: Which class of a transformers configuration.
-
-    Returns:
-        The model.
+        weights: Whether it is built with them; otherwise on the meta device, and the few models
+            that compute while they are built, on the CPU.
 
     Raises:
         ConfigError: If there is no such model, or an argument is unknown or not ``KEY=VALUE``.
         HubError: If the hub does not give it.
     """
     given = dict(_key_value(item) for item in arguments)
-    source = find_model(name)
-    return _named(name, given, lambda: _build(source, given, wanted or Wanted(), weights=True))
+    build = partial(_build, find_model(name), given, wanted or Wanted(), weights=weights)
+    try:
+        return build() if weights else _on_meta(build)
+    except PemnError:
+        raise
+    except Exception as error:  # whatever a library raises on a name or an argument of the user's
+        listed = ", ".join(f"{key}={value!r}" for key, value in given.items()) or "none"
+        message = (
+            f"{name!r} cannot be built with --model-arg {listed}: {first_line(error)}. Change "
+            "the name or --model-arg."
+        )
+        raise ConfigError(message) from error
 
 
-def build_without_weights(
-    name: str, arguments: Sequence[str], wanted: Wanted | None = None
-) -> nn.Module:
-    """Build a model on the meta device; the few that compute while they are built, on the CPU.
-
-    Args and errors are those of `build_model`.
-    """
-    given = dict(_key_value(item) for item in arguments)
-    source = find_model(name)
-
-    def build() -> nn.Module:
-        return _build(source, given, wanted or Wanted(), weights=False)
-
-    def build_on_meta() -> nn.Module:
-        try:
-            with torch.device("meta"):
-                return build()
-        except (NotImplementedError, RuntimeError):
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with torch.device("meta"):
             return build()
-
-    return _named(name, given, build_on_meta)
+    except (NotImplementedError, RuntimeError):
+        return build()
 
 
 def find_model(name: str) -> Source:
-    """Return where a model comes from.
-
-    Args:
-        name: As in `build_model`.
-
-    Raises:
-        ConfigError: If the name can be none.
-        HubError: If the hub does not give its configuration.
-    """
+    """Return where a model comes from, as in `build_model`; a ConfigError or HubError if not."""
     import timm
 
     path = Path(name)
@@ -207,21 +184,6 @@ def _class_of(config: Any, wanted: Wanted) -> Any:
         return for_task
     named = (getattr(config, "architectures", None) or [""])[0]
     return getattr(transformers, named, transformers.AutoModel)
-
-
-def _named(name: str, given: Mapping[str, Any], build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model; a library's refusal becomes one sentence."""
-    try:
-        return build()
-    except PemnError:
-        raise
-    except Exception as error:  # whatever a library raises on a name or an argument of the user's
-        arguments = ", ".join(f"{key}={value!r}" for key, value in given.items()) or "none"
-        message = (
-            f"{name!r} cannot be built with --model-arg {arguments}: {first_line(error)}. Change "
-            "the name or --model-arg."
-        )
-        raise ConfigError(message) from error
 
 
 def _key_value(item: str) -> tuple[str, Any]:

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from pemn_surgery import __version__
-from pemn_surgery.commands import diff, inspect, merge, pack, plan, quickstart, report, run, unpack
+from pemn_surgery.commands import diff, inspect, merge, pack, plan, quickstart, recipes
 from pemn_surgery.errors import PemnError
 
 _FAILED = 2
 _INTERRUPTED = 130
 _PIPE_CLOSED = 141  # as a shell says of a program that the end of a pipe has stopped
-_COMMANDS = (quickstart, plan, inspect, diff, pack, unpack, merge, run, report)
+_COMMANDS = (quickstart, plan, inspect, diff, pack, merge, recipes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

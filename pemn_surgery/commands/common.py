@@ -1,18 +1,26 @@
-"""What several commands share: their parsers' form, and reading adapters."""
+"""What several commands share: their parsers' form, names on the model hub, reading adapters.
+
+A name on the hub is ``owner/name``, with ``@revision`` behind it where one is meant, and for an
+adapter with the folder within the repository: ``owner/name/folder``. What lies on this machine
+under the same words comes first.
+"""
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pemn_surgery.commands.hub import hub_file, hub_name
-from pemn_surgery.errors import ConfigError
+from pemn_surgery.errors import ConfigError, HubError
 
 if TYPE_CHECKING:
     from pemn_surgery.adapters.config import PemnConfig
     from pemn_surgery.adapters.files.contents import AdapterFile
+
+_PART = r"[A-Za-z0-9_][\w.-]*"
+_NAME = re.compile(rf"({_PART}/{_PART})((?:/{_PART})*)(?:@([^@\s]+))?")
 
 
 def add_command(
@@ -22,18 +30,7 @@ def add_command(
     help_text: str,
     example: str,
 ) -> argparse.ArgumentParser:
-    """Add a command.
-
-    Args:
-        commands: The subparsers.
-        name: The word behind ``pemn``.
-        run: From the parsed arguments to the exit code.
-        help_text: What it does, in a sentence.
-        example: A whole command line.
-
-    Returns:
-        Its parser, for its arguments.
-    """
+    """Add a command and return its parser; ``run`` maps parsed arguments to an exit code."""
     parser = commands.add_parser(
         name,
         help=help_text,
@@ -85,12 +82,58 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def adapter_folder(text: str) -> Path:
-    """Return the folder of an adapter on this machine; one of the hub's is fetched.
+class HubName(NamedTuple):
+    """A repository on the hub as words name it: "owner/name", a folder in it or "", a revision."""
 
-    Raises:
-        HubError: If the hub does not give it.
-    """
+    text: str
+    repository: str
+    folder: str
+    revision: str | None
+
+
+def hub_name(text: str) -> HubName | None:
+    """Return the repository that words name; None if they cannot be one."""
+    found = _NAME.fullmatch(text)
+    if found is None:
+        return None
+    return HubName(text, found[1], found[2].strip("/"), found[3])
+
+
+def hub_file(name: HubName, file: str) -> Path:
+    """Return a file of a repository, from the local cache or the hub, or raise a HubError."""
+    from huggingface_hub import hf_hub_download
+
+    folder = name.folder or None
+    try:
+        return Path(
+            hf_hub_download(name.repository, file, subfolder=folder, revision=name.revision)
+        )
+    except Exception as error:  # what the hub's client raises has no base of its own
+        message = (
+            f"{name.text!r} is nothing on this machine, and the hub gives no {file} of that name: "
+            f"{_reason(error)}. Give a folder, or a name on the hub (owner/name)."
+        )
+        raise HubError(message) from error
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import constants, errors
+
+    offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
+    reasons: dict[type[Exception], str] = {
+        errors.LocalEntryNotFoundError: f"it is not in the local cache, and the hub is not asked "
+        f"({offline})",
+        errors.GatedRepoError: "its owner has to grant access, and you to log in (hf auth login)",
+        errors.RepositoryNotFoundError: "there is no such repository, or it needs a login",
+        errors.RevisionNotFoundError: "the repository has no such revision",
+        errors.EntryNotFoundError: "the repository has no such file",
+    }
+    lines = f"{type(error).__name__}: {error}".strip().splitlines()
+    return next((said for kind, said in reasons.items() if isinstance(error, kind)), lines[0])
+
+
+def adapter_folder(text: str) -> Path:
+    """Return an adapter's folder on this machine; the hub's is fetched, or a HubError raised."""
     name = None if Path(text).exists() else hub_name(text)
     if name is None:
         return Path(text)
@@ -100,32 +143,14 @@ def adapter_folder(text: str) -> Path:
 
 
 def read_adapter(text: str) -> tuple["PemnConfig", "AdapterFile"]:
-    """Return the configuration and the `AdapterFile` of an adapter.
-
-    Args:
-        text: Its folder, or its name on the hub.
-
-    Raises:
-        AdapterFileError: If one of its two files is missing, truncated, altered or no adapter's of
-            masks.
-        HubError: If the hub does not give it.
-    """
+    """Return an adapter's configuration and file, or raise an AdapterFileError or a HubError."""
     from pemn_surgery.adapters.files.opening import open_adapter
 
     return open_adapter(adapter_folder(text))
 
 
 def check_free(out: Path, names: Collection[str], *, overwrite: bool) -> None:
-    """Refuse to write over what lies in the folder already, unless that is asked for.
-
-    Args:
-        out: The folder.
-        names: Files that would be written.
-        overwrite: Whether they may be replaced.
-
-    Raises:
-        ConfigError: If one is there.
-    """
+    """Refuse to write over these files in the folder unless that is asked for (ConfigError)."""
     if out.exists() and not out.is_dir():
         message = f"--out got {str(out)!r}, which is a file; give a folder."
         raise ConfigError(message)

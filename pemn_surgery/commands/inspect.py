@@ -38,7 +38,8 @@ def _run(parsed: argparse.Namespace) -> int:
         {
             "name": name,
             "weights": mask.weights,
-            "density": _share(ones.get(name), mask.weights),
+            # None where the file alone does not tell it.
+            "density": ones[name] / max(mask.weights, 1) if name in ones else None,
             "coding": mask.header.coding if mask.header else "scores",
         }
         for name, mask in file.masks.items()
@@ -64,11 +65,6 @@ def _run(parsed: argparse.Namespace) -> int:
     )
     Console().print(shown)
     return 0
-
-
-def _share(ones: int | None, weights: int) -> float | None:
-    """Return the density; None where the file alone does not tell it."""
-    return None if ones is None else ones / max(weights, 1)
 
 
 def _shown_density(mask: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,9 +23,6 @@ from pemn_surgery.commands.common import (
     read_adapter,
 )
 from pemn_surgery.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pemn_surgery.adapters.config import PemnConfig
 
 _WRITTEN = {
     "safetensors": ("config.json", "model.safetensors", "model.safetensors.index.json"),
@@ -66,7 +63,8 @@ def _run(parsed: argparse.Namespace) -> int:
 
     _check(parsed)
     config, _ = read_adapter(parsed.adapter)
-    base = build_model(parsed.model, parsed.model_arg, _made_on(config))
+    made_on = (config.auto_mapping or {}).get("base_model_class")
+    base = build_model(parsed.model, parsed.model_arg, Wanted(config.task_type, made_on))
     folder = str(adapter_folder(parsed.adapter))
     merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
     parsed.out.mkdir(parents=True, exist_ok=True)
@@ -91,11 +89,6 @@ def _check(parsed: argparse.Namespace) -> None:
             message = f"--out got {given!r}, which is read. Give another folder."
             raise ConfigError(message)
     check_free(parsed.out, _WRITTEN[parsed.format], overwrite=parsed.overwrite)
-
-
-def _made_on(config: "PemnConfig") -> Wanted:
-    made_of = config.auto_mapping or {}
-    return Wanted(config.task_type, made_of.get("base_model_class"))
 
 
 def _write_safetensors(merged: nn.Module, out: Path) -> None:

@@ -19,11 +19,7 @@ _ANY = torch.export.Dim.AUTO  # any size, unless the model fixes it
 
 
 def check_can_export() -> None:
-    """Refuse early where graphs cannot be written.
-
-    Raises:
-        ImportError: If a package is missing.
-    """
+    """Refuse early where a package that writes graphs is missing (ImportError)."""
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         message = f"--format onnx needs {' and '.join(missing)}: pip install {' '.join(missing)}."

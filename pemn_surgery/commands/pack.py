@@ -1,4 +1,4 @@
-"""``pemn pack``."""
+"""``pemn pack`` and ``pemn unpack``: the same masks in another coding."""
 
 import argparse
 from pathlib import Path
@@ -21,28 +21,23 @@ from pemn_surgery.errors import ConfigError
 
 
 def add(commands: Any) -> None:
-    """Add the command."""
-    parser = add_command(
-        commands,
-        "pack",
-        recode_adapter,
-        "Code an adapter's masks near their entropy; a checkpoint's scores become masks.",
-        "pemn pack tasks/cifar10 --out small",
-    )
-    add_recoding(parser)
-    parser.set_defaults(coding="entropy")
+    """Add the commands."""
+    text = "Code an adapter's masks near their entropy; a checkpoint's scores become masks."
+    _add_one(commands, "pack", "entropy", text, "pemn pack tasks/cifar10 --out small")
+    text = "Write an adapter's masks as one bit a weight, which transformers' own loaders read too."
+    _add_one(commands, "unpack", "bits", text, "pemn unpack small --out tasks/cifar10")
 
 
-def add_recoding(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `recode_adapter`."""
+def _add_one(commands: Any, name: str, coding: str, help_text: str, example: str) -> None:
+    parser = add_command(commands, name, _run, help_text, example)
     add_adapter(parser)
     parser.add_argument("--out", type=Path, help="folder for the new one; default: in its place")
     add_overwrite(parser)
     add_json(parser)
+    parser.set_defaults(coding=coding)
 
 
-def recode_adapter(parsed: argparse.Namespace) -> int:
-    """Write an adapter in ``parsed.coding`` and say what became of its bytes."""
+def _run(parsed: argparse.Namespace) -> int:
     from pemn_surgery.adapters import recode
 
     _, before = read_adapter(parsed.adapter)

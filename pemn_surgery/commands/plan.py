@@ -5,7 +5,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, get_args
 
-from pemn_surgery.commands.building import Wanted, add_model, build_without_weights
+from pemn_surgery.commands.building import Wanted, add_model, build_model
 from pemn_surgery.commands.common import add_command, add_json, first_line, print_json
 from pemn_surgery.errors import ConfigError, PemnError
 from pemn_surgery.masks.selector import SelectorName
@@ -92,7 +92,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from pemn_surgery.adapters import plan
 
     config = _config(parsed)
-    model = build_without_weights(parsed.model, parsed.model_arg, Wanted(parsed.task_type))
+    model = build_model(parsed.model, parsed.model_arg, Wanted(parsed.task_type), weights=False)
     result = plan(model, config)
     if parsed.json:
         print_json(result.as_dict())

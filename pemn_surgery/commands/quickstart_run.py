@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 from pemn_surgery.adapters import PemnConfig, pemnify
 from pemn_surgery.report import machine, plots, tables
 
+Advance = Callable[[str], None]
+Fit = Callable[[nn.Module, str, str], None]  # of a model, for a task, by a method
+
 TASKS = ("digit", "parity")
 METHODS = ("dense", "LoRA r=8", "masks")
 RATIO = 1e-2
@@ -39,14 +43,7 @@ _LOGITS_FILE = "logits.safetensors"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one method did on one task.
-
-    Attributes:
-        method: One of `METHODS`.
-        task: One of `TASKS`.
-        accuracy: Share of test images classified right.
-        nbytes: Size of what has to be kept for the task.
-    """
+    """How a method did on a task: its share of test images right, bytes to keep for the task."""
 
     method: str
     task: str
@@ -84,8 +81,9 @@ def run(out: Path, epochs: int, seed: int, progress: Progress) -> dict[str, Any]
     def advance(what: str) -> None:
         progress.update(bar, advance=1, description=what)
 
-    outcomes = list(_baselines(out, train, test, epochs, seed, advance))
-    model = _train_masks(train, epochs, seed, advance)
+    fit = partial(_fit, train, epochs, seed, advance)
+    outcomes = list(_baselines(out, test, seed, fit))
+    model = _train_masks(seed, fit)
     model.save_pretrained(str(out / "masks"))
     logits = {task: _logits(model, task, test.images) for task in TASKS}
     save_file(logits, out / _LOGITS_FILE)
@@ -109,11 +107,7 @@ def run(out: Path, epochs: int, seed: int, progress: Progress) -> dict[str, Any]
 
 
 def network(seed: int) -> nn.Module:
-    """Return a timm ResNet for 16 x 16 images with 4.2 million weights and ten outputs.
-
-    Args:
-        seed: Seed of torch's random weights.
-    """
+    """Return a timm ResNet for 16 x 16 images with 4.2 million weights and ten outputs."""
     import timm
 
     torch.manual_seed(seed)
@@ -124,10 +118,8 @@ def network(seed: int) -> nn.Module:
 def load_digits() -> tuple[Split, Split]:
     """Return three quarters of scikit-learn's digits to train on and one quarter to test.
 
-    Images are enlarged twice; the tasks are which digit it is, and whether it is odd.
-
-    Raises:
-        ImportError: If scikit-learn is missing.
+    Images are enlarged twice; the tasks are which digit it is, and whether it is odd. Without
+    scikit-learn an ImportError is raised.
     """
     try:
         from sklearn.datasets import load_digits as read
@@ -151,21 +143,13 @@ def load_digits() -> tuple[Split, Split]:
 
 
 def verify_in_new_process(out: Path) -> bool:
-    """Tell whether a new process gets the saved logits from the saved adapters, bit for bit.
-
-    Args:
-        out: The quickstart's folder.
-    """
+    """Tell whether a new process gets the saved logits from the saved adapters, bit for bit."""
     command = [sys.executable, "-m", "pemn_surgery.commands.quickstart_run", str(out)]
     return subprocess.run(command, check=False).returncode == 0
 
 
 def reload_and_compare(out: Path) -> bool:
-    """Load both adapters onto a network with other random weights and compare logits.
-
-    Args:
-        out: The quickstart's folder.
-    """
+    """Load both adapters onto a network with other random weights and compare logits."""
     _, test = load_digits()
     folder = out / "masks"
     first = TASKS[0]
@@ -177,11 +161,7 @@ def reload_and_compare(out: Path) -> bool:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Return the result as a table.
-
-    Args:
-        result: What `run` returned.
-    """
+    """Return the result as a table."""
     dense = {row["task"]: row["nbytes"] for row in result["outcomes"] if row["method"] == "dense"}
     rows = [
         (
@@ -209,19 +189,17 @@ def new_progress() -> Progress:
     )
 
 
-def _baselines(
-    out: Path, train: Split, test: Split, epochs: int, seed: int, advance: Callable[[str], None]
-) -> Iterator[Outcome]:
+def _baselines(out: Path, test: Split, seed: int, fit: Fit) -> Iterator[Outcome]:
     for task in TASKS:
         dense = network(seed)
-        _fit(dense, train, task, "dense", epochs, seed, advance)
+        fit(dense, task, "dense")
         file = out / "dense" / f"{task}.safetensors"
         file.parent.mkdir(exist_ok=True)
         save_file({name: value.contiguous() for name, value in dense.state_dict().items()}, file)
         accuracy = _accuracy(_predict(dense, test.images), test.labels[task])
         yield Outcome("dense", task, accuracy, file.stat().st_size)
         lora = _lora(network(seed))
-        _fit(lora, train, task, "LoRA r=8", epochs, seed, advance)
+        fit(lora, task, "LoRA r=8")
         lora.save_pretrained(str(out / "lora" / task))
         accuracy = _accuracy(_predict(lora, test.images), test.labels[task])
         size = (out / "lora" / task / _WEIGHTS_FILE).stat().st_size
@@ -236,7 +214,7 @@ def _lora(model: nn.Module) -> PeftModel:
     return get_peft_model(model, LoraConfig(r=8, target_modules=convs, modules_to_save=whole))
 
 
-def _train_masks(train: Split, epochs: int, seed: int, advance: Callable[[str], None]) -> PeftModel:
+def _train_masks(seed: int, fit: Fit) -> PeftModel:
     """Return one network with one shared random vector and an adapter for each task."""
     first, *others = TASKS
     model = pemnify(network(seed), _config(seed), adapter_name=first)
@@ -244,7 +222,7 @@ def _train_masks(train: Split, epochs: int, seed: int, advance: Callable[[str], 
         model.add_adapter(task, _config(seed))
     for task in TASKS:
         model.set_adapter(task)
-        _fit(model, train, task, "masks", epochs, seed, advance)
+        fit(model, task, "masks")
     return model
 
 
@@ -253,13 +231,7 @@ def _config(seed: int) -> PemnConfig:
 
 
 def _fit(
-    model: nn.Module,
-    train: Split,
-    task: str,
-    method: str,
-    epochs: int,
-    seed: int,
-    advance: Callable[[str], None],
+    train: Split, epochs: int, seed: int, advance: Advance, model: nn.Module, task: str, method: str
 ) -> None:
     """Train with AdamW and a one-cycle learning rate; all methods see the same batches."""
     order = torch.Generator().manual_seed(seed)
@@ -271,9 +243,8 @@ def _fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * batches)
     model.train()
     for _ in range(epochs):
-        for chosen in torch.randperm(len(labels), generator=order)[: batches * _BATCH].split(
-            _BATCH
-        ):
+        shuffled = torch.randperm(len(labels), generator=order)[: batches * _BATCH]
+        for chosen in shuffled.split(_BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(train.images[chosen]), labels[chosen]).backward()
             optimizer.step()

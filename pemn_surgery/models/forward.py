@@ -95,12 +95,12 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
             run.
     """
     problems = []
-    copies = [(_without_values, 1), (_without_values, 0)]  # another value, perhaps another turn
+    ways = [(_on_meta, 1), (_on_meta, 0)]  # another value, perhaps another turn
     if _can_really_run(model):
-        copies.append((_with_values, 0))
-    for copied, made_up in copies:
+        ways.append((_on_cpu, 0))
+    for way, made_up in ways:
         try:
-            return _trace(copied(model), inputs, made_up)
+            return _trace(_copy(model, way), inputs, made_up)
         except Exception as error:
             problems.append(f"{type(error).__name__}: {error}")
     message = f"The forward of {type(model).__name__} could not be followed: {problems[0]}"
@@ -114,19 +114,8 @@ def _trace(copied: nn.Module, inputs: Mapping[str, Any] | None, made_up: int) ->
                 inputs = example_inputs(copied)
         values = pytree.tree_map_only(Tensor, _on_cpu, dict(inputs))
         watcher = Watcher(copied, made_up)
-        watcher.follow_calls(copied)
         watcher.watch(copied, values)
     return Trace(watcher.uses(), watcher.written, tuple(watcher.chosen_by))
-
-
-def _without_values(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode whose parameters lie on the meta device."""
-    return _copy(model, lambda parameter: parameter.detach().to("meta"))
-
-
-def _with_values(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode on the CPU."""
-    return _copy(model, _on_cpu)
 
 
 def _copy(model: nn.Module, copied: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -152,6 +141,10 @@ def _can_really_run(model: nn.Module) -> bool:
     if any(is_lazy(tensor) or tensor.is_meta for tensor in tensors):
         return False
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) < _SMALL
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -65,14 +65,7 @@ def graph_modules(model: nn.Module) -> list[GraphModule]:
 
 
 def uses_in_graphs(model: nn.Module) -> dict[int, GraphUse]:
-    """Return what the graphs of a model do with its parameters.
-
-    Args:
-        model: Any module; without a graph module the result is empty.
-
-    Returns:
-        The uses by ``id`` of the parameter: a tied parameter has several names and one use.
-    """
+    """Return what graphs in a model do with parameters, by ``id``: a tied one has one use."""
     found: dict[int, GraphUse] = {}
     for module in graph_modules(model):
         for name, use in uses_in_graph(module).items():
@@ -82,14 +75,7 @@ def uses_in_graphs(model: nn.Module) -> dict[int, GraphUse]:
 
 
 def uses_in_graph(module: GraphModule) -> dict[str, GraphUse]:
-    """Return what one graph does with the parameters that it reads itself.
-
-    Args:
-        module: The graph module.
-
-    Returns:
-        The uses by the parameter's name within the module, in the graph's order.
-    """
+    """Return what one graph does with the parameters that it reads itself, by their names in it."""
     fed = _fed(module)
     found: dict[str, GraphUse] = {}
     for node, name in reads(module):
@@ -103,11 +89,7 @@ def uses_in_graph(module: GraphModule) -> dict[str, GraphUse]:
 
 
 def reads(module: GraphModule) -> Iterator[tuple[Node, str]]:
-    """Yield the nodes that read a tensor, and its name within the module.
-
-    Args:
-        module: The graph module; surgery may have replaced reads by calls of its children.
-    """
+    """Yield the nodes that read a tensor, and its name within the module."""
     for node in module.graph.nodes:
         if node.op == "get_attr":
             yield node, node.target
@@ -144,10 +126,6 @@ def fixed_modes(module: GraphModule, *, training: bool) -> list[str]:
     """Return the nodes that a graph holds in the other mode, whatever mode is asked for.
 
     Exported graphs have their mode as a constant in dropout, batch norm and recurrent operators.
-
-    Args:
-        module: The graph module.
-        training: The mode that is asked for.
     """
     return [
         node.name
@@ -184,14 +162,7 @@ def _fed(module: GraphModule) -> set[Node]:
 
 
 def _uses(node: Node, view: Any, whole: Tensor, fed: set[Node]) -> Iterator[GraphUse]:
-    """Yield every use of what a node gives, also behind nodes that only reshape or cast it.
-
-    Args:
-        node: The node.
-        view: What it gives, on the meta device.
-        whole: The parameter behind it, on the meta device.
-        fed: Nodes that depend on inputs: what they give is no parameter any more.
-    """
+    """Yield every use of what a node gives, also behind nodes that only reshape or cast it."""
     for user in node.users:
         operator = _operator(user)
         if user not in fed and _passes_on(user, operator, node):

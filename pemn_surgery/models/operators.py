@@ -8,9 +8,8 @@ the same positions in all of them. A forward that is followed meets the operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
-
-from pemn_surgery.models import result_shapes
 
 # Positions of arguments: by number and by keyword.
 Positions = tuple[int | str, ...]
@@ -52,10 +51,41 @@ class Operator(NamedTuple):
     shape: Callable[..., Tensor | None] | None = None
 
 
+# Results whose shape is clear from the arguments: empty, on the meta device. Torch finds a shape in
+# Python, at up to a millisecond a call, most of what a forward on shapes takes. None: torch shall
+# say what is wrong with the arguments.
+
+
+def _like(x: Tensor, *_: Any, **options: Any) -> Tensor:
+    """Return a result like the first argument, its strides included."""
+    return torch.empty_like(x)
+
+
+def _normalised(x: Tensor, *_: Any, **options: Any) -> Tensor:
+    """Return a contiguous result of the first argument's shape and dtype."""
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Return the result (..., out) of a linear map of (..., in) by (out, in)."""
+    if weight.dim() != 2 or not x.dim() or x.shape[-1] != weight.shape[1]:
+        return None
+    same = x.dtype == weight.dtype and (bias is None or bias.shape == weight.shape[:1])
+    return x.new_empty((*x.shape[:-1], weight.shape[0])) if same else None
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor | None:
+    """Return the result (..., queries, width) of attention to values (..., keys, width)."""
+    same = query.dim() == key.dim() == value.dim() and key.shape[-2] == value.shape[-2]
+    if not same or query.shape[:-2] != value.shape[:-2] or query.shape[-1] != key.shape[-1]:
+        return None
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
 # fmt: off
 _FAMILIES: tuple[tuple[str, Operator], ...] = (
     # Layers. A recurrent operator on packed sequences has one more argument in front.
-    ("linear", Operator("layer", (1, "weight"), shape=result_shapes.projected)),
+    ("linear", Operator("layer", (1, "weight"), shape=_projected)),
     ("conv1d conv2d conv3d convolution _convolution", Operator("layer", (1, "weight"))),
     ("conv_transpose1d conv_transpose2d conv_transpose3d", Operator("layer", (1, "weight"))),
     ("deform_conv2d", Operator("layer", (1, "weight"))),
@@ -73,12 +103,12 @@ _FAMILIES: tuple[tuple[str, Operator], ...] = (
     ("addmm baddbmm addbmm", Operator("product", (1, "mat1", "batch1"), (2, "mat2", "batch2"))),
     ("einsum tensordot inner dot mv addmv __rmatmul__", Operator("product")),
     ("_grouped_mm grouped_mm chain_matmul multi_dot", Operator("product")),
-    ("scaled_dot_product_attention", Operator(shape=result_shapes.attended)),
+    ("scaled_dot_product_attention", Operator(shape=_attended)),
     # Rows, norms, choices.
     ("embedding embedding_bag", Operator("lookup")),
-    ("layer_norm rms_norm group_norm", Operator("norm", shape=result_shapes.normalised)),
+    ("layer_norm rms_norm group_norm", Operator("norm", shape=_normalised)),
     ("instance_norm native_layer_norm", Operator("norm")),
-    ("batch_norm", Operator("norm", passes="own", shape=result_shapes.like)),
+    ("batch_norm", Operator("norm", passes="own", shape=_like)),
     ("topk argmax argmin sort argsort msort multinomial gumbel_softmax", Operator("choice")),
     # Joins, parts, forms. Weight standardisation and fusing have their weights in these.
     ("cat", Operator("join", passes="own")),
@@ -96,7 +126,7 @@ _FAMILIES: tuple[tuple[str, Operator], ...] = (
     ("t transpose permute swapaxes movedim T mT numpy_T flatten unflatten", Operator(passes="new")),
     ("view _unsafe_view reshape squeeze unsqueeze expand", Operator(passes="new")),
     ("slice narrow chunk split split_with_sizes unbind getitem", Operator(passes="new")),
-    ("gelu", Operator(shape=result_shapes.like)),
+    ("gelu", Operator(shape=_like)),
 )
 # fmt: on
 
@@ -123,14 +153,7 @@ def is_in_place(name: str) -> bool:
 def stands_at(
     args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Any, positions: Positions
 ) -> bool:
-    """Tell whether an argument, or an item of a list that is one, stands at one of some positions.
-
-    Args:
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        wanted: The very object that is looked for.
-        positions: Where to look.
-    """
+    """Tell whether this very object is an argument, or in a list that is one, at some positions."""
     for position, value in [*enumerate(args), *kwargs.items()]:
         values = value if isinstance(value, (list, tuple)) else (value,)
         if position in positions and any(item is wanted for item in values):

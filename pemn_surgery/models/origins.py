@@ -56,12 +56,7 @@ FED = Origin(is_fed=True)
 
 
 class Step(NamedTuple):
-    """What one operator call does.
-
-    Attributes:
-        roles: The parameters that do not merely pass through, and what is done with them.
-        origin: What the result is made of.
-    """
+    """What is done with parameters that do not just pass through; what the result is made of."""
 
     roles: Sequence[tuple[str, Role]]
     origin: Origin
@@ -74,15 +69,7 @@ def step(
     tensors: Sequence[Tensor],
     origins: Sequence[Origin],
 ) -> Step:
-    """Return what an operator of torch does with its arguments.
-
-    Args:
-        operator: Its name.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        tensors: The tensors among them, in order.
-        origins: What each of these is made of.
-    """
+    """Return what an operator of torch does with its arguments."""
     kind, weights, right, *_ = look_up(operator)
     if kind in ("filled", "unfilled"):
         return Step((), CONSTANT)
@@ -102,11 +89,7 @@ def step(
 
 
 def unknown_step(origins: Sequence[Origin]) -> Step:
-    """Return what is known of an operator that is none of torch's: what goes in.
-
-    Args:
-        origins: What each of its tensors is made of.
-    """
+    """Return what is known of an operator that is none of torch's: what goes in."""
     return Step([(name, "unknown") for name in _all(o.weights for o in origins)], FED)
 
 

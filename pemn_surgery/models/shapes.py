@@ -6,6 +6,7 @@ asks for although there are none (``if mask.all()``, ``nonzero`` in a mixture of
 up.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,15 +18,7 @@ from pemn_surgery.models.operators import is_in_place, look_up
 
 
 class Call:
-    """One operator call.
-
-    Args:
-        func: Torch's function.
-        name: Its name.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        made_up: What values are that nobody knows.
-    """
+    """One operator call; ``made_up`` is what values are that nobody knows."""
 
     def __init__(self, func: Any, name: str, args: tuple, kwargs: dict, made_up: int) -> None:
         self.func, self.made_up = func, made_up
@@ -38,7 +31,7 @@ class Call:
     def run(self) -> Any:
         """Return the operator's result."""
         if not self.on_meta or self.operator.kind == "filled":
-            return self._call(self._move(_device_cpu))
+            return self._call(self._move("cpu"))
         if self._has_values() and self.is_in_place:
             return self.leaves[0]  # what it would write has a shape only
         if self._has_values() and self.operator.kind == "form":  # the first tensor keeps its values
@@ -48,7 +41,8 @@ class Call:
         if known is not None:
             return known
         problems = []
-        for prepare in (self._as_shapes, self._as_given, self._as_made_up, self._as_zeros):
+        made_up = functools.partial(self._move, "cpu", self._make_up)
+        for prepare in (self._as_shapes, lambda: self.leaves, made_up, self._as_zeros):
             try:
                 return self._call(prepare())
             except (RuntimeError, NotImplementedError, IndexError, ValueError) as error:
@@ -58,16 +52,10 @@ class Call:
         raise problems[0]
 
     def _as_shapes(self) -> list[Any]:
-        return self._move(_device_meta, _to_meta)
-
-    def _as_given(self) -> list[Any]:
-        return self.leaves
-
-    def _as_made_up(self) -> list[Any]:
-        return self._move(_device_cpu, self._make_up)
+        return self._move("meta", lambda x: x if x.is_meta else x.to("meta"))
 
     def _as_zeros(self) -> list[Any]:
-        return self._move(_device_cpu, _zeros_for_shapes)
+        return self._move("cpu", lambda x: torch.zeros_like(x, device="cpu") if x.is_meta else x)
 
     def _call(self, leaves: Sequence[Any]) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
@@ -75,16 +63,10 @@ class Call:
             kwargs = {**kwargs, "device": "cpu"}
         return self.func(*args, **kwargs)
 
-    def _move(
-        self, device: Callable[[Any], Any], tensor: Callable[[Tensor], Tensor] | None = None
-    ) -> list[Any]:
-        moved = []
-        for leaf in self.leaves:
-            if isinstance(leaf, Tensor):
-                moved.append(tensor(leaf) if tensor is not None else leaf)
-            else:
-                moved.append(device(leaf))
-        return moved
+    def _move(self, device: str, tensor: Callable[[Tensor], Tensor] = lambda x: x) -> list[Any]:
+        """Return the arguments with other tensors, and with this device wherever one is named."""
+        moved = [tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        return [torch.device(device) if isinstance(x, torch.device) else x for x in moved]
 
     def _make_up(self, tensor: Tensor) -> Tensor:
         if not tensor.is_meta:
@@ -94,19 +76,3 @@ class Call:
     def _has_values(self) -> bool:
         first = self.leaves[0]
         return isinstance(first, Tensor) and not first.is_meta
-
-
-def _zeros_for_shapes(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_meta else tensor.to("meta")
-
-
-def _device_cpu(leaf: Any) -> Any:
-    return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
-
-
-def _device_meta(leaf: Any) -> Any:
-    return torch.device("meta") if isinstance(leaf, torch.device) else leaf

@@ -7,7 +7,6 @@ one floor below, by the dispatch mode, in smaller operators.
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -59,11 +58,9 @@ class Use:
 
 
 class Watcher(TorchFunctionMode):
-    """Follows the parameters of two or more dimensions through a forward.
+    """Follows the parameters of two or more dimensions, which it marks, through a copy's forward.
 
-    Args:
-        model: A copy of a model, whose parameters are marked.
-        made_up: What values are that the forward asks for although there are none.
+    Values that the forward asks for although there are none are ``made_up``.
     """
 
     def __init__(self, model: nn.Module, made_up: int) -> None:
@@ -78,30 +75,13 @@ class Watcher(TorchFunctionMode):
         for name, parameter in self._parameters.items():
             setattr(parameter, _ORIGIN, Origin(weights=(name,)))
 
-    def follow_calls(self, model: nn.Module) -> None:
-        """Keep the path of the module whose forward runs."""
-        scripted: tuple[str, ...] = ()  # what torch.jit has compiled takes no hooks
-        for path, module in model.named_modules():
-            if isinstance(module, ScriptModule):
-                scripted = (*scripted, f"{path}.")
-            if isinstance(module, ScriptModule) or path.startswith(scripted):
-                continue
-            module.register_forward_pre_hook(lambda *_, path=path: self._stack.append(path))
-            module.register_forward_hook(lambda *_: self._leave(), always_call=True)
-
     def watch(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Run a forward.
-
-        Args:
-            model: The copy.
-            inputs: Keyword arguments of its forward, whose tensors are marked.
-        """
+        """Run a forward of the copy, on keyword arguments whose tensors are marked."""
         for tensor in pytree.tree_leaves(inputs):
             if isinstance(tensor, Tensor):
                 setattr(tensor, _ORIGIN, FED)
-        with ExitStack() as modes:
-            modes.enter_context(_Below(self))
-            modes.enter_context(self)
+        self._follow_calls(model)
+        with _Below(self), self:
             model(**inputs)
 
     def uses(self) -> tuple[Use, ...]:
@@ -111,22 +91,12 @@ class Watcher(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        return func(*args, **kwargs) if self._is_busy else self.see(func, args, kwargs)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether an operator runs that is seen already."""
-        return self._is_busy
+        return self.see(func, args, kwargs or {})
 
     def see(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Note what an operator takes, run it, and mark what it makes.
-
-        Args:
-            func: Torch's function or operator.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-        """
+        """Note what an operator takes, run it, and mark what it makes; not one within another."""
+        if self._is_busy:
+            return func(*args, **kwargs)
         self._is_busy = True
         try:
             operator = _name_of(func)
@@ -146,6 +116,17 @@ class Watcher(TorchFunctionMode):
             return result
         finally:
             self._is_busy = False
+
+    def _follow_calls(self, model: nn.Module) -> None:
+        """Keep the path of the module whose forward runs."""
+        scripted: tuple[str, ...] = ()  # what torch.jit has compiled takes no hooks
+        for path, module in model.named_modules():
+            if isinstance(module, ScriptModule):
+                scripted = (*scripted, f"{path}.")
+            if isinstance(module, ScriptModule) or path.startswith(scripted):
+                continue
+            module.register_forward_pre_hook(lambda *_, path=path: self._stack.append(path))
+            module.register_forward_hook(lambda *_: self._leave(), always_call=True)
 
     def _note(self, operator: str, taken: Step, origins: Sequence[Origin]) -> None:
         for name, role in taken.roles:
@@ -177,10 +158,7 @@ class _Below(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if self.watcher.is_busy:
-            return func(*args, **kwargs)
-        return self.watcher.see(func, args, kwargs)
+        return self.watcher.see(func, args, kwargs or {})
 
 
 def _step(

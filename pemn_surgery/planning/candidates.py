@@ -1,7 +1,7 @@
 """A plan's candidates: the parameters that a mask could lie on by their shape, and what each is.
 
 A *candidate* is one name of such a parameter. `planner` decides on all names of one tensor together
-and makes `outcomes` of them: a `Target` of those that are masked, a `Left` of each that stays.
+and makes of them a `Target` of those that are masked, a `Left` of each that stays.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,6 @@ from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.models.forward import Trace
 from pemn_surgery.models.graph_modules import GraphUse
 from pemn_surgery.numbers.bank import Shape
-from pemn_surgery.planning.layer_kinds import is_weight
 from pemn_surgery.planning.request import Request
 from pemn_surgery.planning.roles import (
     base_modules,
@@ -24,6 +23,7 @@ from pemn_surgery.planning.roles import (
     is_container,
     is_embedding,
     is_norm,
+    is_weight,
     scripted_modules,
 )
 
@@ -67,13 +67,7 @@ class Candidate:
 def candidates(
     model: nn.Module, request: Request, uses: Mapping[int, GraphUse]
 ) -> Iterator[Candidate]:
-    """Yield every parameter of two or more dimensions, masked ones included.
-
-    Args:
-        model: Any module.
-        request: What is asked for.
-        uses: What graphs do with parameters (`uses_in_graphs`).
-    """
+    """Yield every parameter of two or more dimensions, masked ones included."""
     for path, module in base_modules(model):
         yield from _packed_elsewhere(path, module, request)
         held = held_masks(module)
@@ -102,9 +96,8 @@ def _scripted(model: nn.Module, request: Request) -> Iterator[Candidate]:
         for inner, tensor in scripted.named_parameters():
             name = full_name(outer, inner)
             path, _, parameter = name.rpartition(".")
-            seen = request.trace
             if tensor.dim() >= 2:
-                maskable = seen is None or seen.multiplies(name)
+                maskable = request.trace is None or request.trace.multiplies(name)
                 shape = tuple(tensor.shape)
                 yield Candidate(path, parameter, scripted, shape, id(tensor), problem, maskable)
 
@@ -113,23 +106,13 @@ def _masked(
     path: str, parameter: str, module: nn.Module, child: MaskedWeight, tensor: Tensor | None
 ) -> Candidate:
     """Return a weight that has masks already; a bank has taken its tensor away."""
-    identity = id(child) if tensor is None else id(tensor)
-    fan_in = child.fan_in
+    identity, fan_in = id(child if tensor is None else tensor), child.fan_in
     return Candidate(path, parameter, module, child.shape, identity, "", True, fan_in=fan_in)
 
 
 @dataclass(frozen=True)
 class _Known:
-    """A parameter without masks, and what is known of it.
-
-    Attributes:
-        path: Path of its module.
-        parameter: Its name on the module.
-        module: The module.
-        tensor: The parameter.
-        request: What is asked for.
-        use: What graphs do with it.
-    """
+    """A parameter without masks, what is asked for, and what graphs do with it."""
 
     path: str
     parameter: str
@@ -140,7 +123,6 @@ class _Known:
 
     @property
     def name(self) -> str:
-        """Its name in the model's state dict."""
         return full_name(self.path, self.parameter)
 
     @property
@@ -150,12 +132,10 @@ class _Known:
 
     @property
     def is_table(self) -> bool:
-        """Whether rows of it are looked up."""
         return is_embedding(self.module, self.parameter, self.use)
 
     @property
     def is_weight_of_layer(self) -> bool:
-        """Whether its module's class says that it is a weight."""
         return is_weight(self.module, self.parameter)
 
     @property
@@ -187,7 +167,9 @@ def _candidate(known: _Known) -> Iterator[Candidate]:
         problem = "has no shape yet (lazy)"
         yield Candidate(*names, (0,), id(tensor), problem, known.is_wanted)
     elif tensor.dim() >= 2 or known.is_wanted:
-        maskable, problem = _verdict(known)
+        maskable, problem = _by_role(known)
+        if maskable:
+            problem = known.request.quantised.get(known.name, next(_obstacles(known), problem))
         use = known.use if known.is_weight_of_graph else GraphUse(fan_in=0)
         yield Candidate(
             *names,
@@ -207,16 +189,8 @@ def _is_open(known: _Known) -> bool:
     return known.request.unseen and not is_norm(module) and not is_container(module)
 
 
-def _verdict(known: _Known) -> tuple[bool, str]:
-    """Return whether a parameter is a weight that could be masked, and why it stays, or ""."""
-    maskable, problem = _by_role(known)
-    if maskable:
-        problem = known.request.quantised.get(known.name, next(_obstacles(known), problem))
-    return maskable, problem
-
-
 def _by_role(known: _Known) -> tuple[bool, str]:
-    """Return the verdict by what a parameter is, whatever its numbers are."""
+    """Return whether a parameter is a weight by what it is, and why it stays, or ""."""
     if known.path.endswith(".parametrizations.weight") and not known.is_asked_for:
         return True, "is parametrised (weight norm or the like)"
     if known.is_wanted:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pemn_surgery.masks.attached import held_masks
 from pemn_surgery.models.graph_modules import GraphUse
-from pemn_surgery.planning.outcomes import Owned
+from pemn_surgery.planning.plan import Owned
 from pemn_surgery.planning.request import NewRows, Request
 from pemn_surgery.planning.roles import (
     base_modules,
@@ -22,14 +22,7 @@ from pemn_surgery.planning.roles import (
 def owned_tensors(
     model: nn.Module, request: Request, masked: set[str], uses: Mapping[int, GraphUse]
 ) -> Iterator[Owned]:
-    """Yield the unmasked tensors that each task has its own copy of.
-
-    Args:
-        model: Any module.
-        request: What is asked for.
-        masked: Names of the weights that are masked.
-        uses: What graphs do with parameters (`uses_in_graphs`).
-    """
+    """Yield the unmasked tensors that each task has its own copy of."""
     seen: dict[int, str] = {}
     for path, module in base_modules(model):
         if request.is_saved_whole(path):
@@ -45,11 +38,11 @@ def owned_tensors(
             if not (trained or carried or new):
                 continue
             first = seen.setdefault(id(tensor), full)
+            # PEFT trains 16-bit tensors of its layers in float32, and saves them so.
+            element = max(tensor.element_size(), 4 if trained else 0)
+            item = _describe_owned(path, name, tensor, element, trained=trained)
             tied_to = "" if first == full else first
-            saved = not is_idle_counter(module, name)
-            item = _describe_owned(
-                path, name, tensor, trained=trained, saved=saved, tied_to=tied_to, widened=trained
-            )  # PEFT trains 16-bit tensors of its layers in float32, and saves them so
+            item = replace(item, saved=not is_idle_counter(module, name), tied_to=tied_to)
             yield item if new is None else _with_new_rows(item, new, whole=trained or carried)
     yield from _behind_masks(model, request, masked)
 
@@ -88,7 +81,7 @@ def whole_tensors(model: nn.Module, request: Request) -> Iterator[Owned]:
     for path, module in base_modules(model):
         if path and request.is_saved_whole(path):
             for name, tensor in _unmasked_tensors(path, module, set()):
-                yield _describe_owned(path, name, tensor, trained=True)
+                yield _describe_owned(path, name, tensor, tensor.element_size(), trained=True)
 
 
 def frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:
@@ -99,27 +92,9 @@ def frozen_norms(model: nn.Module, request: Request) -> Iterator[str]:
                 yield path
 
 
-def _describe_owned(
-    path: str,
-    name: str,
-    tensor: Tensor,
-    *,
-    trained: bool,
-    saved: bool = True,
-    tied_to: str = "",
-    widened: bool = False,
-) -> Owned:
-    size = max(tensor.element_size(), 4) if widened else tensor.element_size()
-    return Owned(
-        path=path,
-        tensor=name,
-        shape=tuple(tensor.shape),
-        is_float=tensor.is_floating_point() or tensor.is_complex(),
-        nbytes=tensor.numel() * size,
-        trained=trained,
-        saved=saved,
-        tied_to=tied_to,
-    )
+def _describe_owned(path: str, name: str, tensor: Tensor, element: int, *, trained: bool) -> Owned:
+    is_float = tensor.is_floating_point() or tensor.is_complex()
+    return Owned(path, name, tuple(tensor.shape), is_float, tensor.numel() * element, trained)
 
 
 def _unmasked_tensors(
@@ -155,10 +130,6 @@ def is_idle_counter(module: nn.Module, name: str) -> bool:
     """Tell whether a tensor is BatchNorm's batch counter, which is read only without a momentum.
 
     An exported graph has the momentum as a constant; its modules are plain containers.
-
-    Args:
-        module: The module that holds the tensor.
-        name: The tensor's name on it.
     """
     has_momentum = getattr(module, "momentum", None) is not None or is_container(module)
     return name == "num_batches_tracked" and has_momentum

@@ -9,31 +9,28 @@ from torch import nn
 
 from pemn_surgery.models.forward import Trace
 from pemn_surgery.models.graph_modules import uses_in_graphs
-from pemn_surgery.models.watcher import Use
 from pemn_surgery.numbers import bank as banks
 from pemn_surgery.planning.blocks import repeated_blocks
 from pemn_surgery.planning.candidates import Candidate, candidates, is_named
-from pemn_surgery.planning.layer_kinds import fan_in_of, is_weight, rows_of
-from pemn_surgery.planning.outcomes import Left, Target
 from pemn_surgery.planning.owned import frozen_norms, owned_tensors, whole_tensors
-from pemn_surgery.planning.plan import Plan
+from pemn_surgery.planning.plan import Left, Plan, Target
 from pemn_surgery.planning.request import Request
-from pemn_surgery.planning.roles import TABLES, base_modules, is_norm, scripted_modules
+from pemn_surgery.planning.roles import (
+    TABLES,
+    base_modules,
+    fan_in_of,
+    is_norm,
+    is_weight,
+    rows_of,
+    scripted_modules,
+)
 
 # A candidate that stays, and why.
 Staying = tuple[Candidate, str]
 
 
 def make_plan(model: nn.Module, request: Request) -> Plan:
-    """Decide what happens to every tensor of a model.
-
-    Args:
-        model: Any module; one that carries masks already is planned as if it did not.
-        request: What is asked for.
-
-    Returns:
-        The plan.
-    """
+    """Decide what happens to every tensor of a model; masks that it has already count as none."""
     uses = uses_in_graphs(model)
     found = list(candidates(model, request, uses))
     targets, left = _sort_out(found, request)
@@ -63,10 +60,6 @@ def functional_weights(model: nn.Module, trace: Trace) -> list[str]:
 
     Not among them: weights of layers, which are masked anyway, tables whose rows it looks up, and
     what it chooses by (routers, codebooks).
-
-    Args:
-        model: The model.
-        trace: Its trace.
     """
     modules = dict(base_modules(model))
     found = []
@@ -82,26 +75,10 @@ def functional_weights(model: nn.Module, trace: Trace) -> list[str]:
 
 
 def rewritten_weights(model: nn.Module, trace: Trace) -> list[str]:
-    """Return the weights that a forward changes in place: what it writes would miss the mask.
-
-    Args:
-        model: The model.
-        trace: Its trace.
-    """
+    """Return the weights that a forward changes in place: what it writes would miss the mask."""
     modules = dict(base_modules(model))
     names = [name for name in trace.written if name.rpartition(".")[0] in modules]
     return [name for name in names if not is_norm(modules[name.rpartition(".")[0]])]
-
-
-def _summary(uses: Sequence[Use]) -> str:
-    """Return in a few words what a forward does with a parameter."""
-    counts: Counter[str] = Counter()
-    for use in uses:
-        where = f" at {use.where}" if use.where else ""
-        counts[f"{use.operator}{where}"] += use.count
-    if not counts:
-        return "not reached by the forward"
-    return ", ".join(f"{what} x{n}" if n > 1 else what for what, n in counts.items())
 
 
 def _sort_out(found: Sequence[Candidate], request: Request) -> tuple[list[Target], list[Left]]:
@@ -113,7 +90,7 @@ def _sort_out(found: Sequence[Candidate], request: Request) -> tuple[list[Target
         masked, staying = _split(group, request)
         if masked:
             targets.append(_target(group, masked, staying, request))
-        left.extend(_left(group, masked, staying, request))
+        left.extend(_left(group, bool(masked), staying, request))
     return targets, left
 
 
@@ -136,27 +113,31 @@ def _split(group: Sequence[Candidate], request: Request) -> tuple[list[Candidate
 
 
 def _left(
-    group: Sequence[Candidate],
-    masked: Sequence[Candidate],
-    staying: Sequence[Staying],
-    request: Request,
+    group: Sequence[Candidate], is_masked: bool, staying: Sequence[Staying], request: Request
 ) -> Iterator[Left]:
     """Yield what stays; a tied tensor counts once as maskable, and not if a copy is masked."""
-    counted = bool(masked)
+    counted = is_masked
     order = {one.name: index for index, one in enumerate(group)}
-    trace, reached = request.trace, _is_reached(group, request)
-    uses = [use for one in group for use in trace.of(one.name)] if trace else []
+    seen, reached = _seen(group, request)
     for one, reason in sorted(staying, key=lambda item: order[item[0].name]):
         maskable = one.maskable and not counted
         counted = counted or maskable
-        use = _summary(uses) if trace and not one.is_embedding else ""
+        use = "" if one.is_embedding else seen
         kind = type(one.module).__name__
         yield Left(one.name, kind, one.shape, maskable, reason, use, reached, one.is_open)
 
 
-def _is_reached(group: Sequence[Candidate], request: Request) -> bool:
-    """Tell whether a forward uses a tensor; where none was followed, it may."""
-    return request.trace is None or any(request.trace.of(one.name) for one in group)
+def _seen(group: Sequence[Candidate], request: Request) -> tuple[str, bool]:
+    """Return what a forward does with a tensor and whether it uses it; "" and True if not seen."""
+    if request.trace is None:
+        return "", True
+    counts: Counter[str] = Counter()
+    for use in (use for one in group for use in request.trace.of(one.name)):
+        where = f" at {use.where}" if use.where else ""
+        counts[f"{use.operator}{where}"] += use.count
+    if not counts:
+        return "not reached by the forward", False
+    return ", ".join(f"{what} x{n}" if n > 1 else what for what, n in counts.items()), True
 
 
 def _reason(candidate: Candidate, request: Request) -> str:
@@ -174,8 +155,7 @@ def _target(
     request: Request,
 ) -> Target:
     first = masked[0]  # tied candidates share one tensor, hence one use in a graph
-    traced = request.trace.of if request.trace else lambda name: ()
-    uses = [use for one in group for use in traced(one.name)]
+    use, reached = _seen(group, request)
     rows = rows_of(first.module, first.shape)
     return Target(
         path=first.path,
@@ -185,8 +165,8 @@ def _target(
         fan_in=first.fan_in or fan_in_of(first.module, first.shape),
         tied=tuple(one.name for one in masked[1:]),
         untied_from=staying[0][0].name if staying else "",
-        use=_summary(uses) if request.trace else "",
-        reached=_is_reached(group, request),
+        use=use,
+        reached=reached,
         row_scales=rows.count if request.row_scaled else 0,
     )
 

@@ -13,12 +13,7 @@ TiedName = Literal["leave", "untie", "both"]
 
 
 class NewRows(NamedTuple):
-    """The last rows of a tensor, which the base's checkpoint does not have (added tokens).
-
-    Attributes:
-        first: Number of rows that the base has: the first new row.
-        more: Number of new rows.
-    """
+    """Last rows of a tensor that the base's checkpoint lacks (added tokens): first, how many."""
 
     first: int
     more: int

@@ -56,11 +56,7 @@ class Arm:
         partial.replace(self.file)
 
     def restore(self) -> None:
-        """Continue from the checkpoint.
-
-        Raises:
-            RecipeError: If it belongs to a run with other settings.
-        """
+        """Continue from the checkpoint; a RecipeError if its run has other settings."""
         state = torch.load(self.file, weights_only=True)
         was = state["settings"]
         other = {k: (was.get(k), new) for k, new in self.settings.items() if was.get(k) != new}

@@ -1,5 +1,6 @@
 """The papers' augmentations of whole batches at once, on the device where the images are.
 
+Images are uint8 ``[n, 3, h, w]`` here, before and after; ``mean`` is that of each channel, in 0..1.
 Every image has draws of its own. They come from torch's global generator on the CPU, so that one
 seed gives the same images on every device. Images that drew the same operation go through
 torchvision's function for it together, so that an epoch takes some hundred calls, not some hundred
@@ -26,13 +27,6 @@ def convmixer(images: Tensor, mean: Sequence[float]) -> Tensor:
 
     The paper's RandomResizedCrop(32, scale=(1, 1)) is the identity on 32 x 32 images and left out.
     Erasing writes the mean colour, which is the zero of the normalised image.
-
-    Args:
-        images: uint8 ``[n, 3, h, w]``.
-        mean: Of each channel, in 0..1.
-
-    Returns:
-        uint8 ``[n, 3, h, w]``.
     """
     images = rand_augment(flip(images), operations=2, level=12)
     return erase(jitter(images, 0.2), 0.2, [round(255 * one) for one in mean])
@@ -59,15 +53,7 @@ def flip(images: Tensor) -> Tensor:
 
 
 def crop_and_flip(images: Tensor, pad: int = 4) -> Tensor:
-    """Crop at random out of the image padded with ``pad`` black pixels, flip half of them.
-
-    Args:
-        images: uint8 ``[n, 3, h, w]``.
-        pad: Pixels added on each side, before normalisation (torchvision's RandomCrop).
-
-    Returns:
-        uint8 ``[n, 3, h, w]``.
-    """
+    """Crop at random out of the image with ``pad`` black pixels on each side, flip half of them."""
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (pad,) * 4)
     top, left = torch.randint(2 * pad + 1, (2, n, 1))
@@ -80,16 +66,7 @@ def crop_and_flip(images: Tensor, pad: int = 4) -> Tensor:
 
 
 def rand_augment(images: Tensor, operations: int, level: int) -> Tensor:
-    """Apply so many operations, drawn for each image, one after the other (Cubuk et al., 2020).
-
-    Args:
-        images: uint8 ``[n, 3, h, w]``.
-        operations: How many.
-        level: Their magnitude, of 0 to 30.
-
-    Returns:
-        uint8 ``[n, 3, h, w]``.
-    """
+    """Apply so many operations of a level (0 to 30), drawn for each image (Cubuk et al., 2020)."""
     table = operations_at(level, *images.shape[-2:]).values()
     signed = torch.tensor([is_signed for _, _, is_signed in table])
     for _ in range(operations):
@@ -140,15 +117,7 @@ def _moved(images: Tensor, by: list[float]) -> Tensor:
 
 
 def jitter(images: Tensor, strength: float) -> Tensor:
-    """Change brightness, contrast and saturation, each by its own factor, in an order of its own.
-
-    Args:
-        images: uint8 ``[n, 3, h, w]``.
-        strength: Factors are between 1 - strength and 1 + strength.
-
-    Returns:
-        uint8 ``[n, 3, h, w]``.
-    """
+    """Change brightness, contrast and saturation in any order, by 1 - strength to 1 + strength."""
     order = torch.rand(len(images), 3).argsort(1)
     factors = 1 + strength * (2 * torch.rand(len(images), 3) - 1)
     return jittered(images, order, factors)
@@ -157,10 +126,8 @@ def jitter(images: Tensor, strength: float) -> Tensor:
 def jittered(images: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     """Return torchvision's ColorJitter of these draws.
 
-    Args:
-        images: uint8 ``[n, 3, h, w]``.
-        order: For each image 0 (brightness), 1 (contrast), 2 (saturation) in their order.
-        factors: float32 ``[n, 3]``, by these numbers.
+    ``order`` has 0 (brightness), 1 (contrast), 2 (saturation) for each image in their order,
+    ``factors``, float32 ``[n, 3]``, theirs by these numbers.
     """
     for position in order.unbind(1):
         changed = images.clone()
@@ -192,15 +159,9 @@ def _black(images: Tensor) -> Tensor:
 
 
 def erase(images: Tensor, share: float, colour: Sequence[int]) -> Tensor:
-    """Fill a rectangle of a share of the images (Zhong et al., 2020; torchvision's RandomErasing).
+    """Fill a rectangle of a share of the images with the channels' ``colour``: RandomErasing.
 
-    Args:
-        images: uint8 ``[n, 3, h, w]``.
-        share: Of images that lose one.
-        colour: What is written, for each channel.
-
-    Returns:
-        uint8 ``[n, 3, h, w]``.
+    As torchvision's (Zhong et al., 2020).
     """
     n, _, height, width = images.shape
     inside = rectangles(n, height, width) & (torch.rand(n) < share)[:, None, None]

@@ -60,12 +60,7 @@ class Classification:
         return count - count % rule.batch if rule.whole_batches else count
 
     def batches(self, rule: Rule, advance: Callable[[int], None] = lambda _: None) -> list[Split]:
-        """Shuffle and augment an epoch, with torch's global generator.
-
-        Args:
-            rule: Its batch, augmentation and whole batches.
-            advance: Told of every chunk how many rows it has.
-        """
+        """Shuffle and augment an epoch, with torch's global generator; tell the rows of chunks."""
         inputs, labels = self.train
         order = torch.randperm(len(labels))[: self.rows(rule)].to(labels.device)
         ready = []

@@ -56,13 +56,8 @@ class _Depthwise(torch.autograd.Function):
 def weight_gradient(padded: Tensor, grad: Tensor, kernel: int) -> Tensor:
     """Sum the products of an output's gradient and each shift of the padded input.
 
-    Args:
-        padded: ``[n, h + kernel - 1, w + kernel - 1, c]``.
-        grad: ``[n, h, w, c]``.
-        kernel: Side of the kernel.
-
-    Returns:
-        float32 ``[c, kernel * kernel]``.
+    ``[n, h + kernel - 1, w + kernel - 1, c]`` and ``[n, h, w, c]`` give float32
+    ``[c, kernel * kernel]``.
     """
     height, width = grad.shape[1:3]
     shifts = [(i, j) for i in range(kernel) for j in range(kernel)]

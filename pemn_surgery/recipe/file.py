@@ -56,11 +56,7 @@ class Case:
     published: dict[str, Table] = field(default_factory=dict)
 
     def rule_of(self, arm: str, **changes: Any) -> Rule:
-        """Return an arm's rule.
-
-        Raises:
-            RecipeError: If it lacks or misspells a field, or names what there is not.
-        """
+        """Return an arm's rule; a RecipeError if a field is missing, misspelt or unknown."""
         try:
             return Rule(**self.rule | self.rules.get(arm, {}) | changes)
         except TypeError as error:
@@ -86,11 +82,7 @@ class Recipe:
     published: dict[str, Table] = field(default_factory=dict)
 
     def module(self, name: str) -> ModuleType:
-        """Import ``<folder>/<name>.py``, once; it is code and runs, so load recipes you trust.
-
-        Raises:
-            RecipeError: If the file is missing.
-        """
+        """Import ``<folder>/<name>.py``, once; it is code and runs, so load recipes you trust."""
         file = self.folder / f"{name}.py"
         if not file.is_file():
             message = f"{file} does not exist; the recipe {self.name} needs it"
@@ -98,22 +90,14 @@ class Recipe:
         return _imported(f"_recipe_{self.name}_{name}", file.resolve())
 
     def case(self, name: str) -> Case:
-        """Return a case by its name.
-
-        Raises:
-            RecipeError: If there is none of that name; the message lists those there are.
-        """
+        """Return a case by its name, or raise a RecipeError that lists those there are."""
         if name not in self.cases:
             message = f"case {name!r} is unknown; {self.name} has {sorted(self.cases)}"
             raise RecipeError(message)
         return self.cases[name]
 
     def arms_of(self, case: str, chosen: Sequence[str] = ()) -> dict[str, Table]:
-        """Return a case's arms, or those that are chosen of them, with their options.
-
-        Raises:
-            RecipeError: If there is no such case, or an arm that it does not have.
-        """
+        """Return a case's arms, all or chosen, with their options; a RecipeError if one is none."""
         there = self.case(case).arms or list(self.arms)
         unknown = [name for name in (*chosen, *there) if name not in there or name not in self.arms]
         if unknown:
@@ -122,20 +106,12 @@ class Recipe:
         return {name: self.arms[name] for name in chosen or there}
 
     def network(self, case: str) -> nn.Module:
-        """Make a case's network, its weights from torch's global generator.
-
-        Raises:
-            RecipeError: If there is no such case, or its factory cannot be imported.
-        """
+        """Make a case's network with torch's global generator, or raise a RecipeError."""
         one = self.case(case)
         return self._factory(one.factory)(**one.arguments)
 
     def images(self, case: str) -> ImageData:
-        """Return the data set of a case on images.
-
-        Raises:
-            RecipeError: If there is no such case, or its data set lacks or misspells a field.
-        """
+        """Return the data set of a case on images; a RecipeError if its row cannot be read."""
         name = self.case(case).data
         try:
             return ImageData(**self.data[name])

@@ -49,11 +49,7 @@ class ImageData:
 
         Returns:
             ``{"train": (images, labels), "test": ...}``: uint8 ``[n, 3, side, side]``, int64
-            ``[n]``; for ``smoke`` random ones, of two classes.
-
-        Raises:
-            RecipeError: If there is no source, or a split or a column is missing; the message names
-                those there are.
+            ``[n]``; for ``smoke`` random ones, of two classes. A RecipeError names what is missing.
         """
         if options.smoke:
             return {name: self._random(n) for name, n in _TRIAL.items()}
@@ -95,17 +91,10 @@ class ImageData:
         return (images.float() / 255 - mean) / std
 
     def augment(self, name: str, images: Tensor) -> Iterator[Tensor]:
-        """Augment one epoch's images, in their order, with torch's global generator.
+        """Augment an epoch's images in order, in chunks of 2,048, with torch's global generator.
 
-        Args:
-            name: Key of `AUGMENTATIONS`.
-            images: uint8 ``[n, 3, h, w]``.
-
-        Returns:
-            uint8 ``[<=2048, 3, h, w]``, chunk by chunk, so that a caller can show progress.
-
-        Raises:
-            RecipeError: If there is no such augmentation.
+        ``name`` is a key of `AUGMENTATIONS`, or a RecipeError is raised; images are uint8
+        ``[n, 3, h, w]`` before and after.
         """
         if name not in AUGMENTATIONS:
             known = sorted(AUGMENTATIONS)
@@ -115,16 +104,10 @@ class ImageData:
 
 
 def decode(data: ImageData, source: str, work: Path) -> dict[str, Split]:
-    """Read both splits of a data set and decode their pictures.
+    """Read both splits of a hub id or a folder and decode their pictures.
 
-    Args:
-        data: Names of columns and splits, and the side of a picture.
-        source: Hub id or folder for ``datasets.load_dataset``; without ``datasets`` a folder of
-            parquet files, whose names begin with their split's.
-        work: Folder for the cache of ``datasets``.
-
-    Raises:
-        RecipeError: If a split or a column is missing; the message names those there are.
+    Without ``datasets``, which caches in ``work``, a folder of parquet files is read, whose names
+    begin with their split's. If a split or column is missing, a RecipeError names those there are.
     """
     if importlib.util.find_spec("datasets") is None:
         return {name: _of_parquet(data, source, split) for name, split in data.splits.items()}

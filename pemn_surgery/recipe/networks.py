@@ -34,15 +34,14 @@ def convmixer(
 ) -> nn.Sequential:
     """ConvMixer (Trockman and Kolter, "Patches Are All You Need?", 2022), without biases.
 
+    Its initialisation is torch's default, as in the authors' code.
+
     Args:
         width: Channels ``h`` of every block.
         depth: Number of blocks: a residual depthwise convolution, then a pointwise one.
         kernel: Side of the depthwise kernel, odd.
         patch: Side and stride of the stem, so that blocks see ``[n, h, 32/patch, 32/patch]``.
         classes: Number of logits.
-
-    Returns:
-        A network with torch's default initialisation (as the ConvMixer authors' code).
     """
     layers = _activated(nn.Conv2d(3, width, patch, stride=patch, bias=False))
     for _ in range(depth):
@@ -81,12 +80,7 @@ class BasicBlock(nn.Module):
 def resnet(depth: int = 32, classes: int = 10) -> nn.Sequential:
     """CIFAR ResNet of ``6n + 2`` layers (He et al., 2016), classifier without bias.
 
-    Args:
-        depth: 20, 32, 56, ...: ``6n + 2``.
-        classes: Number of logits.
-
-    Returns:
-        A network with kaiming-normal (fan-in, ReLU) convolutions and classifier.
+    Convolutions and classifier start kaiming-normal (fan-in, ReLU).
 
     Raises:
         ValueError: If ``depth`` is not ``6n + 2``.
@@ -109,17 +103,8 @@ def vit(width: int, depth: int, classes: int = 10, patch: int = 4, heads: int = 
 
     PEMN's configuration was never released. Its optimizer, rate, schedule and 200 epochs are the
     defaults of the widely used ``vision-transformers-cifar10``, whose network this therefore is:
-    patches of 4 x 4, 8 heads, 512 hidden units in every block, dropout .1.
-
-    Args:
-        width: Features of a token.
-        depth: Number of blocks.
-        classes: Number of logits.
-        patch: Side of a patch.
-        heads: Of attention.
-
-    Returns:
-        timm's network; queries, keys, values and projections have no bias, MLPs have timm's.
+    patches of 4 x 4, 8 heads, 512 hidden units in every block, dropout .1. Queries, keys, values
+    and projections have no bias, MLPs have timm's.
     """
     from timm.models.vision_transformer import VisionTransformer
 

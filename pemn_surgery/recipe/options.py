@@ -16,25 +16,15 @@ SEEDS = "one run of everything for each"
 
 
 def option(text: str, default: Any = MISSING, choices: Sequence[str] | None = None) -> Any:
-    """Return a dataclass field that is an option of the command line; its type reads the words.
-
-    Args:
-        text: Its help.
-        default: Its value where it is not given; without one it must be given.
-        choices: The values there are.
-    """
+    """Return a dataclass field that is an option of the command line; its type reads the words."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the runs of all recipes have; a recipe derives what its own adds.
+    """What the runs of all recipes have; a recipe derives what its own adds."""
 
-    Attributes:
-        TRIAL: What ``smoke`` gives in place of other values.
-    """
-
-    TRIAL: ClassVar[dict[str, Any]] = {"epochs": 1}
+    TRIAL: ClassVar[dict[str, Any]] = {"epochs": 1}  # what ``smoke`` gives in place of other values
 
     case: str = option("row of the recipe's file")
     work: Path = option(

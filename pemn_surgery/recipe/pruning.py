@@ -12,18 +12,11 @@ WAYS = {"random": torch_prune.random_unstructured, "magnitude": torch_prune.l1_u
 
 
 def prune(network: nn.Module, way: str, sparsity: float) -> nn.Module:
-    """Remove weights of every convolution and linear layer; the others are trained (section 4.3).
+    """Remove a share of every convolution and linear layer in place; others train (section 4.3).
 
-    Which go is decided once, layer by layer, on the weights that training starts from. torch's own
-    masks hold them at zero.
-
-    Args:
-        network: Changed in place.
-        way: "random", with torch's global generator, or "magnitude", the smallest.
-        sparsity: Share of a layer that is removed.
-
-    Returns:
-        The network.
+    Which go is decided once, layer by layer, on the weights that training starts from: "random"
+    ones, with torch's global generator, or the smallest by "magnitude". torch's own masks hold them
+    at zero.
 
     Raises:
         RecipeError: If there is no such way, or the share is not below 1.

@@ -51,29 +51,21 @@ def one_cycle(lr: float, step: int, steps: int) -> float:
     return low + (lr - low) * (1 + math.cos(math.pi * (step - top) / (last - top))) / 2
 
 
-def _adamw(weights: Iterable[nn.Parameter], rule: "Rule") -> torch.optim.Optimizer:
-    return torch.optim.AdamW(weights, rule.lr, weight_decay=rule.weight_decay)
+MakeOptimizer = Callable[[Iterable[nn.Parameter], "Rule"], torch.optim.Optimizer]
 
 
-def _adam(weights: Iterable[nn.Parameter], rule: "Rule") -> torch.optim.Optimizer:
-    return torch.optim.Adam(weights, rule.lr, weight_decay=rule.weight_decay)
-
-
-def _sgd(weights: Iterable[nn.Parameter], rule: "Rule") -> torch.optim.Optimizer:
-    decay = rule.weight_decay
-    return torch.optim.SGD(weights, rule.lr, momentum=rule.momentum, weight_decay=decay)
+def _made_by(kind: Any, *fields: str) -> MakeOptimizer:
+    """Return what makes an optimizer of a class from the rate and these fields of a rule."""
+    return lambda weights, rule: kind(weights, rule.lr, **{f: getattr(rule, f) for f in fields})
 
 
 SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
-    "triangle": triangle,
-    "cosine": cosine,
-    "warm_cosine": warm_cosine,
-    "one_cycle": one_cycle,
+    function.__name__: function for function in (triangle, cosine, warm_cosine, one_cycle)
 }
-OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], "Rule"], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adam": _adam,
-    "sgd": _sgd,
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "adamw": _made_by(torch.optim.AdamW, "weight_decay"),
+    "adam": _made_by(torch.optim.Adam, "weight_decay"),
+    "sgd": _made_by(torch.optim.SGD, "momentum", "weight_decay"),
 }
 
 

@@ -38,9 +38,8 @@ class TimeIsUp(KeyboardInterrupt):
 def of_case(recipe: Recipe, options: CaseOptions, seed: int, console: Console) -> "Runner":
     """Return the run of a case's arms on images, as the recipe's file says and nothing else.
 
-    Raises:
-        RecipeError: If an arm is unknown, or the work folder already holds this run, or one with
-            other settings.
+    A RecipeError says that an arm is unknown, or that the work folder holds this run already, or
+    one with other settings.
     """
     case, images = recipe.case(options.case), recipe.images(options.case)
     arms = recipe.arms_of(options.case, options.arms)
@@ -92,11 +91,8 @@ class Runner:
     ) -> Arm:
         """Add an arm, as its checkpoint has it if the options say ``resume``.
 
-        Args:
-            name: Its name; its files have it too.
-            build: Makes the model; torch's global generator then has the run's seed.
-            rule: How it is trained.
-            changes: What made it what it is, for the checkpoint and the result.
+        Torch's global generator has the run's seed when ``build`` makes the model; ``changes`` are
+        what made it what it is, for the checkpoint and the result.
 
         Raises:
             RecipeError: If there is a checkpoint and no ``resume``, or it has other settings, or

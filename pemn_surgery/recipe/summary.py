@@ -1,22 +1,25 @@
-"""All results of a recipe together: ours beside the published, over seeds, by budget.
+"""All results of a recipe together: ours beside the published, over seeds, by budget; their page.
 
 What was trained as long as in the paper is never in one table with what was not.
 """
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe.file import Recipe
+from pemn_surgery.report import page, plots
 
 COLUMNS = (
     "arm", "frozen numbers", "published", "best epoch", "last epoch", "best - published", "seeds",
     "bytes", "times smaller",
 )  # fmt: skip
+_FULL = "Trained as long as in the paper."
+_REDUCED = "Trained for less than in the paper: columns compare with each other, not with it."
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,9 @@ class Row:
 
 
 def gather(recipe: Recipe, folder: Path) -> dict[Budget, list[Row]]:
-    """Read all results of a folder.
+    """Read all results that ``run`` wrote to a folder: rows of each budget, full ones first.
 
-    Args:
-        recipe: Its file orders cases and arms.
-        folder: Of files that ``run`` wrote.
-
-    Returns:
-        Rows of each budget, full ones first.
-
-    Raises:
-        RecipeError: If there is none, or two hold one arm of one seed at one budget.
+    A RecipeError says that there is none, or that two hold one arm of one seed at one budget.
     """
     found: dict[Budget, dict[str, dict[int, dict[str, Any]]]] = {}
     for file in sorted(folder.glob("*.json")):
@@ -181,3 +176,36 @@ def by_size(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
             name = way if row.is_masked else row.arm.partition("_")[0]
             series.setdefault(name, []).append((dense / size, statistics.mean(row.best)))
     return series
+
+
+def write_page(recipe: Recipe, found: Mapping[Budget, Sequence[Row]], folder: Path) -> None:
+    """Write ``report.html`` and its pictures, as SVG and PNG; an ImportError without matplotlib."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = [_section(budget, rows, folder) for budget, rows in found.items()]
+    text = page.render(f"{recipe.name}: {recipe.claim}", recipe.paper, sections)
+    (folder / "report.html").write_text(text, encoding="utf-8")
+
+
+def _section(budget: Budget, rows: Sequence[Row], folder: Path) -> page.Section:
+    said = _FULL if budget.is_full else _REDUCED
+    pictures = _pictures(budget, rows, folder)
+    return page.Section(budget.title, said, COLUMNS, cells(budget, rows), pictures)
+
+
+def _pictures(budget: Budget, rows: Sequence[Row], folder: Path) -> list[tuple[str, str]]:
+    """Draw accuracy against frozen numbers and against file size, where there are several."""
+    unique = by_unique(rows)
+    if not budget.is_full:
+        unique.pop("published", None)
+    made = []
+    for name, points, label, said in (
+        ("unique", unique, "frozen numbers", "accuracy by frozen numbers"),
+        ("size", by_size(rows), "times smaller than dense", "accuracy by file size"),
+    ):
+        if sum(map(len, points.values())) > 2:
+            stem = f"{budget.stem}-{name}"
+            for ending in ("svg", "png"):
+                labels = (label, "test accuracy, %")
+                plots.scatter(folder / f"{stem}.{ending}", points, labels, budget.title)
+            made.append((f"{stem}.svg", said))
+    return made

@@ -11,11 +11,7 @@ import torch
 
 
 def environment(*more: str) -> dict[str, Any]:
-    """Return what measured figures depend on: date, machine, versions; for result files.
-
-    Args:
-        *more: Packages whose versions count beside the usual ones.
-    """
+    """Return what measured figures depend on: date, machine, versions (``more`` packages' too)."""
     libraries = ("torch", "torchvision", "timm", "transformers", "peft", "datasets", "scikit-learn")
     return {
         "date": time.strftime("%Y-%m-%d"),

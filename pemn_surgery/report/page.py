@@ -43,15 +43,7 @@ img { max-width: 100%; }
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
-
-    Attributes:
-        title: Its heading.
-        text: What it shows, in a sentence.
-        columns: Headings of its table.
-        rows: Cells, one for each heading.
-        pictures: Files, relative to the page, and what they show.
-    """
+    """A heading, a sentence, a table, and pictures: files beside the page, and what they show."""
 
     title: str
     text: str
@@ -61,12 +53,6 @@ class Section:
 
 
 def render(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """Return the page; whatever it shows is escaped.
-
-    Args:
-        title: Its heading.
-        lead: A sentence below it.
-        sections: One below the other.
-    """
+    """Return the page; whatever it shows is escaped."""
     template = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE)
     return template.render(title=title, lead=lead, sections=sections)

@@ -1,4 +1,4 @@
-"""Plots, drawn to files by matplotlib."""
+"""Plots, drawn to files by matplotlib; a file's ending decides the format."""
 
 import importlib.util
 import math
@@ -10,11 +10,7 @@ from pemn_surgery.errors import ConfigError
 
 
 def check_plotting() -> None:
-    """Refuse early where plots cannot be drawn.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
+    """Refuse early where plots cannot be drawn: an ImportError without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         message = "Plots need matplotlib: pip install matplotlib."
         raise ImportError(message)
@@ -26,31 +22,16 @@ def scatter(
     labels: tuple[str, str],
     title: str,
 ) -> None:
-    """Save a scatter plot with a logarithmic x axis.
-
-    Args:
-        path: Where; the ending decides the format.
-        points: (x, y) pairs by series.
-        labels: Names of the x and y axes.
-        title: What it shows.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
-    check_plotting()
-    from matplotlib.figure import Figure  # draws to a file, needs no screen
-
-    figure = Figure(figsize=(7.0, 4.2))
-    axes: Any = figure.add_subplot()
+    """Save a scatter plot of (x, y) pairs by series, its x axis logarithmic (or ImportError)."""
+    axes = _axes(4.2, title)
     for (name, series), marker in zip(points.items(), "osD^vP*X" * len(points), strict=False):
         axes.plot(*zip(*series, strict=True), marker, label=name, markersize=9, alpha=0.85)
     axes.set_xscale("log")
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
-    axes.set_title(title, loc="left")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(frameon=False)
-    _save(figure, path)
+    _save(axes.figure, path)
 
 
 def profile(
@@ -60,24 +41,13 @@ def profile(
     label: str,
     title: str,
 ) -> None:
-    """Save a plot of values from 0 to 1 by layer, the first at the top.
-
-    Args:
-        path: Where; the ending decides the format.
-        names: The layers.
-        series: Values by what they are of, one for each layer; None is left out.
-        label: What a value is.
-        title: What it shows.
+    """Save a plot of values from 0 to 1 by layer, the first at the top; None is left out.
 
     Raises:
         ConfigError: If no plot can have this ending.
         ImportError: If matplotlib is missing.
     """
-    check_plotting()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 1.6 + 0.2 * len(names)))
-    axes: Any = figure.add_subplot()
+    axes = _axes(1.6 + 0.2 * len(names), title)
     rows = range(len(names))
     for (name, values), marker in zip(series.items(), "o|sD^v", strict=False):
         numbers = [math.nan if value is None else value for value in values]
@@ -86,10 +56,18 @@ def profile(
     axes.invert_yaxis()
     axes.set_xlim(-0.02, 1.02)
     axes.set_xlabel(label)
-    axes.set_title(title, loc="left")
     axes.grid(visible=True, axis="x", alpha=0.25)
     axes.legend(frameon=False, fontsize=7)
-    _save(figure, path)
+    _save(axes.figure, path)
+
+
+def _axes(height: float, title: str) -> Any:
+    check_plotting()
+    from matplotlib.figure import Figure  # draws to a file, needs no screen
+
+    axes: Any = Figure(figsize=(7.0, height)).add_subplot()
+    axes.set_title(title, loc="left")
+    return axes
 
 
 def _save(figure: Any, path: Path) -> None:

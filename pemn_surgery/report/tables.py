@@ -11,13 +11,7 @@ _TEXT_WIDTH = 140
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table for people; columns of numbers are aligned to the right.
-
-    Args:
-        title: What it shows.
-        columns: Headings.
-        rows: Cells, one for each heading.
-    """
+    """Return a table for people; columns of numbers are aligned to the right."""
     cells = [list(row) for row in rows]
     result = Table(title=title, title_justify="left", caption_justify="left")
     for place, heading in enumerate(columns):
@@ -29,11 +23,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def as_text(renderable: Table) -> str:
-    """Return a table as plain text.
-
-    Args:
-        renderable: The table.
-    """
+    """Return a table as plain text."""
     buffer = io.StringIO()
     Console(file=buffer, width=_TEXT_WIDTH, color_system=None, force_terminal=False).print(
         renderable
@@ -42,12 +32,7 @@ def as_text(renderable: Table) -> str:
 
 
 def as_markdown(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a Markdown table, or "None." where it has no rows.
-
-    Args:
-        heads: Headings.
-        rows: Cells, one for each heading.
-    """
+    """Return a Markdown table, or "None." where it has no rows."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
     if not cells:
         return "None.\n"

@@ -17,9 +17,6 @@ def rewrite_graphs(model: nn.Module) -> None:
     The graph then says itself that a weight is computed. Reading through the property would give
     the same values, but pickle traces a graph module's code anew, and a property's value would be
     frozen into the new graph as a constant.
-
-    Args:
-        model: A model whose masks and task tensors are in place.
     """
     for module in graph_modules.graph_modules(model):
         paths = {id(child): path for path, child in module.named_modules()}
@@ -36,11 +33,7 @@ def rewrite_graphs(model: nn.Module) -> None:
 
 
 def graph_reads(model: nn.Module) -> list[tuple[Node, str]]:
-    """Return the nodes that `rewrite_graphs` has changed, and what each read before.
-
-    Args:
-        model: A model whose graphs may have been rewritten.
-    """
+    """Return the nodes that `rewrite_graphs` has changed, and what each read before."""
     return [
         (node, name)
         for module in graph_modules.graph_modules(model)
@@ -50,11 +43,7 @@ def graph_reads(model: nn.Module) -> list[tuple[Node, str]]:
 
 
 def restore_graphs(reads: list[tuple[Node, str]]) -> None:
-    """Let graphs read again what they read before.
-
-    Args:
-        reads: What `graph_reads` returned before the children were taken away.
-    """
+    """Let graphs read again what they read before: the nodes and names of `graph_reads`."""
     for node, name in reads:
         node.meta.pop(graph_modules.READ, None)
         node.op, node.target, node.args = "get_attr", name, ()

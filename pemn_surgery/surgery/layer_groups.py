@@ -16,7 +16,7 @@ from torch import nn
 from pemn_surgery.masks.masked_weight import masked_child_name
 from pemn_surgery.masks.task_tensors import TASK_CHILD
 
-Rename = Callable[[str], str]
+Rename = Callable[[str], str]  # from a parameter's name now to the base's
 
 # What timm asks a model for.
 QUESTIONS = ("group_matcher", "no_weight_decay")
@@ -29,37 +29,20 @@ _WHOLE = re.compile(r"\.(modules_to_save\.[^.]+|original_module)\.")
 
 
 def base_name(name: str) -> str:
-    """Return the name of the base's tensor that a parameter stands for.
-
-    Args:
-        name: A parameter's name in a model with adapters: of scores, of a task's tensor, of a
-            module that is saved whole, or of the base itself.
-    """
+    """Return the base's name of the tensor that a parameter of a model with adapters stands for."""
     name = _OWNED.sub(r"\1", _MASKED.sub(r"\1\2", name))
     return _WHOLE.sub(".", name)
 
 
 def answer(model: nn.Module, question: str, given: Callable[..., Any], rename: Rename) -> Any:
-    """Return a method that answers in the names that parameters have now.
-
-    Args:
-        model: The model whose parameters' names are asked about.
-        question: One of `QUESTIONS`.
-        given: The base's own method.
-        rename: From a name now to the base's.
-    """
+    """Return a method that answers one of `QUESTIONS` in the names that parameters have now."""
     if question == "no_weight_decay":
         return lambda: _names_of(model, given(), rename)
     return lambda *args, **kwargs: _layers_of(model, given(*args, **kwargs), rename)
 
 
 def method(original: type[nn.Module], question: str) -> Callable[..., Any]:
-    """Return a method for the subclass of a module's class, which answers for renamed parameters.
-
-    Args:
-        original: The module's own class.
-        question: One of `QUESTIONS`.
-    """
+    """Return a method for the subclass of a module's class that answers for renamed parameters."""
 
     def answered(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = getattr(original, question).__get__(self)

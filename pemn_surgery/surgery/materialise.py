@@ -11,7 +11,8 @@ value that was there before. What is NaN afterwards has no initialiser: the mode
 was and the error names it.
 """
 
-from collections.abc import Iterator, Sequence, Set
+import inspect
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,11 +23,26 @@ from torch import Tensor, nn
 from pemn_surgery.errors import MetaTensorError
 from pemn_surgery.planning.plan import Plan
 from pemn_surgery.planning.roles import base_modules, full_name
-from pemn_surgery.surgery.initialisers import HOW_TO_FILL, INITIALISED, initialise
 from pemn_surgery.surgery.undo import undone_on_error
 
 _LAZY = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
 _NAMES_SHOWN = 5
+
+# In this order: what a layer draws for itself, what timm computes, what a model sets over both.
+_INITIALISERS = (
+    "reset_parameters",
+    "_reset_parameters",
+    "init_non_persistent_buffers",
+    "init_weights",
+)
+# Transformers' mark on modules and tensors that its initialisers shall pass by.
+_INITIALISED = "_is_hf_initialized"
+
+# What to do about tensors that would stay without values.
+_HOW_TO_FILL = (
+    "Give them values first, model.load_state_dict(values, assign=True, strict=False), or "
+    "build the model on a real device. Nothing was changed."
+)
 
 
 @dataclass(frozen=True)
@@ -49,24 +65,12 @@ def is_on_meta(model: nn.Module, plan: Plan) -> bool:
     """Tell whether a masked weight has no values: the model was built on the meta device.
 
     A weight that accelerate has moved away is on that device too, but comes back for each call.
-
-    Args:
-        model: The model.
-        plan: What will be masked.
     """
     return bool(_masked_on_meta(model, plan))
 
 
 def check_own_weights(model: nn.Module, plan: Plan) -> None:
-    """Refuse masks on weights that have no values.
-
-    Args:
-        model: The model.
-        plan: What will be masked, where every weight stays in memory.
-
-    Raises:
-        MetaTensorError: If a masked weight is on the meta device.
-    """
+    """Refuse masks on weights of the meta device, which have no values (`MetaTensorError`)."""
     names = _masked_on_meta(model, plan)
     if names:
         message = (
@@ -79,14 +83,7 @@ def check_own_weights(model: nn.Module, plan: Plan) -> None:
 
 
 def check_device(device: torch.device) -> None:
-    """Refuse to make masks where tensors have no values.
-
-    Args:
-        device: Torch's default device.
-
-    Raises:
-        MetaTensorError: If it is the meta device.
-    """
+    """Refuse masks on a default device where they would have no values (`MetaTensorError`)."""
     if device.type == "meta":
         message = (
             'pemnify was called inside `with torch.device("meta")`, where masks would have no '
@@ -119,21 +116,13 @@ def fill_in(model: nn.Module, plan: Plan, device: torch.device, supply: Supply) 
     with undone_on_error(model):
         _allocate(missing, device)
         with _hidden(others):
-            initialise(model, {id(entry.module) for entry in missing}, device)
+            _initialise(model, {id(entry.module) for entry in missing}, device)
         _check_filled(model, missing, supply.carried if supply.verified else set())
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor in a table of a module; a tied tensor has several entries.
-
-    Attributes:
-        name: The tensor's name in the model.
-        module: The module.
-        table: The module's parameters or buffers.
-        key: The tensor's name in that.
-        tensor: What was there at first.
-    """
+    """A tensor as it was at first, in a table of a module: its parameters or its buffers."""
 
     name: str
     module: nn.Module
@@ -166,13 +155,12 @@ def _entries(model: nn.Module) -> Iterator[_Entry]:
 
 def _masked_on_meta(model: nn.Module, plan: Plan) -> Sequence[str]:
     modules = dict(base_modules(model))
-    names = []
-    for target in plan.targets:
-        module = modules[target.path]
-        weight = module._parameters.get(target.parameter)
-        if weight is not None and weight.is_meta and "_hf_hook" not in module.__dict__:
-            names.append(target.name)
-    return names
+    weights = ((t, modules[t.path]._parameters.get(t.parameter)) for t in plan.targets)
+    return [
+        target.name
+        for target, weight in weights
+        if weight is not None and weight.is_meta and "_hf_hook" not in vars(modules[target.path])
+    ]
 
 
 def _check_nothing_is_invented(missing: Sequence[_Entry], carried: Set[str]) -> None:
@@ -200,7 +188,7 @@ def _allocate(missing: Sequence[_Entry], device: torch.device) -> None:
         if id(old) not in made:
             made[id(old)] = _like(old, device)
             for key, value in vars(old).items():  # marks that a library has put on the tensor
-                if key != INITIALISED:
+                if key != _INITIALISED:
                     setattr(made[id(old)], key, value)
         entry.table[entry.key] = made[id(old)]
 
@@ -227,6 +215,58 @@ def _hidden(others: Sequence[_Entry]) -> Iterator[None]:
             entry.table[entry.key] = entry.tensor
 
 
+def _initialise(model: nn.Module, lacking: Set[int], device: torch.device) -> None:
+    """Run the initialisers of all modules that lack values (``id`` of each), children first."""
+    modules = list(base_modules(model))
+    with torch.inference_mode(mode=False), torch.no_grad(), device:
+        for path, module in reversed(modules):
+            if any(id(inner) in lacking for inner in module.modules()):
+                for method in _initialisers(module):
+                    _call(path, module, method)
+        for _, module in modules:
+            module.__dict__.pop(_INITIALISED, None)
+        for path, module in modules:
+            if _is_transformers(module):
+                _call(path, module, cast("Any", type(module)).initialize_weights)
+        for _, module in modules:
+            if isinstance(module, nn.RNNBase):
+                module._init_flat_weights()  # torch's second list of the same parameters
+
+
+def _initialisers(module: nn.Module) -> Iterator[Callable[[nn.Module], Any]]:
+    for name in _INITIALISERS:
+        method = getattr(type(module), name, None)
+        again = name == "init_weights" and _is_transformers(module)
+        if method is not None and not again and _takes_nothing(method):
+            yield method
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    """Tell whether a module is a transformers model, without importing transformers."""
+    return any(base.__name__ == "PreTrainedModel" for base in type(module).__mro__)
+
+
+def _takes_nothing(method: Callable[..., Any]) -> bool:
+    """Tell whether a method can be called with nothing but its module."""
+    try:
+        inspect.signature(method).bind(None)
+    except TypeError:
+        return False
+    return True
+
+
+def _call(path: str, module: nn.Module, method: Callable[[nn.Module], Any]) -> None:
+    try:
+        method(module)
+    except Exception as error:
+        message = (
+            f"{type(module).__name__}.{method.__name__} of {path or 'the model'!r} could not "
+            "compute initial values for tensors on the meta device: "
+            f"{type(error).__name__}: {error}. {_HOW_TO_FILL}"
+        )
+        raise MetaTensorError(message) from error
+
+
 def _check_filled(model: nn.Module, missing: Sequence[_Entry], given: Set[str]) -> None:
     """Refuse a model with a tensor that no initialiser wrote and no file brings."""
     names = [p.name for p in missing if p.name not in given and not p.has_values()]
@@ -238,7 +278,7 @@ def _check_filled(model: nn.Module, missing: Sequence[_Entry], given: Set[str]) 
         message = (
             f"{len(names)} tensors of the model are on the meta device and no initialiser of their "
             f"modules (reset_parameters, init_weights) gives them values: {_listed(names)}. "
-            f"{HOW_TO_FILL}"
+            f"{_HOW_TO_FILL}"
         )
         raise MetaTensorError(message)
 

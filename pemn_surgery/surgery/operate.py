@@ -24,9 +24,6 @@ def mask_parameter(child: MaskedWeight) -> None:
     """Put a property in place of a parameter.
 
     With a bank the layer's own weight is dropped, so that its memory is freed.
-
-    Args:
-        child: Makes the effective weight; knows its layer and the parameter's name.
     """
     layer, parameter = child.owner, child.parameter
     layer.add_module(masked_child_name(parameter), child)
@@ -37,11 +34,7 @@ def mask_parameter(child: MaskedWeight) -> None:
 
 
 def untie_parameter(child: MaskedWeight) -> None:
-    """Give a layer its own copy of a parameter that it shares with a module that stays.
-
-    Args:
-        child: Will make the effective weight; remembers the shared parameter for `unload`.
-    """
+    """Give a layer its own copy of a parameter that it shares with a module that stays."""
     shared = cast("nn.Parameter", child.owner._parameters[child.parameter])
     child.untied.append(shared)
     if child.bank is None:
@@ -52,13 +45,7 @@ def untie_parameter(child: MaskedWeight) -> None:
 
 
 def share_mask(module: nn.Module, parameter: str, child: MaskedWeight) -> None:
-    """Let a second module whose weight is tied read the first one's effective weight.
-
-    Args:
-        module: The second module.
-        parameter: Name of the tied parameter on it.
-        child: What makes the first module's effective weight.
-    """
+    """Let a second module whose weight is tied read the first one's effective weight."""
     module.__dict__.setdefault(SHARED_MASKS, {})[parameter] = child
     child.shared_with.append((module, parameter))
     if child.bank is not None:
@@ -67,25 +54,13 @@ def share_mask(module: nn.Module, parameter: str, child: MaskedWeight) -> None:
 
 
 def own_tensors(child: TaskTensors, names: tuple[str, ...]) -> None:
-    """Put properties in place of tensors that tasks own.
-
-    Args:
-        child: Holds the tasks' copies; knows the module.
-        names: Names of the module's parameters and buffers.
-    """
+    """Put properties in place of tensors that tasks own."""
     child.owner.add_module(TASK_CHILD, child)
     swap(child.owner, tensors=names)
 
 
 def share_tensor(module: nn.Module, name: str, child: TaskTensors, source: str) -> None:
-    """Let a second module that is tied to an owned tensor read the owner's copy.
-
-    Args:
-        module: The second module.
-        name: Name of the tensor on it.
-        child: Holds the tasks' copies.
-        source: Name of the tensor on the owner.
-    """
+    """Let a second module that is tied to an owned tensor, ``source``, read the owner's copy."""
     shared = module.__dict__.setdefault(SHARED_TENSORS, {})
     if name not in shared:
         shared[name] = (child, source)
@@ -94,12 +69,7 @@ def share_tensor(module: nn.Module, name: str, child: TaskTensors, source: str) 
 
 
 def restore_parameter(child: MaskedWeight, weight: Tensor | None) -> None:
-    """Take the property away again and leave a plain parameter.
-
-    Args:
-        child: What made the effective weight.
-        weight: Values that the layer shall have; None leaves its own weight as it is.
-    """
+    """Leave a plain parameter again: with these values, or with the layer's own if None."""
     layer, parameter = child.owner, child.parameter
     own = layer._parameters.get(parameter)
     if weight is None and child.untied:
@@ -119,12 +89,7 @@ def restore_parameter(child: MaskedWeight, weight: Tensor | None) -> None:
 
 
 def restore_tensors(child: TaskTensors, *, keep_active: bool) -> None:
-    """Take the properties of owned tensors away again.
-
-    Args:
-        child: Holds the tasks' copies.
-        keep_active: Whether the active adapter's values become the module's own.
-    """
+    """Leave plain tensors again: the active adapter's values (``keep_active``), or the base's."""
     module = child.owner
     names = names_owned(module)
     for name in names:

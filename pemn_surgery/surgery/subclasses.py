@@ -11,15 +11,15 @@ What makes them safe:
 """
 
 import functools
+from abc import ABCMeta
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pemn_surgery.masks.attached import find_masked, find_owned, find_task
+from pemn_surgery.masks.attached import find_masked, find_task
 from pemn_surgery.masks.kept import one_forward
-from pemn_surgery.masks.places import FSDP
 from pemn_surgery.surgery import layer_groups
 from pemn_surgery.surgery.properties import (
     BITSANDBYTES,
@@ -27,11 +27,9 @@ from pemn_surgery.surgery.properties import (
     flat_weights_property,
     masked_property,
     owned_property,
+    writing_methods,
 )
-from pemn_surgery.surgery.refusals import refusing_methods
-from pemn_surgery.surgery.tying import tying_methods
-from pemn_surgery.surgery.unwatched import unwatched_subclass
-from pemn_surgery.surgery.writing import Makers, writing_methods
+from pemn_surgery.surgery.refusals import refusing_methods, tying_methods
 
 # What PEFT's own layers answer about their adapters, and people ask the layer for.
 _ASKED_OF_LAYERS = ("active_adapters", "adapter_layer_names", "other_param_names", "pemn_masks")
@@ -57,6 +55,9 @@ def swapped_class(
         state = original.__getstate__(self) if hasattr(original, "__getstate__") else self.__dict__
         return _rebuild, (original, masks, tensors, marked), state
 
+    questions = [name for name in layer_groups.QUESTIONS if hasattr(original, name)]
+    # transformers' models have an active_adapters of their own
+    asked = [name for name in _ASKED_OF_LAYERS if masks and not hasattr(original, name)]
     namespace: dict[str, Any] = {
         "_pemn_original": original,
         "_pemn_masks": masks,
@@ -66,16 +67,13 @@ def swapped_class(
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        **refusing_methods(original, {*masks, *tensors}, FSDP),
-        **writing_methods(original, {*masks, *tensors}, _makers),
+        **refusing_methods(original, {*masks, *tensors}),
+        **writing_methods(original, {*masks, *tensors}),
+        **{name: masked_property(name) for name in masks},
+        **{name: answer_property(masks[0], name) for name in asked},
+        **{name: owned_property(name) for name in tensors},
+        **{name: layer_groups.method(original, name) for name in questions},
     }
-    for name in masks:
-        namespace[name] = masked_property(name)
-    for name in _ASKED_OF_LAYERS if masks else ():
-        if not hasattr(original, name):  # transformers' models have an active_adapters of their own
-            namespace[name] = answer_property(masks[0], name)
-    for name in tensors:
-        namespace[name] = owned_property(name)
     if "weight" in masks and _reads_packed(original):
         namespace["forward"] = _dense_forward(original)
     if marked:
@@ -83,13 +81,42 @@ def swapped_class(
         namespace.update(tying_methods(original))
     if issubclass(original, nn.RNNBase):
         namespace["_flat_weights"] = flat_weights_property()
-    for question in layer_groups.QUESTIONS:
-        if hasattr(original, question):
-            namespace[question] = layer_groups.method(original, question)
-    swapped = unwatched_subclass(original, namespace)
+    swapped = _unwatched_subclass(original, namespace)
     if tensors or not masks:
         _follow_task(swapped, original)
     return swapped
+
+
+@functools.cache
+def can_be_swapped(original: type[nn.Module]) -> bool:
+    """Tell whether python lets a class be swapped for a subclass that it does not hear of.
+
+    It does not where the class watches its subclasses and has slots, or an abstract class first.
+    """
+    try:
+        _unwatched_subclass(original, {})
+    except TypeError:
+        return False
+    return True
+
+
+def _unwatched_subclass(original: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
+    """Make a subclass past the class's own ``__init_subclass__`` and metaclass.
+
+    A layer that registers its subclasses, wants arguments for them or forbids them means those that
+    people write. This one stands for the layer itself, under the same name, and would even push the
+    layer out of such a register. The standard library's abstract classes are the exception: each
+    needs caches of its own.
+    """
+    meta: Any = type(original)
+    maker: Any = ABCMeta if issubclass(meta, ABCMeta) else type
+    watchers = [base for base in original.__mro__[:-1] if "__init_subclass__" in vars(base)]
+    watched = any(base.__module__ != "typing" for base in watchers)  # Generic and Protocol may look
+    first = nn.Module if watched else original  # python asks the first bases, not later ones
+    made = maker.__new__(meta, original.__name__, (first,), namespace)
+    if watched:
+        type.__setattr__(made, "__bases__", (original,))
+    return cast("type[nn.Module]", made)
 
 
 def _rebuild(
@@ -144,7 +171,3 @@ def _follow_task(swapped: type[nn.Module], original: type[nn.Module]) -> None:
         return original.train(self, mode and not (child is not None and child.keeps_eval()))
 
     type.__setattr__(swapped, "train", train)
-
-
-def _makers(module: nn.Module, name: str) -> Makers:
-    return Makers(find_masked(module, name), find_owned(module, name))

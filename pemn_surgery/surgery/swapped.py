@@ -12,7 +12,6 @@ from torch.fx.graph_module import reduce_graph_module
 
 from pemn_surgery.masks.attached import find_task, names_masked, names_owned
 from pemn_surgery.masks.places import SHARED_MASKS, SHARED_TENSORS
-from pemn_surgery.masks.task_tensors import TASK_CHILD
 from pemn_surgery.surgery.subclasses import swapped_class
 
 
@@ -22,32 +21,17 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def swap(module: nn.Module, masks: tuple[str, ...] = (), tensors: tuple[str, ...] = ()) -> None:
-    """Put properties in place of tensors; those that the module already has are kept.
-
-    Args:
-        module: Any module.
-        masks: Parameters whose effective weight a `MaskedWeight` child makes.
-        tensors: Parameters and buffers that a `TaskTensors` child chooses.
-    """
+    """Put properties in place of tensors; those that the module already has are kept."""
     all_masks = dict.fromkeys((*names_masked(module), *masks))
     all_tensors = dict.fromkeys((*names_owned(module), *tensors))
     _set_class(module, tuple(all_masks), tuple(all_tensors))
 
 
 def unswap(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Take properties away again; without any the module has its original class.
-
-    Args:
-        module: A module that was swapped.
-        names: Tensors that are plain again.
-    """
+    """Take properties away again; without any the module has its original class."""
     masks = tuple(name for name in names_masked(module) if name not in names)
     tensors = tuple(name for name in names_owned(module) if name not in names)
-    has_task = TASK_CHILD in module._modules
-    if masks or tensors or has_task or _is_marked(module):
-        _set_class(module, masks, tensors)
-    else:
-        _change_class(module, original_class(module))
+    _set_class(module, masks, tensors)
 
 
 def mark_forward(model: nn.Module) -> None:
@@ -55,26 +39,15 @@ def mark_forward(model: nn.Module) -> None:
 
     PEFT's model calls past it and says so itself. A graph module makes a weight where its graph
     reads it, and is left alone.
-
-    Args:
-        model: A model with masks.
     """
     if not isinstance(model, GraphModule):
         _set_class(model, names_masked(model), names_owned(model), marked=True)
 
 
 def unmark_forward(model: nn.Module) -> None:
-    """Take the mark of `mark_forward` away again.
-
-    Args:
-        model: A model that may have it.
-    """
+    """Take the mark of `mark_forward` away again."""
     if _is_marked(model):
-        masks, tensors = names_masked(model), names_owned(model)
-        if masks or tensors or find_task(model) is not None:
-            _set_class(model, masks, tensors, marked=False)
-        else:
-            _change_class(model, original_class(model))
+        _set_class(model, names_masked(model), names_owned(model), marked=False)
 
 
 def _is_marked(module: nn.Module) -> bool:
@@ -87,20 +60,19 @@ def _set_class(
     tensors: tuple[str, ...],
     marked: bool | None = None,
 ) -> None:
-    original = original_class(module)
-    if issubclass(original, GraphModule):
+    """Swap a module's class for what it needs now: its original one where that is nothing."""
+    before, original = type(module), original_class(module)
+    marked = _is_marked(module) if marked is None else marked
+    if not (masks or tensors or marked or find_task(module) is not None):
+        wanted = original
+    elif issubclass(original, GraphModule):
         wanted = _graph_class(original, masks, tensors)
     else:
-        kept = _is_marked(module) if marked is None else marked
-        wanted = swapped_class(original, masks, tensors, kept)
-    _change_class(module, wanted)
-
-
-def _change_class(module: nn.Module, wanted: type[nn.Module]) -> None:
-    before = type(module)
+        wanted = swapped_class(original, masks, tensors, marked)
     object.__setattr__(module, "__class__", wanted)  # past a layer's own __setattr__
     _rebind(module, before)
-    _recompile(module)
+    if isinstance(module, GraphModule):
+        module.recompile()  # puts the graph's code on the class
 
 
 def _rebind(module: nn.Module, before: type[nn.Module]) -> None:
@@ -108,12 +80,6 @@ def _rebind(module: nn.Module, before: type[nn.Module]) -> None:
     held = module.__dict__.get("_old_forward")
     if getattr(held, "__func__", None) is before.forward:
         module.__dict__["_old_forward"] = type(module).forward.__get__(module)
-
-
-def _recompile(module: nn.Module) -> None:
-    """Put a graph's code on the class that its graph module has now."""
-    if isinstance(module, GraphModule):
-        module.recompile()
 
 
 def _graph_class(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pemn_surgery import PemnConfig, pemnify, plan
 from pemn_surgery.commands import building, cli
-from pemn_surgery.commands.hub import hub_file, hub_name
+from pemn_surgery.commands.common import hub_file, hub_name
 from pemn_surgery.errors import HubError
 from tests.adapters import models
 

@@ -15,7 +15,7 @@ from pemn_surgery import PemnConfig, pemnify, plan
 from pemn_surgery.masks.kept import one_forward
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.masks.sign_delta import Rows
-from pemn_surgery.planning.layer_kinds import rows_of
+from pemn_surgery.planning.roles import rows_of
 
 BANKS = {
     "own": {"bank": "own", "selector": "threshold", "score_init": "kaiming_uniform"},

@@ -19,14 +19,7 @@ GRID = (1, 8, 8)  # patches of an image that is given as a list of patches: time
 
 @dataclass(frozen=True)
 class Asked:
-    """A model and what its forward can be given.
-
-    Attributes:
-        model: The model.
-        batch: Number of examples.
-        arguments: Names of forward's arguments, True for those without a default.
-        random: Where numbers come from.
-    """
+    """A model, a number of examples, and forward's arguments, True for those without a default."""
 
     model: nn.Module
     batch: int
@@ -43,15 +36,10 @@ class Asked:
         """The model type."""
         return self.config.model_type
 
-    @property
-    def main(self) -> list[str]:
-        """The names of what the model calls its main input."""
-        return listed(getattr(self.model, "main_input_name", "input_ids"))
-
     def lacks(self, sense: str) -> bool:
         """Tell whether the model could have a part for images or audio, but has none."""
-        names = {"image": ("vision_config",), "audio": ("audio_config",)}[sense]
-        return any(getattr(self.config, name, self) is None for name in names)
+        name = {"image": "vision_config", "audio": "audio_config"}[sense]
+        return getattr(self.config, name, self) is None
 
     def placeholder(self, sense: str) -> int | None:
         """Return the token that stands for a feature of an image or of audio in a text."""
@@ -180,6 +168,10 @@ def half_of_patches(asked: Asked) -> Tensor:
 # ------------------------------------------------------------------------------------ audio, states
 
 
+def _frames(asked: Asked) -> int:
+    return 2 * asked.number("max_source_positions") if _is_whisper(asked) else FRAMES
+
+
 def spectrogram(asked: Asked) -> Tensor:
     """Return spectrograms (batch, frames, bins); Whisper's encoder has channels first."""
     names = ("input_dim", "num_mel_bins", "feature_projection_input_dim", "n_mels")
@@ -192,10 +184,6 @@ def spectrogram(asked: Asked) -> Tensor:
 def _is_whisper(asked: Asked) -> bool:
     """Tell whether the encoder is Whisper's, which wants one length: two frames a position."""
     return bool(asked.number("max_source_positions") and asked.number("num_mel_bins"))
-
-
-def _frames(asked: Asked) -> int:
-    return 2 * asked.number("max_source_positions") if _is_whisper(asked) else FRAMES
 
 
 def wave(asked: Asked) -> Tensor:
@@ -220,12 +208,7 @@ Maker = Callable[[Asked], Any]
 TEXT = ("input_ids", "attention_mask")
 DATA = {"image": ("pixel_values",), "audio": ("input_features", "input_values")}
 SENSES = {
-    "image": (
-        "pixel_values",
-        "image_grid_thw",
-        "image_merge_sizes",
-        "mm_token_type_ids",
-    ),
+    "image": ("pixel_values", "image_grid_thw", "image_merge_sizes", "mm_token_type_ids"),
     "audio": ("input_features", "input_features_mask", "feature_attention_mask", "input_values"),
 }
 ALWAYS = (*TEXT, "bbox", *SENSES["image"], *SENSES["audio"])  # made wherever they are taken

@@ -18,14 +18,17 @@ from pemn_surgery.models.inputs.arguments import (
     MAKERS,
     SENSES,
     TEXT,
+    TEXT_LENGTH,
     Asked,
+    Maker,
     listed,
     method,
+    text,
 )
-from pemn_surgery.models.inputs.by_head import CHOICES, is_for, rules_of_head, takes_one
 from pemn_surgery.models.inputs.by_type import OF_TYPE, ONE_AT_A_TIME
 
 SMALL_IMAGE = 128  # pixels a side, for architectures that take images of any size
+_CHOICES = 2  # that an example of multiple choice has
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -60,18 +63,22 @@ def example_inputs(model: nn.Module, *, batch: int = 2) -> dict[str, Any]:
     message = (
         f"{type(base).__name__} has neither a transformers `config` nor a timm `pretrained_cfg` "
         "that tells what it takes (arguments of its forward: "
-        f"{', '.join(_arguments(base)) or 'none'}); give `inputs=` yourself"
+        f"{', '.join(_arguments(base.forward)) or 'none'}); give `inputs=` yourself"
     )
     raise ExampleInputsError(message)
 
 
-def _arguments(model: nn.Module) -> dict[str, bool]:
-    """Return the names of forward's arguments, True for those without a default."""
+def _arguments(function: Callable[..., Any]) -> dict[str, bool]:
+    """Return the names of a function's arguments, True for those without a default."""
     return {
         name: parameter.default is inspect.Parameter.empty
-        for name, parameter in inspect.signature(model.forward).parameters.items()
+        for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind not in VARIADIC
     }
+
+
+def _required(arguments: Mapping[str, bool]) -> list[str]:
+    return [name for name, needed in arguments.items() if needed]
 
 
 # ------------------------------------------------------------------------------------ timm
@@ -90,7 +97,7 @@ def _timm_inputs(model: nn.Module, config: Mapping[str, Any], batch: int) -> dic
         channels = first
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, channels, height, width, generator=generator)
-    return {next(iter(_arguments(model))): image}
+    return {next(iter(_arguments(model.forward))): image}
 
 
 def _first_channels(model: nn.Module, config: Mapping[str, Any]) -> int | None:
@@ -104,21 +111,22 @@ def _first_channels(model: nn.Module, config: Mapping[str, Any]) -> int | None:
 
 
 def _transformers_inputs(model: Any, batch: int) -> dict[str, Any]:
-    if model.config.model_type in ONE_AT_A_TIME or takes_one(model):
+    if model.config.model_type in ONE_AT_A_TIME or _takes_one(model):
         batch = 1
-    if not is_for(model, "MultipleChoice"):
-        return _make(Asked(model, batch, _arguments(model)))
-    made = _make(Asked(model, batch * CHOICES, _arguments(model)))
-    return {name: _in_choices(value, batch) for name, value in made.items()}
-
-
-def _in_choices(value: Any, batch: int) -> Any:
-    return value.unflatten(0, (batch, CHOICES)) if isinstance(value, Tensor) else value
+    arguments = _arguments(model.forward)
+    if not _is_for(model, "MultipleChoice"):
+        return _make(Asked(model, batch, arguments))
+    made = _make(Asked(model, batch * _CHOICES, arguments))
+    return {
+        name: value.unflatten(0, (batch, _CHOICES)) if isinstance(value, Tensor) else value
+        for name, value in made.items()
+    }
 
 
 def _make(asked: Asked) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    makers = {**MAKERS, **rules_of_head(asked), **OF_TYPE.get(asked.kind, {})}
+    rules_of_type = OF_TYPE.get(asked.kind, {})
+    makers = {**MAKERS, **_rules_of_head(asked), **rules_of_type}
     for name in _wanted(asked):
         maker = makers.get(name)
         if maker is not None and name not in made:
@@ -127,9 +135,7 @@ def _make(asked: Asked) -> dict[str, Any]:
     if "input_ids" not in made:
         if makers["attention_mask"] is MAKERS["attention_mask"]:
             made.pop("attention_mask", None)  # of the text, which is not there
-    elif "input_ids" not in OF_TYPE.get(
-        asked.kind, {}
-    ):  # else a type's own rule has put them there
+    elif "input_ids" not in rules_of_type:  # else a type's own rule has put them there
         for sense in SENSES:
             _add_placeholders(asked, made, sense)
     _refuse_missing(asked, made)
@@ -137,7 +143,7 @@ def _make(asked: Asked) -> dict[str, Any]:
 
 
 def _refuse_missing(asked: Asked, made: dict[str, Any]) -> None:
-    missing = [name for name, required in asked.arguments.items() if required and name not in made]
+    missing = [name for name in _required(asked.arguments) if name not in made]
     if missing or not made:
         what = ", ".join(missing) or "something that no rule knows"
         message = (
@@ -149,24 +155,16 @@ def _refuse_missing(asked: Asked, made: dict[str, Any]) -> None:
 
 def _wanted(asked: Asked) -> list[str]:
     """Return the arguments to make: required ones, the main one, and what makes the model whole."""
-    required = [name for name, needed in asked.arguments.items() if needed]
-    also = [*ALWAYS, *rules_of_head(asked), *OF_TYPE.get(asked.kind, {})]
+    also = [*ALWAYS, *_rules_of_head(asked), *OF_TYPE.get(asked.kind, {})]
     for sense in SENSES:
         encode = method(asked.model, f"get_{sense}_features")
-        also += _required_of(encode) if encode is not None else []
+        also += _required(_arguments(encode)) if encode is not None else []
     if getattr(asked.config, "is_encoder_decoder", False):
         also.append("decoder_input_ids")
     absent = [name for sense in SENSES if asked.lacks(sense) for name in SENSES[sense]]
-    names = [*required, *asked.main, *also]
+    main = listed(getattr(asked.model, "main_input_name", "input_ids"))
+    names = [*_required(asked.arguments), *main, *also]
     return [name for name in names if name in asked.arguments and name not in absent]
-
-
-def _required_of(function: Callable[..., Any]) -> list[str]:
-    return [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is inspect.Parameter.empty and parameter.kind not in VARIADIC
-    ]
 
 
 def _taken_by(function: Callable[..., Any], sense: str) -> list[str]:
@@ -174,7 +172,8 @@ def _taken_by(function: Callable[..., Any], sense: str) -> list[str]:
     parameters = inspect.signature(function).parameters
     takes_more = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     optional = [name for name in parameters if name not in TEXT]
-    return [*_required_of(function), *optional, *(SENSES[sense] if takes_more else ())]
+    required = _required(_arguments(function))
+    return [*required, *optional, *(SENSES[sense] if takes_more else ())]
 
 
 def _add_placeholders(asked: Asked, made: dict[str, Any], sense: str) -> None:
@@ -203,7 +202,7 @@ def _count_features(model: nn.Module, encode: Callable[..., Any], inputs: dict[s
     finally:
         for module, mode in modes:
             module.training = mode
-    return sum(_rows(one) for one in listed(_features_of(found)))
+    return sum(one.numel() // one.shape[-1] for one in listed(_features_of(found)))
 
 
 def _features_of(found: Any) -> Any:
@@ -215,5 +214,65 @@ def _features_of(found: Any) -> Any:
     return layers[0][1] if layers else found
 
 
-def _rows(features: Tensor) -> int:
-    return features.numel() // features.shape[-1]
+# ------------------------------------------------------------------------------------ heads
+# What a head is for is told by the name that transformers gives its class, or a class that this is
+# derived from: BertForMultipleChoice is for multiple choice.
+
+
+def _is_for(model: nn.Module, task: str) -> bool:
+    """Tell whether a model's head is for a task, written as in names of classes."""
+    return any(f"For{task}" in kind.__name__ for kind in type(model).__mro__)
+
+
+def _takes_one(model: Any) -> bool:
+    """Tell whether a head takes one text at a time: it looks for the last token before the pads."""
+    if not _is_for(model, "SequenceClassification"):
+        return False
+    config = model.config
+    about_text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(about_text, "pad_token_id", None) is None
+
+
+def _rules_of_head(asked: Asked) -> dict[str, Maker]:
+    """Return what a head is given beside or instead of what its arguments' names say."""
+    if _is_for(asked.model, "QuestionAnswering") or _is_for(asked.model, "MultipleChoice"):
+        return {"input_ids": _pair_of_texts, "decoder_input_ids": MAKERS["decoder_input_ids"]}
+    if _is_for(asked.model, "ImageTextRetrieval") and asked.number("num_query_tokens"):
+        return {
+            "input_ids": _queries_and_text,
+            "attention_mask": lambda asked: torch.ones_like(_queries_and_text(asked)),
+        }
+    two_parts = getattr(asked.config, "is_encoder_decoder", False)
+    if two_parts and _is_for(asked.model, "SequenceClassification"):
+        # It reads the decoder's states where the encoder's text ends.
+        return {
+            "input_ids": _text_with_an_end,
+            "decoder_input_ids": lambda asked: text(asked, TEXT_LENGTH),
+        }
+    return {}
+
+
+def _text_with_an_end(asked: Asked) -> Tensor:
+    """Return texts that end with the token for that (batch, length)."""
+    found = text(asked)
+    ends = listed(asked.config.eos_token_id)
+    if ends != [None]:
+        found[:, -1] = ends[0]
+    return found
+
+
+def _queries_and_text(asked: Asked) -> Tensor:
+    """Return texts after the tokens of what an image is asked (batch, queries + length)."""
+    queries = torch.full(
+        (asked.batch, asked.number("num_query_tokens")), asked.placeholder("image") or 0
+    )
+    return torch.cat([queries, text(asked)], dim=1)
+
+
+def _pair_of_texts(asked: Asked) -> Tensor:
+    """Return pairs of texts, with two separators between and one at the end (batch, length)."""
+    found = text(asked)
+    separator = getattr(asked.config, "sep_token_id", None)
+    if separator is not None:
+        found[:, [3, 4, -1]] = separator
+    return found

@@ -33,7 +33,7 @@ from pemn_surgery.errors import (
 )
 from pemn_surgery.masks import sign_delta
 from pemn_surgery.masks.sign_delta import Rows
-from pemn_surgery.planning.layer_kinds import rows_of
+from pemn_surgery.planning.roles import rows_of
 from tests.adapters import models
 from tests.oracles import assert_same
 
