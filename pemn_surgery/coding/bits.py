@@ -85,10 +85,6 @@ def is_loaded(stored: Tensor) -> bool:
 def verify(stored: Tensor, name: str) -> StoredMask:
     """Check a stored mask that is to be used as it is, that is one bit a weight.
 
-    Args:
-        stored: Tensor that should be a stored mask.
-        name: The tensor's name, for the error.
-
     Raises:
         MaskFormatError: If `inspect` finds a fault, or the mask is coded.
     """

@@ -57,10 +57,6 @@ def packed_bytes(weights: int) -> int:
 def inspect(stored: Tensor, name: str) -> StoredMask:
     """Check a stored mask of any coding: layout, version, coding, length and checksum.
 
-    Args:
-        stored: Tensor that should be a stored mask.
-        name: The tensor's name, for the error.
-
     Raises:
         MaskFormatError: If anything does not hold. `codec.decode` looks into coded payloads.
     """
@@ -94,15 +90,7 @@ def _check_length(nbytes: int, coding: int, weights: int, name: str) -> None:
 
 
 def assemble(coding: CodingName, options: int, weights: int, base: bytes, payload: Array) -> Tensor:
-    """Return a stored mask: header and payload, with their checksum.
-
-    Args:
-        coding: How the payload holds the mask.
-        options: What the coding needs to know besides, 16 bits.
-        weights: Number of weights.
-        base: 12 bytes that identify the base.
-        payload: What follows the header, uint8.
-    """
+    """Return a stored mask: header and payload, with their checksum."""
     content = np.empty(HEADER_BYTES + len(payload), np.uint8)
     fields = (MAGIC, VERSION, _CODINGS.index(coding), options, weights, 0, base)
     _LAYOUT.pack_into(content.data, 0, *fields)
@@ -127,13 +115,7 @@ def _content_of(stored: Tensor, name: str) -> memoryview:
 
 
 def refuse(name: str, problem: str, *, old: bool = True) -> NoReturn:
-    """Raise a MaskFormatError for a stored mask.
-
-    Args:
-        name: The tensor's name.
-        problem: What is wrong with it, after its name.
-        old: Whether it is damaged, not of a later release.
-    """
+    """Raise a MaskFormatError for a stored mask: one that is damaged, or of a later release."""
     remedy = "get the file again from where it was saved" if old else "upgrade pemn-surgery"
     message = f"The stored mask {name!r} {problem}. Nothing was loaded; {remedy}."
     raise MaskFormatError(message)

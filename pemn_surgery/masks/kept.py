@@ -236,9 +236,6 @@ def spaced(tensor: Tensor) -> Tensor:
     larger than either number, and prime to that of the columns; about max(rows, columns) in all.
     What has more axes is a matrix in the order of memory, as nearly square as can be. Of a vector
     of n numbers there is one of every stretch of sqrt(n).
-
-    Args:
-        tensor: Any tensor; one whose numbers lie with gaps is returned whole.
     """
     by_stride = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
     ordered = tensor.permute(by_stride)

@@ -132,9 +132,7 @@ class MaskedWeight(nn.Module):
     def hold_merged(self, weight: Tensor, *, shown: bool = True) -> None:
         """Fix the effective weight, and store it in the layer, where whoever exports finds it.
 
-        Args:
-            weight: The merged weight.
-            shown: Whether it is stored; a quantised layer's place is for packed numbers.
+        Not so (``shown``) in a quantised layer, whose place is for packed numbers.
         """
         self._kept.clear()
         if not shown:
@@ -222,11 +220,7 @@ class MaskedWeight(nn.Module):
         return cast("Tensor", weight)[self.shape[0] :] if longer else None
 
     def take_rows(self, rows: Tensor | None) -> None:
-        """Hold an adapter's rows as the layer's own: what has them is about to be taken away.
-
-        Args:
-            rows: Float tensor of shape (new rows, ...); None changes nothing.
-        """
+        """Hold an adapter's rows as the layer's own: what has them is about to be taken away."""
         self._tail = self._tail if rows is None else rows.detach().clone()
 
     def count_rows(self) -> int:
@@ -319,12 +313,7 @@ class MaskedWeight(nn.Module):
         return self._apply_masks(state.names, for_autocast=True)
 
     def _apply_masks(self, names: Sequence[str], *, for_autocast: bool) -> Tensor:
-        """Return the weight with adapters applied in this order.
-
-        Args:
-            names: The adapters.
-            for_autocast: Whether autocast would round it next, and it may be made so.
-        """
+        """Return the weight with adapters applied in this order, if asked as autocast rounds it."""
         masks = [self._mask_of(name) for name in names]
         if not masks:
             return self.bare()

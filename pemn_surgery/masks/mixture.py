@@ -34,14 +34,7 @@ class Mixture:
         """Return the mixed effective weight, with gradients for ``alphas`` alone.
 
         One masked weight is made at a time, in the forward and again in the backward pass, so that
-        memory does not grow with the number of adapters.
-
-        Args:
-            fill: Float tensor, the unmasked weight.
-            maskings: What each adapter does to it, in the order of ``names``.
-
-        Returns:
-            Tensor like ``fill``. The sum itself is made in float32 at least.
+        memory does not grow with the number of adapters. The sum is made in float32 at least.
         """
         alphas = self.alphas.to(fill.device, _sum_dtype(fill))
         mix = _MixedMasks.apply if takes_functions() else _mixed
@@ -50,12 +43,7 @@ class Mixture:
     def of_tensors(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the mixture of unmasked tensors, with gradients for ``alphas`` alone.
 
-        Args:
-            tensors: Each adapter's tensor, in the order of ``names``; equal shapes.
-
-        Returns:
-            Tensor like the first one. What is not a float (a counter) cannot be mixed: a copy of
-            the first adapter's.
+        What is not a float (a counter) cannot be mixed: it is a copy of the first adapter's.
         """
         first = tensors[0].detach()
         if not first.is_floating_point():

@@ -27,9 +27,6 @@ def masked(weight: Tensor, mask: Tensor, *, scaled: bool) -> Tensor:
         weight: Float tensor W.
         mask: Bool tensor M of the same shape.
         scaled: Whether to divide by the square root of the mask's density.
-
-    Returns:
-        Tensor like ``weight``.
     """
     kept = weight * mask.to(weight.dtype)
     return kept * _scale(mask.sum(), mask.numel()) if scaled else kept
@@ -46,18 +43,8 @@ def masked_by_bits(
 ) -> Tensor:
     """Return what `masked` returns for a stored mask, bit for bit, without gradients.
 
-    Nothing of the weight's size is made but the result.
-
-    Args:
-        weight: Contiguous float tensor W; or one period of it where it repeats (see `spread`).
-        stored: The mask as `bits` stores it.
-        shape: Shape of W.
-        scaled: As in `masked`.
-        in_place: Whether ``weight`` may be overwritten.
-        dtype: Type that the result is rounded to; None for the weight's.
-
-    Returns:
-        Tensor of ``shape``.
+    Nothing of the weight's size is made but the result. ``weight`` may be one period of a weight
+    that repeats (see `spread`), ``stored`` is the mask as `bits` stores it.
     """
     wanted = dtype or weight.dtype
     chosen = product.choose_bits(weight, stored[bits.HEADER_BYTES :], shape, wanted)
@@ -74,15 +61,6 @@ def masked_by_pieces(weight: Tensor, stored: Tensor, *, scaled: bool, in_place: 
 
     The mask is unpacked a piece at a time, so that nothing of the weight's size is made but the
     result. There are no gradients.
-
-    Args:
-        weight: Contiguous float tensor W.
-        stored: The mask as `bits` stores it.
-        scaled: As in `masked`.
-        in_place: Whether to write into ``weight``.
-
-    Returns:
-        Tensor like ``weight``.
     """
     with torch.no_grad():
         kept = weight if in_place else torch.empty_like(weight)
@@ -126,12 +104,7 @@ def masked_straight_through(
 
 
 def spread(period: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return a weight of this shape whose numbers repeat after a period.
-
-    Args:
-        period: Its first numbers; all of them where it does not repeat.
-        shape: Shape of the weight.
-    """
+    """Return a weight of this shape whose numbers repeat after a period."""
     weights = math.prod(shape)
     if period.numel() >= weights:
         return period.view(shape)

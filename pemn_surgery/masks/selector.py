@@ -87,10 +87,6 @@ def threshold_mask(scores: Tensor, threshold: float) -> Tensor:
 def check_finite(scores: Tensor, name: str) -> None:
     """Refuse scores that no mask can be chosen from.
 
-    Args:
-        scores: Float tensor.
-        name: What the scores belong to, for the error.
-
     Raises:
         NonFiniteScoresError: If a score is NaN or infinite.
     """

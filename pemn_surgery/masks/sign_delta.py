@@ -62,16 +62,13 @@ class Rows:
 def sign_delta(weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tensor:
     """Return W + s where M is one, W - s where it is zero.
 
-    The sum is made in the wider type of W and s and rounded once, to W's.
+    The sum is made in the wider type of W and s and rounded once, to W's. Gradients reach W and s.
 
     Args:
         weight: Float tensor W.
         mask: Bool tensor M of the same shape.
         scale: Float tensor s of shape (rows.count,).
         rows: Where each output's weights lie in W.
-
-    Returns:
-        Tensor like ``weight``. Gradients reach W and s.
     """
     apply = _SignDelta.apply if takes_functions() else _changed
     return cast("Tensor", apply(weight, mask, scale, rows))
@@ -80,18 +77,7 @@ def sign_delta(weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tenso
 def sign_delta_from_bits(
     weight: Tensor, stored: Tensor, scale: Tensor, rows: Rows, *, in_place: bool
 ) -> Tensor:
-    """Return what `sign_delta` returns for a stored mask, bit for bit, with little memory if large.
-
-    Args:
-        weight: Float tensor W.
-        stored: The mask as `bits` stores it.
-        scale: As in `sign_delta`.
-        rows: As in `sign_delta`.
-        in_place: Whether ``weight`` may be overwritten.
-
-    Returns:
-        Tensor like ``weight``.
-    """
+    """Return what `sign_delta` returns for a stored mask, with little memory if that is large."""
     tracked = scale.requires_grad and torch.is_grad_enabled()
     if tracked or not goes_by_pieces(weight, stored):
         shape = tuple(weight.shape)

@@ -150,12 +150,7 @@ def lay_out(spec: BankSpec, weights: Sequence[tuple[str, Shape, int]]) -> Layout
 
 
 def rp_length(spec: BankSpec, largest: int) -> int:
-    """Return the number of different values of "rp": ``int(N * ratio) + 1``, at most N.
-
-    Args:
-        spec: What decides the numbers.
-        largest: N, the number of weights of the largest layer.
-    """
+    """Return the number of different values of "rp": ``int(N * ratio) + 1``, at most N."""
     wanted = spec.length if spec.length is not None else int(largest * (spec.ratio or 0.0)) + 1
     return min(wanted, largest)
 
@@ -189,12 +184,6 @@ def build(
     layout: Layout, weight_of: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device
 ) -> "Bank":
     """Make a bank's numbers.
-
-    Args:
-        layout: The prototypes.
-        weight_of: Gives a weight of the model by name; read only with ``init="model"``.
-        dtype: Type of the stored values.
-        device: Where they lie.
 
     Returns:
         The bank.

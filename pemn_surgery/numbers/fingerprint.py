@@ -101,11 +101,6 @@ def _sums(start: bytes, values: Iterable[Tensor]) -> str | None:
 def check_fingerprint(expected: Mapping[str, str], actual: Mapping[str, str], base: str) -> None:
     """Refuse masks of another base.
 
-    Args:
-        expected: Fingerprint of the base that the masks were trained on.
-        actual: Fingerprint of the given base.
-        base: What the given base is, for the error.
-
     Raises:
         FingerprintError: If the two differ where both are known.
     """

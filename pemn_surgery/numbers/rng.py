@@ -26,11 +26,6 @@ _CHUNK = 1 << 16
 def integers(seed: int, stream: str, count: int) -> NDArray[np.uint32]:
     """Return the first numbers of a stream.
 
-    Args:
-        seed: Any integer.
-        stream: Name of the sequence.
-        count: How many numbers.
-
     Returns:
         Array of shape (count,): each 64-bit Philox word gives its low half, then its high half.
     """
@@ -105,11 +100,6 @@ def signs(seed: int, stream: str, count: int, magnitude: float) -> NDArray[np.fl
 def permutation(seed: int, stream: str, count: int) -> NDArray[np.int64]:
     """Return an order of ``count`` things: the one that sorts the stream's numbers.
 
-    Args:
-        seed: Any integer.
-        stream: Name of the sequence.
-        count: How many things.
-
     Returns:
         Array of shape (count,) holding 0 ... count - 1 once each; equal numbers keep their order.
     """
@@ -117,12 +107,7 @@ def permutation(seed: int, stream: str, count: int) -> NDArray[np.int64]:
 
 
 def key_of(seed: int, stream: str) -> bytes:
-    """Return the 16 bytes that decide a stream's numbers: they stand for seed and name.
-
-    Args:
-        seed: Any integer.
-        stream: Name of the sequence.
-    """
+    """Return the 16 bytes that decide a stream's numbers: they stand for seed and name."""
     return hashlib.sha256(f"pemn:{seed}:{stream}".encode()).digest()[:KEY_BYTES]
 
 
