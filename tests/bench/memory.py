@@ -106,8 +106,6 @@ class Checkpointed(nn.Sequential):
         return x
 
 
-CHECKPOINTED = ", checkpointed, step in backward"
-
 WAYS: dict[str, tuple[str, bool, Any, Any]] = {  # bank, bfloat16, optimizer, when it steps
     "dense": ("dense", False, plain, after_backward),
     "LoRA r16": ("lora", False, plain, after_backward),
@@ -115,14 +113,19 @@ WAYS: dict[str, tuple[str, bool, Any, Any]] = {  # bank, bfloat16, optimizer, wh
     "mp, step in backward": ("mp", False, plain, in_backward),
     "mp, 8-bit moments": ("mp", False, eight_bits, after_backward),
     **{f"{bank}, lean": (bank, True, eight_bits, after_backward) for bank in BANKS},
-    **{f"{bank}, lean{CHECKPOINTED}": (bank, True, eight_bits, in_backward) for bank in BANKS},
+    "own, lean, checkpointed": ("own", True, eight_bits, after_backward),
+    "own, lean, step in backward": ("own", True, eight_bits, in_backward),
+    **{
+        f"{bank}, lean, checkpointed, step in backward": (bank, True, eight_bits, in_backward)
+        for bank in BANKS
+    },
 }
 
 
 def ready(way: str, model: nn.Module, rate: float) -> tuple[nn.Module, Stepper, torch.dtype]:
     """A model to train in one way, its step, and the type of its inputs."""
     kind, low, optimizer, when = WAYS[way]
-    if way.endswith(CHECKPOINTED):
+    if "checkpointed" in way:
         model = Checkpointed(*model.children())
     if kind in BANKS:
         model = masked(model, kind, low=low)
