@@ -34,6 +34,8 @@ def is_unshared(grads: tuple[Tensor, ...]) -> bool:
         grads: The ``*grads`` of a ``torch.autograd.Function``'s ``backward``, of which nothing was
             unpacked yet; one gradient of any shape.
     """
+    if torch.compiler.is_compiling():  # what is compiled has memory of its own
+        return False
     (grad,) = grads
     is_plain = type(grad) is Tensor and grad.is_cpu
     del grad

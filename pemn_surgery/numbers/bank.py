@@ -95,13 +95,9 @@ class Layout:
         """Number of values that the bank stores."""
         return sum(prototype.length for _, prototype in self.by_shape)
 
-    @functools.cached_property
-    def _found(self) -> dict[Shape, Prototype]:
-        return dict(self.by_shape)
-
     def find(self, shape: Shape) -> Prototype | None:
         """Return the prototype that fills this shape, or None where there is none."""
-        prototype = self._found.get((), self._found.get(shape))
+        prototype = next((found for key, found in self.by_shape if key in ((), shape)), None)
         if prototype is None or (not self._tiles and math.prod(shape) > prototype.length):
             return None
         return prototype
