@@ -352,9 +352,10 @@ def test_memory_table():
     page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
     rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
     dense = statistics.median(MEMORY["rows"][0]["bytes_a_weight"])
-    assert len(MEMORY["rows"]) == 10
+    assert len(MEMORY["rows"]) == 15
     for row in MEMORY["rows"]:
         taken = statistics.median(row["bytes_a_weight"])
         right = [100 * one for one in row["accuracy"]]
         accuracy = f"{statistics.mean(right):.2f} ({statistics.stdev(right):.2f}) %"
         assert [row["way"], f"{taken:.1f}", f"{taken / dense:.2f}", accuracy] in rows
+    assert f"{8 / dense:.2f} of dense; with both ways together 6, {6 / dense:.2f}." in page
