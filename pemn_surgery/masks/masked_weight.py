@@ -70,6 +70,7 @@ class MaskedWeight(nn.Module):
         marks: What others noted on the weight that a bank replaced, as transformers does on what a
             checkpoint filled; a weight that comes back has it again.
         keeps: Whether an effective weight that was made is kept for the next read.
+        keeps_until_step: Whether it is so from one forward to the next, too, while it is trained.
         pemn_masks: The masks by adapter name.
         mixture: While set, it is read in place of the active adapters or what they were merged to;
             never kept, never saved.
@@ -95,6 +96,7 @@ class MaskedWeight(nn.Module):
         self.marks: dict[str, Any] = {}
         self._kept = Lasting()
         self.keeps = True
+        self.keeps_until_step = False
         self.mixture: Mixture | None = None
         self.target = target
         self.parameter = parameter
@@ -277,7 +279,8 @@ class MaskedWeight(nn.Module):
         """Return who keeps the weight: the layer, the forward that runs, or nobody."""
         if not self._may_be_kept() or state.mixture is not None:
             return None
-        return self._kept if self._lasts(own, rows, masks) else in_this_forward(self)
+        outlasts = self.keeps_until_step or self._lasts(own, rows, masks)
+        return self._kept if outlasts else in_this_forward(self)
 
     def _may_be_kept(self) -> bool:
         return self.keeps
@@ -381,7 +384,7 @@ class MaskedWeight(nn.Module):
 
     def train(self, mode: bool = True) -> "MaskedWeight":
         """Forget what was kept in eval mode: who trains writes, and may leave no trace."""
-        if mode:
+        if mode and not self.keeps_until_step:  # loops call it before each batch
             self._kept.clear()
         super().train(mode)
         return self
@@ -457,7 +460,7 @@ class MaskedWeight(nn.Module):
         return Sources(state.names, mode, tensors)
 
 
-def keep_weights(model: nn.Module, keep: bool) -> None:
+def keep_weights(model: nn.Module, keep: bool, *, until_step: bool = False) -> None:
     """Choose between speed and memory: whether masked layers keep the weights that they make.
 
     Kept, a weight is made once and stays in memory beside its bits: after one forward the model is
@@ -465,11 +468,17 @@ def keep_weights(model: nn.Module, keep: bool) -> None:
     at the bits, the bank, the other tensors and the layer at work. Outputs are the same. A model
     pemnified for inference from the meta device starts without keeping, any other one with it.
 
+    While masks train, a weight is made for each forward. The micro-batches of one step (gradient
+    accumulation) make it once with ``until_step``: it is kept from forward to forward, its graph
+    too, until an optimizer steps or what it is made of changes. That is one tensor of every masked
+    weight's size beside the gradients.
+
     Args:
         model: A model with masks.
         keep: Whether to keep.
+        until_step: Whether to keep what is trained from one forward to the next, too.
     """
     for module in model.modules():
         if isinstance(module, MaskedWeight):
-            module.keeps = keep
+            module.keeps, module.keeps_until_step = keep, keep and until_step
             module.forget()

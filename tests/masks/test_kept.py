@@ -523,6 +523,50 @@ def test_one_forward_makes_a_weight_once(monkeypatch, mode, door):
         assert counted.during(lambda: model(x)) == 1
 
 
+def accumulated(model, optimizer, *, until_step):
+    """Gradients of three micro-batches, and of two more after a step; the weights made in each."""
+    keep_weights(model, True, until_step=until_step)
+    with pytest.MonkeyPatch.context() as patch:
+        counted, made, grads = Counted(patch), [], []
+
+        def micro_batches(first, last):
+            for number in range(first, last):
+                model.train()  # as Trainer does before each
+                model(models.images(number)).square().sum().backward()
+
+        for first, last in ((0, 3), (3, 5)):
+            made.append(counted.during(lambda first=first, last=last: micro_batches(first, last)))
+            grads += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+            optimizer.zero_grad()
+    return made, grads
+
+
+@pytest.mark.parametrize("bank", ["mp", "own"])
+def test_micro_batches_of_a_step_share_a_weight(bank):
+    found = {}
+    for until_step in (False, True):
+        model = pemnify(models.net(), bank=bank)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found[until_step] = accumulated(model, torch.optim.SGD(trained, 0.1), until_step=until_step)
+    (often, expected), (once, grads) = found[False], found[True]
+    assert (often, once) == ([12, 8], [4, 4])
+    assert len(grads) >= 8
+    for one, other in zip(grads, expected, strict=True):
+        oracles.assert_same(one, other)
+
+
+@pytest.mark.parametrize("write", list(UNNOTICED_SCORES))
+def test_scores_written_between_micro_batches(write):
+    model = pemnify(models.net(), bank="mp").train()
+    keep_weights(model, True, until_step=True)
+    before = model(X).detach().clone()
+    for layer in models.mask_layers(model).values():
+        UNNOTICED_SCORES[write](layer.mask_of("default").scores)
+    after = assert_as_if_nothing_were_kept(model)
+    models.assert_differs(before, after)
+
+
 @pytest.mark.parametrize("bank", ["mp", "own"])
 def test_a_loaded_task_makes_its_weights_once(monkeypatch, bank, tmp_path):
     models.train(pemnify(models.net(), bank=bank)).save_pretrained(tmp_path)
