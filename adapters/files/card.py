@@ -44,7 +44,8 @@ from pemn_surgery.masks.selector import TAKES_DENSITY
 _BEGIN = "<!-- pemn_surgery: written anew at each save; edit around this part, not in it -->"
 _END = "<!-- pemn_surgery: end -->"
 _PART = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END), re.DOTALL)
-_AUTO = {
+# What PEFT's task types are built by.
+AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -216,7 +217,7 @@ def _base_of(model: nn.Module) -> Any:
 def _transformers(config: PemnConfig, base: Any) -> tuple[str, str] | None:
     made_of = config.auto_mapping or {}
     library = made_of.get("parent_library", "transformers")
-    named = made_of.get("base_model_class") or _AUTO.get(config.task_type or "")
+    named = made_of.get("base_model_class") or AUTO_CLASSES.get(config.task_type or "")
     if not config.base_model_name_or_path or not named or not library.startswith("transformers"):
         return None
     arguments = [json.dumps(config.base_model_name_or_path)]

@@ -13,15 +13,6 @@ from torch import nn
 from pemn_surgery.commands.common import HubName, first_line, hub_file, hub_name
 from pemn_surgery.errors import ConfigError, PemnError
 
-# What PEFT's task types are built by.
-_TASKS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 _TIMM_SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -176,10 +167,12 @@ def _class_of(config: Any, wanted: Wanted) -> Any:
     """Return the class that an adapter was made on, or that fits the task, or that is named."""
     import transformers
 
+    from pemn_surgery.adapters.files.card import AUTO_CLASSES
+
     made_on = getattr(transformers, wanted.class_name or "", None)
     if made_on is not None:
         return made_on
-    for_task = getattr(transformers, _TASKS.get(wanted.task_type or "", ""), None)
+    for_task = getattr(transformers, AUTO_CLASSES.get(wanted.task_type or "", ""), None)
     if for_task is not None and type(config) in for_task._model_mapping:
         return for_task
     named = (getattr(config, "architectures", None) or [""])[0]
