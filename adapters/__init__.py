@@ -1,4 +1,7 @@
-"""Masks as a PEFT method. Importing this package makes PEFT know it."""
+"""Masks as a PEFT method. Importing this package makes PEFT know it.
+
+What a masked weight is, and how a model is changed, stands in `pemn_surgery` itself.
+"""
 
 if __name__ == "adapters":  # a top-level `adapters` is another project (AdapterHub)
     message = (

@@ -1,1 +1,4 @@
-"""Example inputs for any timm or transformers model, from its configuration alone."""
+"""Example inputs for any timm or transformers model, from its configuration alone.
+
+No model is run here, and nothing is fetched.
+"""
