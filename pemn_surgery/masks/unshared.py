@@ -1,10 +1,10 @@
 """Whether a gradient may be overwritten: whether nobody but the backward pass holds it.
 
 A gradient of the effective weight becomes that of the scores. Written into the same memory, that
-takes a quarter less traffic and none of its own. But others may hold the gradient: hooks, a tensor
-whose gradient is the same one, another view of its memory. Torch counts all of these, and steals
-unshared gradients itself where it accumulates them. Here the counts are compared with those of
-gradients that certainly nobody else holds, which a backward pass of our own meets once.
+needs none of its own, and none is fetched to be written to. But others may hold the gradient:
+hooks, a tensor whose gradient is the same one, another view of its memory. Torch counts all of
+these, and steals unshared gradients itself where it accumulates them. Here the counts are compared
+with those of gradients that certainly nobody else holds, which a backward pass of our own meets.
 """
 
 import functools

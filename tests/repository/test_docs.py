@@ -10,6 +10,7 @@ import pytest
 from pemn_surgery import plan
 from pemn_surgery.commands.cli import main
 from pemn_surgery.commands.quickstart_run import network
+from tests.bench import memory
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -359,3 +360,19 @@ def test_memory_table():
         accuracy = f"{statistics.mean(right):.2f} ({statistics.stdev(right):.2f}) %"
         assert [row["way"], f"{taken:.1f}", f"{taken / dense:.2f}", accuracy] in rows
     assert f"{8 / dense:.2f} of dense; with both ways together 6, {6 / dense:.2f}." in page
+    tokens, width, each = memory.TOKENS, memory.WIDTH, 2  # what a layer and its ReLU take, in bytes
+    assert f"the activations ({2 * tokens * each / width:.1f} here)" in page
+
+
+def test_what_is_said_of_reading_small_layers():
+    page = " ".join((ROOT / "docs/training.md").read_text(encoding="utf-8").split())
+    found = json.loads((ROOT / "docs/results/reads.json").read_text(encoding="utf-8"))
+    ways = ("mp", "rp", "own")
+    now, before = (
+        [found[tree]["step"][way]["median"] for way in ways] for tree in ("here", "against")
+    )
+    said = "takes {:.2f} (mp), {:.2f} (rp) and {:.2f} (own) times dense, where the library took "
+    assert (said + "{:.2f}, {:.2f} and {:.2f} before").format(*now, *before) in page
+    assert all(2 * (a - 1) < b - 1 for a, b in zip(now[:2], before[:2], strict=True))  # halved
+    layer = [found["here"]["layer_us"][way]["median"] for way in ("dense", "masked", "merged")]
+    assert "{:.1f} microseconds dense, {:.1f} masked and {:.1f} merged".format(*layer) in page
