@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.layer import PemnLayer, scores_stream, weight_stream
+from pemn_surgery.adapters.layer import PemnLayer, scores_stream, weight_stream, words_of
 from pemn_surgery.coding.context import Guide
 from pemn_surgery.errors import PemnWarning
 from pemn_surgery.numbers import bank as banks
@@ -137,55 +137,58 @@ def gathered(value: Tensor) -> Tensor:
     return gather() if gather is not None else value
 
 
-def guides_of(layer: PemnLayer, config: PemnConfig) -> tuple[Guide, ...] | None:
-    """Return what guesses a mask in the configuration's coding: numbers of each weight.
+def guides_of(
+    layer: PemnLayer, config: PemnConfig, places: Tensor | None
+) -> tuple[Guide, ...] | None:
+    """Return what guesses a mask in the configuration's coding: numbers of each masked weight.
 
     None where the coding goes by the mask's density alone.
     """
     if config.coding == "entropy":
         return None
-    found = base_sizes(layer) if config.coding == "base" else None
+    found = base_sizes(layer, places) if config.coding == "base" else None
     of_base = () if found is None else (Guide(found, _LOOK_AT_BASE),)
-    return (*drawn_guides(layer, config), *of_base)
+    return (*drawn_guides(layer, config, places), *of_base)
 
 
 def is_guessed(layer: PemnLayer, config: PemnConfig) -> bool:
     """Tell whether the size of an initial score says anything of an adapter's mask."""
-    drawn = isinstance(config.score_init, str) and config.form == "product"
+    drawn = isinstance(config.score_init, str) and config.form != "sign_delta"
     return drawn and config.selector_of(None).uses_magnitude
 
 
-def drawn_guides(layer: PemnLayer, config: PemnConfig) -> tuple[Guide, ...]:
+def drawn_guides(layer: PemnLayer, config: PemnConfig, places: Tensor | None) -> tuple[Guide, ...]:
     """Return the seeded numbers that may guess an adapter's mask (``coding="context"``).
 
-    What initial scores are made of, and frozen weights if they are drawn; nothing where the size of
-    an initial score says nothing.
+    What initial scores are made of, and frozen weights if they are drawn and all masked, as a
+    decoder knows streams alone; nothing where the size of an initial score says nothing.
     """
     if not is_guessed(layer, config):
         return ()
-    weights = _count(layer)
+    weights = _count(layer) if places is None else places.numel()
     scores = _drawn(config.seed, scores_stream(layer.target), weights, weights)
     fill = _fill_stream(layer, weights)
-    if fill is None or layer.spec.init == "signed_constant":
+    if fill is None or places is not None or layer.spec.init == "signed_constant":
         return (scores,)
     of_fill = _drawn(layer.spec.seed, *fill, weights)
     return scores, of_fill._replace(log2=_LOOK_AT_WEIGHTS)
 
 
-def base_sizes(layer: PemnLayer) -> np.ndarray | None:
+def base_sizes(layer: PemnLayer, places: Tensor | None) -> np.ndarray | None:
     """Return how large the frozen numbers are that no seed draws (``coding="base"``).
 
     Returns:
-        `pemn_surgery.numbers.sizes.base_sizes` of them, uint8 of shape (weights,); None where a
-        seed draws them, they are quantised, or not here whole (on the meta device, sharded).
+        `pemn_surgery.numbers.sizes.base_sizes` of them, uint8, those at the places alone if these
+        are given; None where a seed draws them, they are quantised, or not here whole (on the meta
+        device, sharded).
     """
     if layer.spec.generated or layer.quantization_backend is not None:
         return None
     values = layer.fill().detach()
     if values.is_meta or values.numel() != _count(layer) or hasattr(values, "full_tensor"):
         return None
-    words = values.to(torch.bfloat16).cpu().reshape(-1).view(torch.int16)
-    return sizes.base_sizes(words.numpy().view(np.uint16))
+    found = sizes.base_sizes(words_of(values))
+    return found if places is None else found[places.cpu().numpy()]
 
 
 def _held(layers: Mapping[str, PemnLayer], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

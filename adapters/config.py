@@ -37,12 +37,13 @@ from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.masks.selector import TAKES_DENSITY, Selector, SelectorName
 from pemn_surgery.numbers.bank import BankName, BankSpec, InitName, Shape
+from pemn_surgery.numbers.support import Support, SupportName
 from pemn_surgery.planning.densities import ErkName, densities_by_name, erdos_renyi_kernel
 from pemn_surgery.planning.request import NewRows, RestName, TiedName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
 ScaleName = Literal["sqrt_density"]
-FormName = Literal["product", "sign_delta"]
+FormName = Literal["product", "flip", "sign_delta"]
 
 # The papers' settings; METHODS in docs/methods.md has their sections.
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -117,9 +118,15 @@ class PemnConfig(PeftConfig):
         score_init: A number, or "kaiming_uniform". Default "kaiming_uniform" for "topk" and
             ``threshold`` + .01 for "threshold".
         scale: None, or "sqrt_density": multiply by 1 / sqrt(density of the mask).
-        form: What a mask M does to the frozen weight W. "product": W x M (and ``scale``).
+        form: What a mask M does to the frozen weight W. "product": W x M (and ``scale``). "flip":
+            W (2M - 1), so that signs change where M is zero (Self-Masking Networks' released code).
             "sign_delta": W + s (2M - 1), s a float scale for each output (BitDelta); only with
             ``bank="own"`` on the model's own values, made by `from_finetuned`.
+        support: Share of every weight's numbers that can change, 0 < support < 1: these alone have
+            scores and bits, all others keep their frozen value. Default: all can.
+        support_by: Which these are. "seed": single weights, drawn from ``seed``. "rows": whole
+            outputs, drawn likewise. "largest" and "smallest": by the magnitude of the frozen
+            numbers.
         rest: What happens to tensors that are not masked. "train": all are trained and saved with
             the task. "norms": normalisation layers are. "stats": nothing but running statistics
             moves, and they are saved. "freeze": nothing moves; norms stay in eval mode. Default
@@ -184,6 +191,8 @@ class PemnConfig(PeftConfig):
     score_init: float | str | None = None
     scale: ScaleName | None = None
     form: FormName = "product"
+    support: float | None = None
+    support_by: SupportName = "seed"
     rest: RestName | None = None
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -389,7 +398,7 @@ class PemnConfig(PeftConfig):
             ConfigError: If a pattern fits none of the names; an adapter's file that is of another
                 model is refused by its masks.
         """
-        if self.selector not in TAKES_DENSITY or self.form != "product":
+        if self.selector not in TAKES_DENSITY or self.form == "sign_delta":
             return {}
         is_new = self.origin.file is None
         named = densities_by_name(shapes, self.density_pattern or {}, all_fit=is_new)
@@ -397,6 +406,13 @@ class PemnConfig(PeftConfig):
         if self.density == "erk":
             return {**named, **erdos_renyi_kernel(others, self._overall)}
         return {**named, **dict.fromkeys(others, self._overall)}
+
+    @property
+    def support_in_force(self) -> Support | None:
+        """Which share of every weight is masked; None: all of it."""
+        if self.support is None:
+            return None
+        return Support(self.support, self.support_by, self.seed)
 
     def selector_of(self, density: float | None) -> Selector:
         """Return how a mask is chosen from scores, given the weight's density, if any."""

@@ -49,6 +49,8 @@ MUST_AGREE = [
     "threshold",
     "scale",
     "form",
+    "support",
+    "support_by",
     "rest",
     "tied",
     "new_rows",
@@ -186,6 +188,8 @@ def _load_as_stored(
 def _check_agrees(name: str, held: PemnConfig, given: PemnConfig) -> None:
     """Refuse weights under the name of an adapter whose configuration reads them otherwise."""
     other = [key for key in MUST_AGREE if getattr(held, key) != getattr(given, key)]
+    if held.support_in_force != given.support_in_force:
+        other.append("seed")  # which draws the weights that are masked
     if other:
         key = other[0]
         message = (
@@ -200,7 +204,7 @@ def _check_agrees(name: str, held: PemnConfig, given: PemnConfig) -> None:
 def _check_base(model: nn.Module, name: str, given: PemnConfig) -> None:
     """Refuse an adapter of another base; of other sizes it is refused when it is put in place."""
     layers = masked_layers(model, name).values()
-    sizes = {layer.target: torch.Size(layer.shape).numel() for layer in layers}
+    sizes = {layer.target: layer.mask_of(name).weights for layer in layers}
     file = given.origin.file
     if not given.origin.fingerprint or file is None or file.sizes != sizes:
         return

@@ -5,10 +5,12 @@ dict. Here that is simply true, because a tuner layer holds masks (or a task's t
 of the base.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import QuantizationBackend
@@ -17,16 +19,20 @@ from torch import Tensor, nn
 from pemn_surgery.adapters import quantised
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.coding import bits
-from pemn_surgery.errors import NonFiniteScoresError, PemnWarning
+from pemn_surgery.errors import ConfigError, NonFiniteScoresError, PemnWarning
 from pemn_surgery.masks import in_force
 from pemn_surgery.masks.adapter_mask import AdapterMask, SignDelta
+from pemn_surgery.masks.flip import FlipMask
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.masks.selector import Selector, check_finite
 from pemn_surgery.numbers import rng
 from pemn_surgery.numbers.bank import Bank, BankSpec
+from pemn_surgery.numbers.support import Support
 from pemn_surgery.planning.plan import Target
 from pemn_surgery.planning.roles import rows_of
 from pemn_surgery.surgery import operate
+
+_INT32 = 2**31  # places below it are held in half the memory
 
 
 class PemnTunerLayer(BaseTunerLayer):
@@ -168,14 +174,17 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     ) -> AdapterMask:
         holds_bits = config.inference_mode and not config.keep_scores
         loading = holds_bits and config.origin.file is not None
-        scores = None if loading else initial_scores(config, self.target, self.shape, self.fan_in)
+        places = self._places(config)
+        shape = self.shape if places is None else tuple(places.shape)
+        scores = None if loading else initial_scores(config, self.target, shape, self.fan_in)
         stored = None
         if holds_bits:
-            weights = int(torch.Size(self.shape).numel())
+            weights = int(torch.Size(shape).numel())
             start = scores if scores is not None else torch.empty(0)
             stored = bits.empty(weights) if loading else bits.pack(selector.mask(start))
             scores = None
-        return AdapterMask(
+        kind = FlipMask if config.form == "flip" else AdapterMask
+        return kind(
             self.target,
             self.shape,
             selector,
@@ -183,7 +192,30 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             scaled=config.scale == "sqrt_density",
             scores=scores,
             stored=stored,
+            places=places,
         )
+
+    def _places(self, config: PemnConfig) -> Tensor | None:
+        """Return where the weights lie that an adapter masks; None: all of them."""
+        support = config.support_in_force
+        if support is None:
+            return None
+        layout = rows_of(self.owner, self.shape).view
+        words = words_of(self._told_by(support)) if support.reads_base else None
+        places = torch.from_numpy(support.places(self.target, layout, words))
+        return places.to(torch.int32) if math.prod(layout) < _INT32 else places
+
+    def _told_by(self, support: Support) -> Tensor:
+        """Return the frozen numbers that decide which weights are masked."""
+        values = self.fill().detach()
+        if tuple(values.shape) != tuple(self.shape) or hasattr(values, "full_tensor"):
+            message = (
+                f'support_by="{support.by}" reads the numbers of {self.target!r}, which are '
+                'sharded; add the adapter before the model is sharded, or take support_by="seed". '
+                "Nothing was changed."
+            )
+            raise ConfigError(message)
+        return values
 
     def _sign_delta(
         self, config: PemnConfig, fingerprint: Mapping[str, str], selector: Selector
@@ -303,6 +335,12 @@ def initial_scores(config: PemnConfig, target: str, shape: tuple[int, ...], fan_
     count = int(torch.Size(shape).numel())
     values: Any = rng.uniform(config.seed, scores_stream(target), count, fan_in**-0.5)
     return torch.from_numpy(values).view(shape)
+
+
+def words_of(values: Tensor) -> np.ndarray:
+    """Return frozen numbers in bfloat16 as uint16 of shape (weights,), the same from any type."""
+    words = values.to(torch.bfloat16).cpu().reshape(-1).view(torch.int16)
+    return words.numpy().view(np.uint16)
 
 
 def weight_stream(target: str) -> str:

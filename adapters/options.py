@@ -18,6 +18,7 @@ from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.masks.selector import TAKES_DENSITY, SelectorName
 from pemn_surgery.numbers.bank import BankName, InitName
+from pemn_surgery.numbers.support import SupportName
 from pemn_surgery.planning.request import RestName, TiedName
 
 _LARGEST = 3.4e38  # of float32
@@ -140,7 +141,14 @@ OPTIONS: dict[str, Option] = {
         )
     ),
     "scale": _choice(None, "sqrt_density"),
-    "form": _choice("product", "sign_delta"),
+    "form": _choice("product", "flip", "sign_delta"),
+    "support": _or_none(
+        Option(
+            "a number with 0 < value < 1 (a share, not a percentage)",
+            lambda value: is_number(value) and 0 < value < 1,
+        )
+    ),
+    "support_by": _choice(*get_args(SupportName)),
     "rest": _choice(None, *get_args(RestName)),
     "target_modules": _or_none(_NAMES_OR_PATTERN),
     "exclude_modules": _or_none(_NAMES_OR_PATTERN),
@@ -260,7 +268,11 @@ def _draws_numbers(config: Any) -> bool:
 def _draws_scores(config: Any) -> bool:
     is_constant = is_number(config.score_init)
     by_default = config.score_init is None and config.selector == "threshold"
-    return config.form == "product" and not is_constant and not by_default
+    return config.form != "sign_delta" and not is_constant and not by_default
+
+
+def _draws_support(config: Any) -> bool:
+    return config.support is not None and config.support_by in ("seed", "rows")
 
 
 def _permutes(config: Any) -> bool:
@@ -268,7 +280,12 @@ def _permutes(config: Any) -> bool:
 
 
 _OTHER_BANK = 'it belongs to bank="rp", not bank="{bank}"'
-_SIGNS = 'it belongs to form="product"; signs come from a fine-tuned model'
+_SIGNS = 'it belongs to other forms than "sign_delta", whose signs come from a fine-tuned model'
+
+
+def _is_sign_delta(config: Any) -> bool:
+    return config.form == "sign_delta"
+
 
 IDLE: tuple[Idle, ...] = (
     *(
@@ -294,7 +311,12 @@ IDLE: tuple[Idle, ...] = (
     ),
     Idle(
         "seed",
-        lambda config: not (_draws_numbers(config) or _draws_scores(config) or _permutes(config)),
+        lambda config: (
+            not any(
+                draws(config)
+                for draws in (_draws_numbers, _draws_scores, _draws_support, _permutes)
+            )
+        ),
         "frozen numbers are the model's own and no initial score is drawn; batches and new heads "
         "follow torch.manual_seed",
     ),
@@ -312,21 +334,27 @@ IDLE: tuple[Idle, ...] = (
         for name in ("overall_density", "density_pattern")
     ),
     *(
-        Idle(name, lambda config: config.form != "product", _SIGNS)
-        for name in ("overall_density", "density_pattern", "new_rows")
+        Idle(name, _is_sign_delta, _SIGNS)
+        for name in ("overall_density", "density_pattern", "new_rows", "support")
+    ),
+    Idle(
+        "support_by",
+        lambda config: config.support is None,
+        "it says which weights support= is a share of; give a share",
+        in_files=True,
     ),
     Idle(
         "density",
         lambda config: config.selector not in TAKES_DENSITY and not config.scale_fan,
         'it belongs to selector="topk" (or to scale_fan=True), not selector="{selector}"',
     ),
-    Idle("density", lambda config: config.form != "product", _SIGNS),
+    Idle("density", _is_sign_delta, _SIGNS),
     Idle(
         "threshold",
         lambda config: config.selector != "threshold",
         'it belongs to selector="threshold", not selector="{selector}"',
     ),
-    Idle("threshold", lambda config: config.form != "product", _SIGNS),
+    Idle("threshold", _is_sign_delta, _SIGNS),
     Idle(
         "score_init",
         lambda config: config.selector == "topk" and is_number(config.score_init),
@@ -334,11 +362,17 @@ IDLE: tuple[Idle, ...] = (
         "have no order",
         in_files=True,
     ),
-    Idle("score_init", lambda config: config.form != "product", _SIGNS),
+    Idle("score_init", _is_sign_delta, _SIGNS),
     Idle(
         "scale",
         lambda config: config.form != "product",
-        'it belongs to form="product", not form="{form}", which has its own scales',
+        'it belongs to form="product", not form="{form}"',
+        in_files=True,
+    ),
+    Idle(
+        "scale",
+        lambda config: config.support is not None,
+        "it scales whole weights, and support={support} masks a share of each",
         in_files=True,
     ),
 )

@@ -1,6 +1,7 @@
 """Masks between a model and a file: scores packed to bits, bits checked and put in place."""
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -84,7 +85,7 @@ def pack_for_file(
         else:
             check_finite(whole, mask.target)
             saved[f"{path}.bits"] = bits.pack(mask.selector.mask(whole), base)
-    coded = _coded(saved, layers, config) if config.coding != "bits" else saved
+    coded = _coded(saved, layers, masks, config) if config.coding != "bits" else saved
     return AdapterEntries(coded, config.rows_by_name)
 
 
@@ -145,7 +146,8 @@ def prepare_for_model(
         mask, kind = masks[key]
         _make_wide_enough(mask, value)
         if kind == "bits" and headers[key].coding != "bits":
-            value = codec.decode(value, key, partial(base_sizes, layers[mask.target]))
+            numbers = partial(base_sizes, layers[mask.target], mask.places)
+            value = codec.decode(value, key, numbers)
         if kind == "row_scale":
             loaded[key] = value
             continue
@@ -174,8 +176,9 @@ def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> T
     initial ones, and the zeros keep their initial scores: either side's nearest change soonest.
     With "threshold" every score lies one initial margin above or below it.
     """
-    fan_in = max(chosen.numel() // max(chosen.shape[0], 1), 1) if chosen.dim() else 1
-    start = initial_scores(config, mask.target, mask.shape, fan_in).to(chosen.device)
+    shape = mask.shape
+    fan_in = max(math.prod(shape) // max(shape[0], 1), 1) if shape else 1
+    start = initial_scores(config, mask.target, mask.mask_shape, fan_in).to(chosen.device)
     if mask.selector.uses_magnitude:
         away = torch.where(start < 0, -1.01, 1.01) * fan_in**-0.5
         return torch.where(chosen, start + away, start)
@@ -204,13 +207,20 @@ def with_scores(write: Callable[..., Any]) -> Callable[..., Any]:
     return _save_checkpoint
 
 
-def _coded(saved: StateDict, layers: Mapping[str, PemnLayer], config: PemnConfig) -> StateDict:
+def _coded(
+    saved: StateDict,
+    layers: Mapping[str, PemnLayer],
+    masks: Mapping[str, AdapterMask],
+    config: PemnConfig,
+) -> StateDict:
     """Return the entries with masks coded; a place that was never loaded stays as it is."""
     coded = dict(saved)
     for key, value in saved.items():
-        layer = layers.get(key.removesuffix(".bits"))
-        if layer is not None and bits.is_loaded(value):
-            coded[key] = codec.encode(value, guides_of(layer, config), layer.shape[2:])
+        path = key.removesuffix(".bits")
+        if path in layers and bits.is_loaded(value):
+            places = masks[path].places
+            kernel = layers[path].shape[2:] if places is None else ()
+            coded[key] = codec.encode(value, guides_of(layers[path], config, places), kernel)
     return coded
 
 
@@ -305,12 +315,12 @@ def _check_size(key: str, kind: str, count: int, mask: AdapterMask) -> None:
         wanted, made = mask.rows.count, "made"
         given, own = f"holds {count} scales", f"{wanted} outputs"
     else:
-        wanted, made = int(torch.Size(mask.shape).numel()), "trained"
+        wanted, made = mask.weights, "trained"
         given, own = f"masks {count} weights", f"{wanted} weights"
     if count != wanted:
         message = (
-            f"{key} {given}, but {mask.target} has {own} (shape {mask.shape}). Build the model "
-            f"that the adapter was {made} for. Nothing was loaded."
+            f"{key} {given}, but {mask.target} has {own} (shape {mask.mask_shape}). Build the "
+            f"model that the adapter was {made} for. Nothing was loaded."
         )
         raise ArchitectureError(message)
 
@@ -338,4 +348,4 @@ def _converted(
     if held == "bits":
         check_finite(value, mask.target)
         return bits.pack(mask.selector.mask(value), fingerprints.short_form(actual))
-    return scores_from_mask(bits.unpack(value, mask.shape), mask, config)
+    return scores_from_mask(bits.unpack(value, mask.mask_shape), mask, config)

@@ -321,11 +321,20 @@ def _numbers(config: PemnConfig) -> str:
 
 
 def _selection(config: PemnConfig) -> str:
-    if config.form != "product":
+    if config.form == "sign_delta":
         return f"form {config.form}: signs of a change, with a scale for each output"
     takes = config.selector in TAKES_DENSITY
     chosen = _density(config) if takes else f"threshold {config.threshold}"
-    return f"{config.selector}, {chosen}" + (f", scale {config.scale}" if config.scale else "")
+    form = ", form flip: signs of weights" if config.form == "flip" else ""
+    scale = f", scale {config.scale}" if config.scale else ""
+    return f"{config.selector}, {chosen}{form}{scale}{_support(config)}"
+
+
+def _support(config: PemnConfig) -> str:
+    if config.support is None:
+        return ""
+    drawn = f", seed {config.seed}" if config.support_by in ("seed", "rows") else ""
+    return f", on {config.support:g} of every weight (by {config.support_by}{drawn})"
 
 
 def _density(config: PemnConfig) -> str:

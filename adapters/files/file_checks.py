@@ -19,7 +19,7 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str], sized: 
     the sized paths may have another number of outputs where they are whole.
     """
     masks = {name: _shown_mask(mask.weights, mask.row_scales) for name, mask in file.masks.items()}
-    targets = {item.name: _shown_mask(item.weights, item.row_scales) for item in plan.targets}
+    targets = {item.name: _shown_mask(item.bits, item.row_scales) for item in plan.targets}
     others = {
         _plain(key): _shown(shape, is_float=dtype.is_floating_point or dtype.is_complex)
         for key, (shape, dtype) in file.others.items()

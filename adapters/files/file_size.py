@@ -93,7 +93,7 @@ def _header(plan: Plan, model: nn.Module) -> dict[str, Any]:
 def _entries(plan: Plan, model: nn.Module) -> Iterator[tuple[str, str, Shape, int]]:
     """Yield the key, type, shape and bytes of each tensor in the file."""
     for target in plan.targets:
-        size = bits.packed_bytes(target.weights)
+        size = bits.packed_bytes(target.bits)
         yield mask_key(target.name, "bits"), "U8", (size,), size
         if target.row_scales:
             scales = target.row_scales

@@ -116,11 +116,12 @@ def _masks_of(model: nn.Module, adapter_name: str) -> tuple[PemnConfig, list[Pem
     check_adapters_exist(configs, [adapter_name])
     config = configs[adapter_name]
     layers = list(masked_layers(model, adapter_name).values())
-    if not all(is_guessed(layer, config) for layer in layers):
+    is_whole = config.form == "product" and config.support is None
+    if not is_whole or not all(is_guessed(layer, config) for layer in layers):
         message = (
-            f"The adapter {adapter_name!r} has selector={config.selector!r} and "
-            f'form={config.form!r}; only masks of the largest scores (selector="topk", '
-            'form="product") begin with a seed\'s, and so have flips.'
+            f"The adapter {adapter_name!r} has selector={config.selector!r}, form={config.form!r} "
+            f"and support={config.support!r}; only whole masks of the largest scores "
+            '(selector="topk", form="product") begin with a seed\'s, and so have flips.'
         )
         raise AdapterError(message)
     without = [layer.target for layer in layers if layer.mask_of(adapter_name).scores is None]

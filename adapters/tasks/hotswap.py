@@ -25,7 +25,8 @@ from pemn_surgery.adapters.files.file_checks import check_swap_fits
 from pemn_surgery.adapters.files.opening import adapter_folder, check_adapter
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.names import without_name
-from pemn_surgery.errors import AdapterFileError
+from pemn_surgery.adapters.tasks.manage import adapter_configs
+from pemn_surgery.errors import AdapterFileError, ArchitectureError
 from pemn_surgery.numbers import fingerprint as fingerprints
 
 
@@ -37,7 +38,8 @@ def swap_masks(
     Raises:
         UnsupportedModelError: If the adapter is merged.
         FingerprintError: If the masks were trained on another base.
-        ArchitectureError: If masks or tensors differ from those that the model has.
+        ArchitectureError: If masks or tensors differ from those that the model has, or masks lie on
+            other weights (``support``).
         MaskFormatError: If a mask is damaged.
     """
     inner = cast("nn.Module", getattr(model, "_orig_mod", model))  # behind torch.compile
@@ -45,6 +47,7 @@ def swap_masks(
     given = {without_name(key, adapter_name): value for key, value in state_dict.items()}
     held = get_peft_model_state_dict(inner, adapter_name=adapter_name, save_embedding_layers=False)
     check_swap_fits(given, held)
+    _check_same_support(config, adapter_configs(inner)[adapter_name], adapter_name)
     base = fingerprint_now(inner, adapter_name)
     fingerprints.check_fingerprint(config.origin.fingerprint or {}, base, "the given model")
     set_peft_model_state_dict(inner, given, adapter_name=adapter_name)
@@ -120,6 +123,18 @@ def or_nothing_to_do(convert: Callable[[nn.Module], bool]) -> Callable[[nn.Modul
         return convert(model) or has_masks
 
     return _convert_scalings_to_tensor
+
+
+def _check_same_support(given: PemnConfig, held: PemnConfig, adapter_name: str) -> None:
+    """Refuse masks of other weights than those that the adapter in place has masks of."""
+    wanted, found = held.support_in_force, given.support_in_force
+    if wanted != found:
+        message = (
+            f"The adapter cannot take the place of {adapter_name!r}, which masks other weights "
+            f"({wanted}; it {found}). Load it under a name of its own (load_adapter). Nothing was "
+            "changed."
+        )
+        raise ArchitectureError(message)
 
 
 def _check_same_save(state_dict: dict[str, Tensor], config: PemnConfig) -> None:

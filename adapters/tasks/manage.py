@@ -6,7 +6,7 @@ make it trainable with `to_trainable`.
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast, get_args
 
@@ -62,6 +62,14 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     for holder in (model, getattr(model, "base_model", None)):
         if isinstance(holder, (PeftModel, BaseTuner)):
             holder.active_adapter = _renamed(holder.active_adapter, old, new)
+
+
+# What adapters that are made one have in common.
+_ALIKE: dict[str, Callable[[PemnConfig], Any]] = {
+    "have masks of different forms": lambda config: config.form,
+    "scale their masks differently": lambda config: config.scale,
+    "mask different weights (support)": lambda config: config.support_in_force,
+}
 
 
 def to_trainable(model: nn.Module, adapter_name: str = "default") -> None:
@@ -213,10 +221,11 @@ def _check_combination(
             "keep or drop none of them: activate several at once, and they add up."
         )
         raise AdapterError(message)
-    scales = {name: configs[name].scale for name in adapters}
-    if len(set(scales.values())) > 1:
-        message = f"The adapters scale their masks differently ({scales}), so they cannot be one."
-        raise AdapterError(message)
+    for of_what, told in _ALIKE.items():
+        found = {name: told(configs[name]) for name in adapters}
+        if len(set(found.values())) > 1:
+            message = f"The adapters {of_what} ({found}), so they cannot be one."
+            raise AdapterError(message)
     for wrapper in _whole_modules(model, adapters):
         holders = _holders(wrapper, adapters)
         if len(holders) > 1:
@@ -247,13 +256,19 @@ def _combination(
     """Return a layer's mask of the new adapter, which has no density or threshold of its own."""
     held = {name: layer.mask_of(name) for name in adapters if name in layer.pemn_masks}
     like = next(iter(held.values()))
-    ones = torch.ones(layer.shape, dtype=torch.bool, device=like.store.device)
+    ones = torch.ones(like.mask_shape, dtype=torch.bool, device=like.store.device)
     with torch.no_grad():
         masks = [held[name].mask() if name in held else ones for name in adapters]
     stored = bits.pack(combined_mask(masks, shares, combination))
     selector = Selector("threshold", density=0.5, threshold=0.0)
-    return AdapterMask(
-        like.target, like.shape, selector, fingerprint, scaled=like.scaled, stored=stored
+    return type(like)(
+        like.target,
+        like.shape,
+        selector,
+        fingerprint,
+        scaled=like.scaled,
+        stored=stored,
+        places=like.places,
     )
 
 

@@ -1,5 +1,6 @@
 """One adapter's mask of one weight: scores while it trains, bits otherwise; or signs and scales."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -42,15 +43,20 @@ class AdapterMask(nn.Module):
     Attributes:
         target: Name of the weight, for errors.
         shape: Shape of the weight.
+        places: Where the weights that it masks lie in the flattened weight, an integer buffer of
+            shape (masked weights,), ascending, that no file holds; None: all are masked.
         selector: Chooses the mask from the scores.
         fingerprint: Identifies the base that the mask belongs to, by dtype.
         scaled: Whether the masked weight is multiplied by 1 / sqrt(density of the mask).
-        scores: Float parameter of ``shape``, or None.
+        scores: Float parameter of ``mask_shape``, or None.
         bits: Uint8 buffer, a stored mask (see `bits`), or None; one of the two is set.
         adds: Whether it adds to a weight rather than multiplies it.
+        drops: Whether it makes zeros of weights.
     """
 
     adds: ClassVar[bool] = False
+    drops: ClassVar[bool] = True
+    places: Tensor | None
     scores: nn.Parameter | None
     bits: Tensor | None
 
@@ -64,6 +70,7 @@ class AdapterMask(nn.Module):
         scaled: bool,
         scores: Tensor | None = None,
         stored: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.target = target
@@ -75,6 +82,17 @@ class AdapterMask(nn.Module):
         self._verified: tuple[int, int] | None = None  # which bits were checked: id, version
         self.register_parameter("scores", None if scores is None else nn.Parameter(scores))
         self.register_buffer("bits", stored)
+        self.register_buffer("places", places, persistent=False)
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """Shape of the mask: the weight's, or that of the places that are masked."""
+        return self.shape if self.places is None else tuple(self.places.shape)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that have a bit."""
+        return math.prod(self.mask_shape)
 
     @property
     def store(self) -> Tensor:
@@ -94,7 +112,7 @@ class AdapterMask(nn.Module):
         return scores is None or not (scores.requires_grad and torch.is_grad_enabled())
 
     def mask(self) -> Tensor:
-        """Return the bool mask of ``shape``.
+        """Return the bool mask of ``mask_shape``.
 
         Raises:
             MaskNotLoadedError: If the adapter was prepared for loading and never loaded.
@@ -104,7 +122,7 @@ class AdapterMask(nn.Module):
             return self.selector.mask(self.scores)
         stored = cast("Tensor", self.bits)
         self._verify(stored)
-        return bits.unpack(stored, self.shape)
+        return bits.unpack(stored, self.mask_shape)
 
     def forward(
         self, weight: Tensor, *, is_scratch: bool = False, dtype: torch.dtype | None = None
@@ -120,20 +138,33 @@ class AdapterMask(nn.Module):
         Returns:
             Tensor of ``shape``. Gradients reach the scores straight through.
         """
+        if self.places is None:
+            return self._apply_to(weight, is_scratch=is_scratch, dtype=dtype or weight.dtype)
+        there, whole = self.places, spread(weight, self.shape)
+        part = whole.reshape(-1).index_select(0, there)
+        changed = self._apply_to(part, is_scratch=True, dtype=weight.dtype)
+        masked_weight = whole.reshape(-1).index_put((there,), changed)
+        return masked_weight.view(self.shape).to(dtype or weight.dtype)
+
+    def _apply_to(self, weight: Tensor, *, is_scratch: bool, dtype: torch.dtype) -> Tensor:
+        """Return a weight of ``mask_shape`` with this mask applied."""
         if self.scores is None:
-            return self._apply_bits(weight, dtype or weight.dtype, is_scratch=is_scratch)
+            return self._by_bits(weight, is_scratch=is_scratch, dtype=dtype)
+        return self._by_scores(weight, self.scores, dtype)
+
+    def _by_scores(self, weight: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
         return masked_straight_through(
-            weight, self.scores, self.selector, scaled=self.scaled, dtype=dtype
+            weight, scores, self.selector, scaled=self.scaled, dtype=dtype
         )
 
-    def _apply_bits(self, weight: Tensor, dtype: torch.dtype, *, is_scratch: bool) -> Tensor:
+    def _by_bits(self, weight: Tensor, *, is_scratch: bool, dtype: torch.dtype) -> Tensor:
         stored = cast("Tensor", self.bits)
         if not goes_by_pieces(weight, stored):
-            whole = weight if is_transformed() else spread(weight, self.shape)
+            whole = weight if is_transformed() else spread(weight, self.mask_shape)
             return masked(whole, self.mask(), scaled=self.scaled).to(dtype)
         self._verify(stored)
         return masked_by_bits(
-            weight, stored, self.shape, scaled=self.scaled, in_place=is_scratch, dtype=dtype
+            weight, stored, self.mask_shape, scaled=self.scaled, in_place=is_scratch, dtype=dtype
         )
 
     def _verify(self, stored: Tensor) -> None:
@@ -168,7 +199,8 @@ class AdapterMask(nn.Module):
     def extra_repr(self) -> str:
         """Show the selector and what is held."""
         held = "scores" if self.scores is not None else "bits"
-        return f"{self.selector.name}, {held}, shape={tuple(self.shape)}"
+        part = "" if self.places is None else f", {self.weights} of them"
+        return f"{self.selector.name}, {held}, shape={tuple(self.shape)}{part}"
 
 
 class SignDelta(AdapterMask):
@@ -184,6 +216,7 @@ class SignDelta(AdapterMask):
     """
 
     adds = True
+    drops = False
 
     def __init__(
         self,

@@ -423,8 +423,10 @@ class MaskedWeight(nn.Module):
     def merge_names(self, names: Sequence[str]) -> Tensor:
         """Return the fill with these adapters applied, detached."""
         with torch.no_grad():
-            weight = self._apply_masks(self.in_order(names), for_autocast=False)
-            return weight.detach() + 0.0  # turns -0.0, which a mask makes of w < 0, into 0.0
+            weight = self._apply_masks(self.in_order(names), for_autocast=False).detach()
+        if names and not any(self._mask_of(name).drops for name in names):
+            return weight
+        return weight + 0.0  # turns -0.0, which a mask makes of w < 0, into 0.0
 
     def extra_repr(self) -> str:
         """Show the target."""

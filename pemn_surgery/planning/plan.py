@@ -47,6 +47,7 @@ class Target:
         use: What a forward does with it ("linear", "linear at beit.py:225"), "" if not traced.
         row_scales: Number of float32 scales beside the mask: one an output with
             ``form="sign_delta"``, else 0.
+        supported: Number of its weights that are masked; None: all are.
         reached: Whether the followed forward uses it; True if none was followed.
         density: Share of ones that its mask is chosen with; None where the selector has none.
     """
@@ -60,6 +61,7 @@ class Target:
     untied_from: str = ""
     use: str = field(default="", compare=False)
     row_scales: int = 0
+    supported: int | None = None
     reached: bool = field(default=True, compare=False)
     density: float | None = None
 
@@ -72,6 +74,11 @@ class Target:
     def weights(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+    @property
+    def bits(self) -> int:
+        """Number of weights that have a bit in the mask."""
+        return self.weights if self.supported is None else self.supported
 
     @property
     def reason(self) -> str:
@@ -212,7 +219,7 @@ class Plan:
     @property
     def mask_bytes(self) -> int:
         """Bytes of one task's stored masks, and of the scales beside them."""
-        return sum(bits.packed_bytes(item.weights) + 4 * item.row_scales for item in self.targets)
+        return sum(bits.packed_bytes(item.bits) + 4 * item.row_scales for item in self.targets)
 
     @property
     def other_bytes(self) -> int:

@@ -168,6 +168,7 @@ def _target(
         use=use,
         reached=reached,
         row_scales=rows.count if request.row_scaled else 0,
+        supported=None if request.support is None else request.support.count(rows.view),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from pemn_surgery.models.forward import Trace
 from pemn_surgery.numbers.bank import BankSpec, Shape
+from pemn_surgery.numbers.support import Support
 
 RestName = Literal["train", "norms", "stats", "freeze"]
 
@@ -39,6 +40,7 @@ class Request:
         carried: Names of further unmasked tensors that the task has its own copy of.
         new_rows: Of tensors whose last rows are the task's alone, by name, which rows.
         row_scaled: Whether a mask has a scale for each output.
+        support: Which share of a weight is masked; None: all of it.
         densities: Gives, for the shapes of all masked weights by name, the densities of their
             masks; none where the selector has no density.
         quantised: Names of weights that a library stores quantised, with the reason why each cannot
@@ -60,6 +62,7 @@ class Request:
     carried: Collection[str] = ()
     new_rows: Mapping[str, NewRows] = field(default_factory=dict)
     row_scaled: bool = False
+    support: Support | None = None
     densities: Callable[[Mapping[str, Shape]], Mapping[str, float]] = field(
         default=lambda shapes: {}
     )

@@ -71,7 +71,7 @@ def row(kept: Kept, layers: dict[str, PemnLayer], config: Any) -> dict[str, Any]
     sums = dict.fromkeys(("entropy", "score", "context", "bound", "ideal", "changed"), 0.0)
     for name, mask in kept.masks.items():
         layer, stored = layers[name], bits.pack(torch.from_numpy(mask))
-        guides = drawn_guides(layer, config)
+        guides = drawn_guides(layer, config, None)
         sums["entropy"] += 8 * codec.encode(stored).numel()
         coded = codec.encode(stored, guides, layer.shape[2:])
         if not torch.equal(codec.decode(coded, name), stored):
@@ -132,7 +132,7 @@ def _contexts(
     mask: Array, layer: PemnLayer, config: Any, other: Array | None
 ) -> Iterator[tuple[str, Array, int, float]]:
     """Yield name, bucket of each weight, number of buckets, bits beside the table."""
-    scores, *frozen = drawn_guides(layer, config)
+    scores, *frozen = drawn_guides(layer, config, None)
     n, each = mask.size, np.arange(mask.size)
     places, columns, rows = math.prod(layer.shape[2:]), layer.shape[1], layer.shape[0]
     rank = scores.sizes.astype(int)

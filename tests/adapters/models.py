@@ -180,19 +180,16 @@ def mask_of_layer(layer, adapter):
     mask = layer.mask_of(adapter)
     if mask.scores is None:
         payload = mask.bits[32:].tolist()
-        flat = [payload[i // 8] >> (i % 8) & 1 for i in range(_count(layer))]
-        return torch.tensor(flat, dtype=torch.bool).view(layer.shape)
+        count = int(torch.Size(mask.mask_shape).numel())
+        flat = [payload[i // 8] >> (i % 8) & 1 for i in range(count)]
+        return torch.tensor(flat, dtype=torch.bool).view(mask.mask_shape)
     if mask.selector.name == "threshold":
         return mask.scores.detach() > mask.selector.threshold
     size = mask.scores.detach().abs().flatten()
     order = torch.argsort(size, stable=True)
     chosen = torch.ones(size.numel(), dtype=torch.bool)
     chosen[order[: int((1 - mask.selector.density) * size.numel())]] = False
-    return chosen.view(layer.shape)
-
-
-def _count(layer):
-    return int(torch.Size(layer.shape).numel())
+    return chosen.view(mask.mask_shape)
 
 
 def assert_equal(actual, expected, what=""):

@@ -133,7 +133,7 @@ def test_a_base_that_is_not_here_is_asked_for(tmp_path):
 def test_sizes_are_those_of_frozen_numbers_that_no_seed_draws():
     def sizes(**options):
         layer = models.mask_layers(pemnify(net(), **options))["conv2.weight"]
-        return layer, base_sizes(layer)
+        return layer, base_sizes(layer, None)
 
     layer, found = sizes(bank="own")
     order = layer.fill().abs().flatten().argsort(stable=True)

@@ -38,7 +38,7 @@ def test_guides_are_in_the_order_of_scores_and_frozen_numbers(bank, init):
     model = pemnify(net(), bank=bank, bank_init=init, seed=7)
     for name in ("conv2.weight", "conv3.weight", "head.weight"):
         one = layer(model, name)
-        scores, weights = drawn_guides(one, model.peft_config["default"])
+        scores, weights = drawn_guides(one, model.peft_config["default"], None)
         tensors = (one.mask_of("default").scores, one.fill())
         for guide, tensor in zip((scores, weights), tensors, strict=True):
             values = tensor.detach().abs().flatten().numpy()
@@ -56,7 +56,8 @@ def test_guides_are_in_the_order_of_scores_and_frozen_numbers(bank, init):
 def test_what_is_no_guide():
     def guides(**options):
         model = pemnify(net(), **options)
-        return [guide.log2 for guide in drawn_guides(layer(model), model.peft_config["default"])]
+        config = model.peft_config["default"]
+        return [guide.log2 for guide in drawn_guides(layer(model), config, None)]
 
     assert guides(bank="rp") == [8, 3]
     assert guides(bank="rp", permute=True) == [8]  # in another order
