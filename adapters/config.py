@@ -37,12 +37,12 @@ from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.masks.selector import TAKES_DENSITY, Selector, SelectorName
 from pemn_surgery.numbers.bank import BankName, BankSpec, InitName, Shape
-from pemn_surgery.numbers.support import Support, SupportName
+from pemn_surgery.numbers.support import OthersName, Support, SupportName
 from pemn_surgery.planning.densities import ErkName, densities_by_name, erdos_renyi_kernel
 from pemn_surgery.planning.request import NewRows, RestName, TiedName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
-ScaleName = Literal["sqrt_density"]
+ScaleName = Literal["sqrt_density", "row"]
 FormName = Literal["product", "flip", "sign_delta"]
 
 # The papers' settings; METHODS in docs/methods.md has their sections.
@@ -117,7 +117,8 @@ class PemnConfig(PeftConfig):
         threshold: For "threshold".
         score_init: A number, or "kaiming_uniform". Default "kaiming_uniform" for "topk" and
             ``threshold`` + .01 for "threshold".
-        scale: None, or "sqrt_density": multiply by 1 / sqrt(density of the mask).
+        scale: None; "sqrt_density": multiply by 1 / sqrt(density of the mask); or "row": by a
+            factor for each output, trained from 1 and saved as a float beside the mask.
         form: What a mask M does to the frozen weight W. "product": W x M (and ``scale``). "flip":
             W (2M - 1), so that signs change where M is zero (Self-Masking Networks' released code).
             "sign_delta": W + s (2M - 1), s a float scale for each output (BitDelta); only with
@@ -127,6 +128,9 @@ class PemnConfig(PeftConfig):
         support_by: Which these are. "seed": single weights, drawn from ``seed``. "rows": whole
             outputs, drawn likewise. "largest" and "smallest": by the magnitude of the frozen
             numbers.
+        support_others: What all other numbers are. "kept": frozen as they are. "drawn": kept or
+            dropped by a mask of ``density`` that the seed draws, as if training had never reached
+            them (partially frozen random networks).
         rest: What happens to tensors that are not masked. "train": all are trained and saved with
             the task. "norms": normalisation layers are. "stats": nothing but running statistics
             moves, and they are saved. "freeze": nothing moves; norms stay in eval mode. Default
@@ -193,6 +197,7 @@ class PemnConfig(PeftConfig):
     form: FormName = "product"
     support: float | None = None
     support_by: SupportName = "seed"
+    support_others: OthersName = "kept"
     rest: RestName | None = None
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None

@@ -51,6 +51,7 @@ MUST_AGREE = [
     "form",
     "support",
     "support_by",
+    "support_others",
     "rest",
     "tied",
     "new_rows",

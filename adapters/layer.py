@@ -21,10 +21,11 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.coding import bits
 from pemn_surgery.errors import ConfigError, NonFiniteScoresError, PemnWarning
 from pemn_surgery.masks import in_force
-from pemn_surgery.masks.adapter_mask import AdapterMask, SignDelta
+from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.flip import FlipMask
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.masks.selector import Selector, check_finite
+from pemn_surgery.masks.sign_delta import SignDelta
 from pemn_surgery.numbers import rng
 from pemn_surgery.numbers.bank import Bank, BankSpec
 from pemn_surgery.numbers.support import Support
@@ -184,7 +185,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             stored = bits.empty(weights) if loading else bits.pack(selector.mask(start))
             scores = None
         kind = FlipMask if config.form == "flip" else AdapterMask
-        return kind(
+        mask = kind(
             self.target,
             self.shape,
             selector,
@@ -193,7 +194,12 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             scores=scores,
             stored=stored,
             places=places,
+            others=self._others(config, selector.density),
         )
+        if config.scale == "row":
+            rows = rows_of(self.owner, self.shape)
+            mask.take_row_scale(torch.ones(rows.count), rows, is_final=config.inference_mode)
+        return mask
 
     def _places(self, config: PemnConfig) -> Tensor | None:
         """Return where the weights lie that an adapter masks; None: all of them."""
@@ -204,6 +210,14 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         words = words_of(self._told_by(support)) if support.reads_base else None
         places = torch.from_numpy(support.places(self.target, layout, words))
         return places.to(torch.int32) if math.prod(layout) < _INT32 else places
+
+    def _others(self, config: PemnConfig, density: float) -> Tensor | None:
+        """Return the mask of the weights that have no bit, packed; None: all ones."""
+        support = config.support_in_force
+        if support is None or config.support_others == "kept":
+            return None
+        weights = math.prod(self.shape)
+        return bits.pack(torch.from_numpy(support.kept_others(self.target, weights, density)))
 
     def _told_by(self, support: Support) -> Tensor:
         """Return the frozen numbers that decide which weights are masked."""

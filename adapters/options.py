@@ -18,7 +18,7 @@ from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.masks.selector import TAKES_DENSITY, SelectorName
 from pemn_surgery.numbers.bank import BankName, InitName
-from pemn_surgery.numbers.support import SupportName
+from pemn_surgery.numbers.support import OthersName, SupportName
 from pemn_surgery.planning.request import RestName, TiedName
 
 _LARGEST = 3.4e38  # of float32
@@ -140,7 +140,7 @@ OPTIONS: dict[str, Option] = {
             lambda value: value == "kaiming_uniform" if _is_text(value) else is_number(value),
         )
     ),
-    "scale": _choice(None, "sqrt_density"),
+    "scale": _choice(None, "sqrt_density", "row"),
     "form": _choice("product", "flip", "sign_delta"),
     "support": _or_none(
         Option(
@@ -149,6 +149,7 @@ OPTIONS: dict[str, Option] = {
         )
     ),
     "support_by": _choice(*get_args(SupportName)),
+    "support_others": _choice(*get_args(OthersName)),
     "rest": _choice(None, *get_args(RestName)),
     "target_modules": _or_none(_NAMES_OR_PATTERN),
     "exclude_modules": _or_none(_NAMES_OR_PATTERN),
@@ -344,6 +345,18 @@ IDLE: tuple[Idle, ...] = (
         in_files=True,
     ),
     Idle(
+        "support_others",
+        lambda config: config.support is None,
+        "it says what the weights are that support= leaves out; give a share",
+        in_files=True,
+    ),
+    Idle(
+        "support_others",
+        lambda config: config.form != "product" or config.selector not in TAKES_DENSITY,
+        'it drops weights by a density: it belongs to form="product" and selector="topk"',
+        in_files=True,
+    ),
+    Idle(
         "density",
         lambda config: config.selector not in TAKES_DENSITY and not config.scale_fan,
         'it belongs to selector="topk" (or to scale_fan=True), not selector="{selector}"',
@@ -365,14 +378,21 @@ IDLE: tuple[Idle, ...] = (
     Idle("score_init", _is_sign_delta, _SIGNS),
     Idle(
         "scale",
-        lambda config: config.form != "product",
-        'it belongs to form="product", not form="{form}"',
+        _is_sign_delta,
+        'it belongs to other forms than "sign_delta", which has its own scales',
         in_files=True,
     ),
     Idle(
         "scale",
-        lambda config: config.support is not None,
-        "it scales whole weights, and support={support} masks a share of each",
+        lambda config: config.scale == "sqrt_density" and config.form == "flip",
+        'flips have no density to make up for; it belongs to form="product"',
+        in_files=True,
+    ),
+    Idle(
+        "scale",
+        lambda config: config.scale == "sqrt_density" and config.support is not None,
+        "it makes up for the density of whole masks, and support={support} masks a share of each "
+        'weight; scale="row" is trained',
         in_files=True,
     ),
 )

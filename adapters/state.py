@@ -36,8 +36,9 @@ from pemn_surgery.adapters.within import set_within
 from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.header import UNKNOWN_BASE, StoredMask, inspect, refuse
 from pemn_surgery.errors import ArchitectureError, PemnWarning
-from pemn_surgery.masks.adapter_mask import AdapterMask, SignDelta
+from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.selector import check_finite
+from pemn_surgery.masks.sign_delta import SignDelta
 from pemn_surgery.numbers import fingerprint as fingerprints
 from pemn_surgery.surgery.layer_groups import base_name
 
@@ -224,9 +225,10 @@ def _coded(
     return coded
 
 
-def _kinds(mask: AdapterMask) -> tuple[str, str]:
-    """Return what a file may hold of a mask: one of two, or signs and their scales."""
-    return ("bits", "row_scale") if isinstance(mask, SignDelta) else ("bits", "scores")
+def _kinds(mask: AdapterMask) -> tuple[str, ...]:
+    """Return what a file may hold of a mask: bits or scores, or signs alone, and scales."""
+    chosen_by = ("bits",) if isinstance(mask, SignDelta) else ("bits", "scores")
+    return chosen_by if mask.row_scale is None else (*chosen_by, "row_scale")
 
 
 def _layers_by_key(model: nn.Module, adapter_name: str) -> dict[str, PemnLayer]:
@@ -254,7 +256,8 @@ def _check_fit(
 ) -> None:
     stray = [key for key in state_dict if is_mask_key(key) and key not in masks]
     targets = {mask.target for mask, _ in masks.values()}
-    given = {masks[key][0].target for key in state_dict if key in masks}
+    chosen = (masks[key] for key in state_dict if key in masks)
+    given = {mask.target for mask, kind in chosen if kind != "row_scale"}
     unscaled = {
         mask.target
         for key, (mask, kind) in masks.items()
@@ -311,7 +314,7 @@ def _check_scores(
 
 
 def _check_size(key: str, kind: str, count: int, mask: AdapterMask) -> None:
-    if isinstance(mask, SignDelta) and kind == "row_scale":
+    if mask.rows is not None and kind == "row_scale":
         wanted, made = mask.rows.count, "made"
         given, own = f"holds {count} scales", f"{wanted} outputs"
     else:

@@ -334,7 +334,8 @@ def _support(config: PemnConfig) -> str:
     if config.support is None:
         return ""
     drawn = f", seed {config.seed}" if config.support_by in ("seed", "rows") else ""
-    return f", on {config.support:g} of every weight (by {config.support_by}{drawn})"
+    others = ", others dropped by the seed" if config.support_others == "drawn" else ""
+    return f", on {config.support:g} of every weight (by {config.support_by}{drawn}){others}"
 
 
 def _density(config: PemnConfig) -> str:

@@ -59,7 +59,7 @@ class FileMask:
         weights: Number of weights that it is of.
         called: What the file calls the masked parameter.
         header: What the mask's own header says; None where the file holds float scores.
-        row_scales: Number of scales beside it; 0 but for ``form="sign_delta"``.
+        row_scales: Number of scales beside it; 0 but for ``form="sign_delta"`` and ``scale="row"``.
         ones: Number of ones, where it is bits or was decoded; `AdapterFile.ones` has all.
         coded: The mask while it is coded otherwise than beside the base's numbers, else None.
     """

@@ -44,8 +44,8 @@ from pemn_surgery.errors import (
     MetaTensorError,
     UnsupportedModelError,
 )
-from pemn_surgery.masks.adapter_mask import SignDelta
-from pemn_surgery.masks.sign_delta import Rows
+from pemn_surgery.masks.rows import Rows
+from pemn_surgery.masks.sign_delta import SignDelta
 from pemn_surgery.masks.task_tensors import TASK_CHILD, TensorSet
 from pemn_surgery.numbers import fingerprint as fingerprints
 from pemn_surgery.planning.plan import Plan
@@ -298,7 +298,7 @@ def _mask_entries(
     wanted = wanted[: len(base)]
     config = cast("PemnConfig", model.peft_config[adapter_name])
     if isinstance(mask, SignDelta):
-        chosen, scale = nearest_signs(base, wanted, mask.rows)
+        chosen, scale = nearest_signs(base, wanted, cast("Rows", mask.rows))
         yield mask_key(layer.target, "row_scale"), scale
     else:
         chosen = nearest_mask(base, wanted)

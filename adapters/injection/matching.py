@@ -116,7 +116,7 @@ def plan_for(
             tied=config.tied,
             carried=frozenset(config.carried or ()),
             new_rows=config.rows_by_name,
-            row_scaled=config.form == "sign_delta",
+            row_scaled=config.form == "sign_delta" or config.scale == "row",
             support=config.support_in_force,
             densities=config.densities,
             quantised=quantised_weights(model, config.bank_spec),

@@ -25,8 +25,9 @@ from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.coding import bits
 from pemn_surgery.errors import AdapterError
-from pemn_surgery.masks.adapter_mask import AdapterMask, SignDelta
+from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.selector import Selector
+from pemn_surgery.masks.sign_delta import SignDelta
 from pemn_surgery.masks.task_tensors import TensorSet
 from pemn_surgery.numbers.fingerprint import Fingerprint
 
@@ -69,6 +70,7 @@ _ALIKE: dict[str, Callable[[PemnConfig], Any]] = {
     "have masks of different forms": lambda config: config.form,
     "scale their masks differently": lambda config: config.scale,
     "mask different weights (support)": lambda config: config.support_in_force,
+    "leave out weights differently (support_others)": lambda config: config.support_others,
 }
 
 
@@ -101,8 +103,7 @@ def to_trainable(model: nn.Module, adapter_name: str = "default") -> None:
         scores_to_train = nn.Parameter(start.to(mask.store.device), requires_grad=False)
         mask.scores, mask.bits = scores_to_train, None
     for mask in masks:
-        if isinstance(mask, SignDelta):
-            mask.is_final = False
+        mask.is_final = False
     config.inference_mode = False
     if any(adapter_name in layer.active_adapters for layer in layers):
         set_requires_grad(model, adapter_name)
@@ -214,6 +215,13 @@ def _check_combination(
     if len(weights) != len(adapters) or not all(weight > 0 for weight in weights):
         message = f"{len(adapters)} weights above 0 are needed, one an adapter; got {weights}."
         raise AdapterError(message)
+    scaled = [name for name in adapters if configs[name].scale == "row"]
+    if scaled:
+        message = (
+            f"The adapters {', '.join(scaled)} have trained scales beside their masks "
+            "(scale='row'), of which no union or majority is taken. Merge one of them first."
+        )
+        raise AdapterError(message)
     signed = [name for name in adapters if configs[name].form == "sign_delta"]
     if signed:
         message = (
@@ -269,6 +277,7 @@ def _combination(
         scaled=like.scaled,
         stored=stored,
         places=like.places,
+        others=like.others,
     )
 
 

@@ -1,4 +1,4 @@
-"""One adapter's mask of one weight: scores while it trains, bits otherwise; or signs and scales."""
+"""One adapter's mask of one weight: scores while it trains, bits otherwise."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,8 +17,8 @@ from pemn_surgery.masks.product import (
     masked_straight_through,
     spread,
 )
+from pemn_surgery.masks.rows import Rows, scaled_rows
 from pemn_surgery.masks.selector import Selector
-from pemn_surgery.masks.sign_delta import Rows, sign_delta_from_bits
 from pemn_surgery.transforms import can_be_read, is_transformed, untransformed
 
 
@@ -48,8 +48,14 @@ class AdapterMask(nn.Module):
         selector: Chooses the mask from the scores.
         fingerprint: Identifies the base that the mask belongs to, by dtype.
         scaled: Whether the masked weight is multiplied by 1 / sqrt(density of the mask).
+        others: Packed bits that are the mask where no place lies, of the whole weight (see `bits`),
+            a buffer that no file holds; None: all ones.
         scores: Float parameter of ``mask_shape``, or None.
         bits: Uint8 buffer, a stored mask (see `bits`), or None; one of the two is set.
+        row_scale: Float parameter of shape (outputs,), a factor for each output; or None.
+        rows: Where each output's weights lie; None without ``row_scale``.
+        is_final: Whether it was made for inference, so that nobody trains the scales, nor averages
+            them into a copy.
         adds: Whether it adds to a weight rather than multiplies it.
         drops: Whether it makes zeros of weights.
     """
@@ -57,8 +63,11 @@ class AdapterMask(nn.Module):
     adds: ClassVar[bool] = False
     drops: ClassVar[bool] = True
     places: Tensor | None
+    others: Tensor | None
     scores: nn.Parameter | None
     bits: Tensor | None
+    row_scale: nn.Parameter | None
+    rows: Rows | None
 
     def __init__(
         self,
@@ -71,6 +80,7 @@ class AdapterMask(nn.Module):
         scores: Tensor | None = None,
         stored: Tensor | None = None,
         places: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.target = target
@@ -83,6 +93,14 @@ class AdapterMask(nn.Module):
         self.register_parameter("scores", None if scores is None else nn.Parameter(scores))
         self.register_buffer("bits", stored)
         self.register_buffer("places", places, persistent=False)
+        self.register_buffer("others", others, persistent=False)
+        self.register_parameter("row_scale", None)
+        self.rows, self.is_final = None, False
+
+    def take_row_scale(self, row_scale: Tensor, rows: Rows, *, is_final: bool) -> None:
+        """Have a scale for each output."""
+        self.row_scale = nn.Parameter(row_scale)
+        self.rows, self.is_final = rows, is_final
 
     @property
     def mask_shape(self) -> tuple[int, ...]:
@@ -103,12 +121,17 @@ class AdapterMask(nn.Module):
     @property
     def stores(self) -> tuple[Tensor, ...]:
         """All tensors that decide what it does to a weight."""
-        return (self.store,)
+        return (self.store,) if self.row_scale is None else (self.store, self.row_scale)
 
     @property
     def lasts(self) -> bool:
-        """Whether a weight made with it may serve later: nobody asks its scores for gradients."""
-        scores = self.scores
+        """Whether a weight made with it may serve later: nobody asks its scores for gradients.
+
+        And nothing ordinary writes its scales.
+        """
+        scores, scale = self.scores, self.row_scale
+        if scale is not None and not (self.is_final and not scale.requires_grad):
+            return False
         return scores is None or not (scores.requires_grad and torch.is_grad_enabled())
 
     def mask(self) -> Tensor:
@@ -138,13 +161,20 @@ class AdapterMask(nn.Module):
         Returns:
             Tensor of ``shape``. Gradients reach the scores straight through.
         """
+        if self.row_scale is None or self.rows is None:
+            return self._masked(weight, is_scratch=is_scratch, dtype=dtype or weight.dtype)
+        masked_weight = self._masked(weight, is_scratch=is_scratch, dtype=weight.dtype)
+        return scaled_rows(masked_weight, self.row_scale, self.rows).to(dtype or weight.dtype)
+
+    def _masked(self, weight: Tensor, *, is_scratch: bool, dtype: torch.dtype) -> Tensor:
         if self.places is None:
-            return self._apply_to(weight, is_scratch=is_scratch, dtype=dtype or weight.dtype)
+            return self._apply_to(weight, is_scratch=is_scratch, dtype=dtype)
         there, whole = self.places, spread(weight, self.shape)
         part = whole.reshape(-1).index_select(0, there)
         changed = self._apply_to(part, is_scratch=True, dtype=weight.dtype)
-        masked_weight = whole.reshape(-1).index_put((there,), changed)
-        return masked_weight.view(self.shape).to(dtype or weight.dtype)
+        if self.others is not None:
+            whole = whole * bits.unpack(self.others, self.shape)
+        return whole.reshape(-1).index_put((there,), changed).view(self.shape).to(dtype)
 
     def _apply_to(self, weight: Tensor, *, is_scratch: bool, dtype: torch.dtype) -> Tensor:
         """Return a weight of ``mask_shape`` with this mask applied."""
@@ -201,73 +231,6 @@ class AdapterMask(nn.Module):
         held = "scores" if self.scores is not None else "bits"
         part = "" if self.places is None else f", {self.weights} of them"
         return f"{self.selector.name}, {held}, shape={tuple(self.shape)}{part}"
-
-
-class SignDelta(AdapterMask):
-    """One adapter's change of one weight: W + s (2M - 1), M its signs, s a scale for each output.
-
-    The signs are always bits; the scales can be trained.
-
-    Attributes:
-        rows: Where each output's weights lie.
-        row_scale: Float parameter s of shape (rows.count,).
-        is_final: Whether it was made for inference, so that nobody trains the scales, nor averages
-            them into a copy.
-    """
-
-    adds = True
-    drops = False
-
-    def __init__(
-        self,
-        target: str,
-        shape: tuple[int, ...],
-        selector: Selector,
-        fingerprint: Mapping[str, str] | None = None,
-        *,
-        rows: Rows,
-        row_scale: Tensor,
-        stored: Tensor,
-        is_final: bool = False,
-    ) -> None:
-        super().__init__(target, shape, selector, fingerprint, scaled=False, stored=stored)
-        self.rows = rows
-        self.is_final = is_final
-        self.row_scale = nn.Parameter(row_scale)
-
-    @property
-    def stores(self) -> tuple[Tensor, ...]:
-        """The signs and the scales."""
-        return (self.store, self.row_scale)
-
-    @property
-    def lasts(self) -> bool:
-        """Whether nothing ordinary writes the scales."""
-        return self.is_final and not self.row_scale.requires_grad
-
-    def forward(
-        self, weight: Tensor, *, is_scratch: bool = False, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Return ``weight`` changed by plus or minus its output's scale.
-
-        Args:
-            weight: Float tensor of ``shape``: a fill, or what another adapter made of it.
-            is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
-            dtype: Type that the result is rounded to; None for the weight's.
-
-        Returns:
-            Tensor of the same shape. Gradients reach the scales.
-        """
-        stored = self.store
-        self._verify(stored)
-        changed = sign_delta_from_bits(
-            weight, stored, self.row_scale, self.rows, in_place=is_scratch
-        )
-        return changed.to(dtype or weight.dtype)
-
-    def extra_repr(self) -> str:
-        """Show what is held."""
-        return f"sign_delta, {self.rows.count} scales, shape={tuple(self.shape)}"
 
 
 def _without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,62 +1,72 @@
 """The values and gradients of W + s (2M - 1): a weight, the signs of its change, a scale an output.
 
 This is BitDelta's form of a fine-tuned weight (Liu et al. 2024, section 3), with one scale for each
-output of a layer instead of one for the layer. Pure functions of tensors; `adapter_mask` puts them
-on layers.
+output of a layer instead of one for the layer. Pure functions of tensors, but for `SignDelta`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pemn_surgery.coding import bits
+from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.product import goes_by_pieces
+from pemn_surgery.masks.rows import Rows
+from pemn_surgery.masks.selector import Selector
 from pemn_surgery.transforms import takes_functions
 
 # Weights changed at a time where no gradient is needed, small beside large layers.
 _PIECE = 1 << 20
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Where the outputs of a layer lie in its weight.
+class SignDelta(AdapterMask):
+    """One adapter's change of one weight: W + s (2M - 1), M its signs, s a scale for each output.
 
-    A weight, row by row, is ``outer`` x ``summed`` x ``outputs`` x ``inner`` numbers: output
-    ``(g, r)`` of ``outer`` x ``outputs`` sums over all ``[g, :, r, :]``. A Linear (out, in) is
-    1 x 1 x out x in, transformers' ``Conv1D`` (in, out) is 1 x in x out x 1.
-
-    Attributes:
-        outer: Groups, or experts whose inputs come before their outputs.
-        summed: Inputs that come before the outputs.
-        outputs: Outputs of one group.
-        inner: Inputs (and positions in a kernel) that come after the outputs.
+    The signs are always bits; the scales can be trained.
     """
 
-    outer: int
-    summed: int
-    outputs: int
-    inner: int
+    adds = True
+    drops = False
 
-    @property
-    def count(self) -> int:
-        """Number of outputs, that is of scales."""
-        return self.outer * self.outputs
+    def __init__(
+        self,
+        target: str,
+        shape: tuple[int, ...],
+        selector: Selector,
+        fingerprint: Mapping[str, str] | None = None,
+        *,
+        rows: Rows,
+        row_scale: Tensor,
+        stored: Tensor,
+        is_final: bool = False,
+    ) -> None:
+        super().__init__(target, shape, selector, fingerprint, scaled=False, stored=stored)
+        self.take_row_scale(row_scale, rows, is_final=is_final)
 
-    @property
-    def view(self) -> tuple[int, int, int, int]:
-        """The weight's shape with one dimension for each attribute."""
-        return (self.outer, self.summed, self.outputs, self.inner)
+    def forward(
+        self, weight: Tensor, *, is_scratch: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Return ``weight`` changed by plus or minus its output's scale.
 
-    def spread(self, scale: Tensor) -> Tensor:
-        """Return one scale an output, shape (count,), in a shape that broadcasts to ``view``."""
-        return scale.view(self.outer, 1, self.outputs, 1)
+        Args:
+            weight: Float tensor of ``shape``: a fill, or what another adapter made of it.
+            is_scratch: Whether nobody else reads ``weight``, so that it may be overwritten.
+            dtype: Type that the result is rounded to; None for the weight's.
 
-    def mean(self, weight: Tensor) -> Tensor:
-        """Return the mean over each output's weights, shape (count,)."""
-        return weight.reshape(self.view).mean(dim=(1, 3)).view(-1)
+        Returns:
+            Tensor of the same shape. Gradients reach the scales.
+        """
+        stored, scale = self.store, cast("Tensor", self.row_scale)
+        self._verify(stored)
+        rows = cast("Rows", self.rows)
+        changed = sign_delta_from_bits(weight, stored, scale, rows, in_place=is_scratch)
+        return changed.to(dtype or weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Show what is held."""
+        return f"sign_delta, {cast('Rows', self.rows).count} scales, shape={tuple(self.shape)}"
 
 
 def sign_delta(weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tensor:

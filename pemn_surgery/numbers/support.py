@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pemn_surgery.numbers import rng
 
 SupportName = Literal["seed", "rows", "largest", "smallest"]
+OthersName = Literal["kept", "drawn"]
 
 # A weight as (outer, summed, outputs, inner), see `pemn_surgery.masks.sign_delta.Rows`.
 Layout = tuple[int, int, int, int]
@@ -38,6 +39,18 @@ class Support:
     def reads_base(self) -> bool:
         """Whether the frozen numbers decide."""
         return self.by in ("largest", "smallest")
+
+    def kept_others(self, name: str, weights: int, density: float) -> NDArray[np.bool_]:
+        """Return a mask of the whole weight with this density, for the numbers that have no bit.
+
+        Returns:
+            bool array of shape (weights,): the ``int((1 - density) * weights)`` smallest numbers of
+            a stream of their own are dropped.
+        """
+        kept = np.ones(weights, np.bool_)
+        drawn = rng.integers(self.seed, f"others/{name}", weights)
+        kept[_smallest(drawn, int((1 - density) * weights))] = False
+        return kept
 
     def count(self, layout: Layout) -> int:
         """Return how many numbers of a weight have a bit: its share, and one at least."""

@@ -46,7 +46,7 @@ class Target:
         untied_from: Name of the tensor that it was tied to and gets a copy of, or "".
         use: What a forward does with it ("linear", "linear at beit.py:225"), "" if not traced.
         row_scales: Number of float32 scales beside the mask: one an output with
-            ``form="sign_delta"``, else 0.
+            ``form="sign_delta"`` and ``scale="row"``, else 0.
         supported: Number of its weights that are masked; None: all are.
         reached: Whether the followed forward uses it; True if none was followed.
         density: Share of ones that its mask is chosen with; None where the selector has none.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from pemn_surgery.masks.masked_weight import MaskedWeight
-from pemn_surgery.masks.sign_delta import Rows
+from pemn_surgery.masks.rows import Rows
 from pemn_surgery.masks.task_tensors import TaskTensors
 from pemn_surgery.models.graph_modules import GraphUse
 from pemn_surgery.numbers.bank import Shape

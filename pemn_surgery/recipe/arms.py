@@ -135,7 +135,7 @@ class Arm:
         """How many frozen numbers masks choose from; without masks, how many weights there are."""
         banks = [one for one in self.model.modules() if isinstance(one, Bank)]
         named = list(self.model.named_parameters())
-        scores = sum(p.numel() for name, p in named if ".pemn_masks." in name)
+        scores = sum(p.numel() for name, p in named if name.endswith(".scores"))
         matrices = sum(p.numel() for _, p in named if p.dim() > 1)
         return banks[0].layout.floats if banks else scores or matrices
 

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 from pemn_surgery.recipe.depthwise import DepthwiseConv2d
 
-WIDTHS = (16, 32, 64)
-
 
 class Residual(nn.Module):
     """``inner(x) + x``."""
@@ -77,10 +75,15 @@ class BasicBlock(nn.Module):
         return F.relu(y + x)
 
 
-def resnet(depth: int = 32, classes: int = 10) -> nn.Sequential:
+def resnet(depth: int = 32, classes: int = 10, width: int = 16) -> nn.Sequential:
     """CIFAR ResNet of ``6n + 2`` layers (He et al., 2016), classifier without bias.
 
     Convolutions and classifier start kaiming-normal (fan-in, ReLU).
+
+    Args:
+        depth: Number of layers.
+        classes: Number of logits.
+        width: Channels of the first stage, 16 in the paper; the next have two and four times them.
 
     Raises:
         ValueError: If ``depth`` is not ``6n + 2``.
@@ -89,12 +92,12 @@ def resnet(depth: int = 32, classes: int = 10) -> nn.Sequential:
     if rest or blocks < 1:
         message = f"depth={depth} is not 6n + 2; give 8, 14, 20, 32, 44, 56 or 110"
         raise ValueError(message)
-    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)]
-    layers.append(nn.ReLU())
-    for before, width in zip((16, *WIDTHS), WIDTHS, strict=False):
-        layers.append(BasicBlock(before, width))
-        layers += [BasicBlock(width, width) for _ in range(blocks - 1)]
-    head = nn.Linear(WIDTHS[-1], classes, bias=False)
+    stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+    layers: list[nn.Module] = [stem, nn.BatchNorm2d(width), nn.ReLU()]
+    for before, wide in ((width, width), (width, 2 * width), (2 * width, 4 * width)):
+        layers.append(BasicBlock(before, wide))
+        layers += [BasicBlock(wide, wide) for _ in range(blocks - 1)]
+    head = nn.Linear(4 * width, classes, bias=False)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).apply(_initialise)
 
 

@@ -125,7 +125,7 @@ def test_a_base_that_is_not_here_is_asked_for(tmp_path):
     save(tmp_path)
     model = pemnify(net(), bank="own", selector="threshold", inference_mode=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state, "base_sizes", lambda _: None)
+        patch.setattr(state, "base_sizes", lambda *_: None)
         with pytest.raises(MaskFormatError, match="they are not at hand"):
             set_peft_model_state_dict(model, load_file(tmp_path / models.WEIGHTS_FILE))
 

@@ -14,6 +14,7 @@ from pemn_surgery.adapters.tasks.flips import take_back_flips
 from pemn_surgery.errors import AdapterError, ArchitectureError, ConfigError
 from pemn_surgery.numbers.support import Support
 from tests.adapters import models
+from tests.oracles import integers
 
 OWN = {"bank": "own", "selector": "threshold"}
 KINDS = {
@@ -27,6 +28,12 @@ KINDS = {
     "flips of half": {"bank": "own", "selector": "topk", "form": "flip"},
     "rp, flips": {"bank": "rp", "ratio": 0.05, "form": "flip", "support": 0.5},
     "mp, a third": {"bank": "mp", "support": 0.3},
+    "rp, partly frozen": {
+        **{"bank": "rp", "ratio": 0.05, "density": 0.4, "seed": 5},
+        **{"support": 0.3, "support_others": "drawn"},
+    },
+    "rows scaled": OWN | {"scale": "row"},
+    "flips on a tenth, rows scaled": OWN | {"form": "flip", "support": 0.1, "scale": "row"},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -47,10 +54,25 @@ def wanted_weight(layer, name="default"):
     places = range(numbers.numel()) if config.places is None else config.places.tolist()
     assert len(places) == mask.numel()
     is_flip = type(config).__name__ == "FlipMask"
+    if config.others is not None:
+        drawn = drawn_others(layer.target, numbers.numel(), config.selector.density, seed=5)
+        for place in set(range(numbers.numel())) - set(places):
+            numbers[place] = numbers[place] if drawn[place] else 0.0
     for place, kept in zip(places, mask.flatten().tolist(), strict=True):
         if not kept:
             numbers[place] = -numbers[place] if is_flip else 0.0
+    if config.row_scale is not None:
+        factors = config.row_scale.detach()  # every layer here has its outputs first
+        numbers = numbers.view(len(factors), -1) * factors[:, None]
     return numbers.view(layer.shape)
+
+
+def drawn_others(name, weights, density, seed):
+    """The seed's mask of what has no bit: the smallest numbers of a stream are dropped."""
+    drawn = integers(seed, f"others/{name}", weights)
+    by_size = sorted(range(weights), key=lambda place: (drawn[place], place))
+    dropped = set(by_size[: int((1 - density) * weights)])
+    return [place not in dropped for place in range(weights)]
 
 
 @every_kind
@@ -112,8 +134,10 @@ def test_compiled_kept_and_lean_are_equal(kind):
     models.assert_equal(models.logits(model), outputs, "kept")
     keep_weights(model, keep=False)
     models.assert_equal(models.logits(model), outputs, "made at every read")
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     models.assert_equal(models.logits(compiled), outputs, "compiled")
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("coding", ["bits", "entropy", "context", "base"])
@@ -198,6 +222,32 @@ def test_adapters_of_other_weights_are_not_combined(tmp_path):
     models.assert_equal(models.logits(model), expected)
 
 
+def test_scales_train_from_one_and_are_saved_as_they_are(tmp_path):
+    model = pemnify(models.net(), **KINDS["rows scaled"])
+    layers = models.mask_layers(model)
+    scales = {name: layer.mask_of("default").row_scale for name, layer in layers.items()}
+    assert all(torch.equal(one.detach(), torch.ones(len(one))) for one in scales.values())
+    assert {name: len(one) for name, one in scales.items()} == {
+        name: shape[0] for name, shape in models.NET_TARGETS.items()
+    }
+    layer = layers["head.weight"]
+    pull = torch.randn(layer.shape)
+    layer.owner.weight.backward(pull)
+    models.assert_equal(scales["head.weight"].grad, (pull * layer.fill()).sum(1))
+    models.train(model).save_pretrained(str(tmp_path))
+    loaded = models.mask_layers(load(tmp_path))
+    for name, one in scales.items():
+        assert not torch.equal(one.detach(), torch.ones(len(one)))
+        models.assert_equal(loaded[name].mask_of("default").row_scale.detach(), one.detach(), name)
+
+
+def test_scaled_rows_are_not_combined():
+    model = trained("rows scaled", rest="freeze")
+    model.add_adapter("same", PemnConfig(**KINDS["rows scaled"], rest="freeze"))
+    with pytest.raises(AdapterError, match="have trained scales"):
+        model.base_model.add_weighted_adapter(["default", "same"], [1, 1], "made", "union")
+
+
 def test_what_the_base_decides_needs_whole_numbers(monkeypatch):
     model = pemnify(models.net(), **KINDS["flips on a tenth"])
     names = set(model.state_dict())
@@ -223,6 +273,8 @@ def test_flips_are_not_taken_back_on_a_support():
         ({"support_by": "rows"}, "support= is a share of"),
         ({"support": 0.1, "scale": "sqrt_density"}, "masks a share of each"),
         ({"form": "flip", "scale": "sqrt_density"}, 'it belongs to form="product"'),
+        ({"form": "sign_delta", "scale": "row"}, "which has its own scales"),
+        ({"support": 0.1, "support_others": "drawn"}, 'selector="topk"'),
         ({"form": "sign_delta", "support": 0.1}, "signs come from a fine-tuned model"),
     ],
 )

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from pemn_surgery import PemnConfig, pemnify, plan
 from pemn_surgery.masks.kept import one_forward
 from pemn_surgery.masks.masked_weight import MaskedWeight
-from pemn_surgery.masks.sign_delta import Rows
+from pemn_surgery.masks.rows import Rows
 from pemn_surgery.planning.roles import rows_of
 
 BANKS = {

@@ -32,7 +32,7 @@ from pemn_surgery.errors import (
     UnsupportedModelError,
 )
 from pemn_surgery.masks import sign_delta
-from pemn_surgery.masks.sign_delta import Rows
+from pemn_surgery.masks.rows import Rows
 from pemn_surgery.planning.roles import rows_of
 from tests.adapters import models
 from tests.oracles import assert_same
@@ -962,7 +962,9 @@ def test_sign_deltas_from_nothing_are_refused(options, said):
 
 
 def test_unknown_forms_are_refused():
-    with pytest.raises(ConfigError, match=r"form='sum'; it needs one of 'product', 'sign_delta'"):
+    with pytest.raises(
+        ConfigError, match=r"form='sum'; it needs one of 'product', 'flip', 'sign_delta'"
+    ):
         PemnConfig(form="sum")
 
 
