@@ -41,7 +41,7 @@ from pemn_surgery.planning.densities import ErkName, densities_by_name, erdos_re
 from pemn_surgery.planning.request import NewRows, RestName, TiedName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
-ScaleName = Literal["sqrt_density"]
+ScaleName = Literal["sqrt_density", "matrix"]
 FormName = Literal["product", "sign_delta"]
 
 # The papers' settings; METHODS in docs/methods.md has their sections.
@@ -116,7 +116,8 @@ class PemnConfig(PeftConfig):
         threshold: For "threshold".
         score_init: A number, or "kaiming_uniform". Default "kaiming_uniform" for "topk" and
             ``threshold`` + .01 for "threshold".
-        scale: None, or "sqrt_density": multiply by 1 / sqrt(density of the mask).
+        scale: None, or "sqrt_density": multiply by 1 / sqrt(density of the mask). With
+            ``form="sign_delta"`` None is a scale for each output, "matrix" one for each matrix.
         form: What a mask M does to the frozen weight W. "product": W x M (and ``scale``).
             "sign_delta": W + s (2M - 1), s a float scale for each output (BitDelta); only with
             ``bank="own"`` on the model's own values, made by `from_finetuned`.

@@ -139,7 +139,7 @@ OPTIONS: dict[str, Option] = {
             lambda value: value == "kaiming_uniform" if _is_text(value) else is_number(value),
         )
     ),
-    "scale": _choice(None, "sqrt_density"),
+    "scale": _choice(None, "sqrt_density", "matrix"),
     "form": _choice("product", "sign_delta"),
     "rest": _choice(None, *get_args(RestName)),
     "target_modules": _or_none(_NAMES_OR_PATTERN),
@@ -337,8 +337,14 @@ IDLE: tuple[Idle, ...] = (
     Idle("score_init", lambda config: config.form != "product", _SIGNS),
     Idle(
         "scale",
-        lambda config: config.form != "product",
+        lambda config: config.form != "product" and config.scale == "sqrt_density",
         'it belongs to form="product", not form="{form}", which has its own scales',
+        in_files=True,
+    ),
+    Idle(
+        "scale",
+        lambda config: config.form != "sign_delta" and config.scale == "matrix",
+        'it belongs to form="sign_delta", which from_finetuned makes, not form="{form}"',
         in_files=True,
     ),
 )

@@ -303,7 +303,7 @@ def _check_scores(
 def _check_size(key: str, kind: str, count: int, mask: AdapterMask) -> None:
     if isinstance(mask, SignDelta) and kind == "row_scale":
         wanted, made = mask.rows.count, "made"
-        given, own = f"holds {count} scales", f"{wanted} outputs"
+        given, own = f"holds {count} scales", f"room for {wanted}"
     else:
         wanted, made = int(torch.Size(mask.shape).numel()), "trained"
         given, own = f"masks {count} weights", f"{wanted} weights"

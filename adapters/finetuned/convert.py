@@ -7,7 +7,8 @@ keeping costs (F - W)^2 and dropping F^2, so M is one where |F - W| <= |F|. Ties
 F = W / 2) keep the base. With ``scale`` the same mask is used, though it is the nearest only
 without one: the best mask would depend on the factor, which depends on the mask.
 
-"sign_delta": BitDelta (Liu et al. 2024, section 3), W + s (2M - 1) with one s for each output. M is
+"sign_delta": BitDelta (Liu et al. 2024, section 3), W + s (2M - 1) with one s for each output (or,
+as there, for each matrix, of which all that follows is as true as of an output's weights). M is
 one where F > W; ties (F = W) are zero. For any s >= 0 these signs are best, element by element:
 with d = F - W, (d - s)^2 <= (d + s)^2 where d > 0, and the other way round where d < 0. Given them,
 an output's n weights have the error sum (|d| - s)^2 = sum d^2 - 2 s sum |d| + n s^2, whose
@@ -18,6 +19,7 @@ Everything else that differs - norms and their statistics, biases, embeddings, t
 task's own tensors, exactly (`PemnConfig.carried`).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn, cast, get_args
 
@@ -33,6 +35,7 @@ from pemn_surgery.adapters.files.contents import FINGERPRINT, KEY_PREFIX, TENSOR
 from pemn_surgery.adapters.finetuned.errors import tensors_differ
 from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, plan_for
+from pemn_surgery.adapters.injection.new_rows import token_tables, untied_heads
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.quantised import quantised_weights
 from pemn_surgery.adapters.state import scores_from_mask
@@ -76,21 +79,22 @@ def from_finetuned(
         finetuned: The fine-tuned model, or its state dict: same names, same shapes. Types may
             differ; what the task owns is rounded to the base's.
         method: "mask" (base weights kept or dropped) or "sign_delta" (the sign of each change, and
-            a float scale for each output).
+            a float scale for each output; heads over tokens that are not tied get none).
         adapter_name: Name of the task.
         is_trainable: Whether to train on: scores that choose the same masks, or the scales beside
             signs that stay (BitDelta's scale distillation), and what ``rest`` says.
         inputs: As in `pemnify`.
         **options: Fields of `PemnConfig` that choose what is masked and what the task owns:
             ``target_modules``, ``exclude_modules``, ``rest``, ``tied``, ``modules_to_save``...;
-            for "mask" also ``scale``.
+            and ``scale``: "sqrt_density" for "mask", "matrix" for "sign_delta".
 
     Returns:
         The PEFT model; its masks are bits unless they are to be trained.
 
     Raises:
         ConfigError: If an option cannot have its value, or follows from the method.
-        FinetunedMismatchError: If names, shapes or ties differ, or a weight is not finite.
+        FinetunedMismatchError: If names, shapes or ties differ, tokens were added, or a weight is
+            not finite.
         MetaTensorError: If a tensor of either model has no values.
         UnsupportedModelError: If a model is not a plain module, or the base is quantised.
         AlreadyPemnifiedError: If the base carries adapters already.
@@ -99,9 +103,11 @@ def from_finetuned(
     config = _config(method, options, is_trainable=is_trainable)
     check_model(base)
     check_fresh(base)
+    _leave_heads(config, base)
     _check_not_quantised(base, config)
     before = base.state_dict()
     state = _with_ties(before, _state_of(finetuned))
+    _check_tokens(base, before, state)
     _check_pair(before, state)
     settle_heads(config, base)
     plan = plan_for(base, config, follow_forward(base, config, inputs))
@@ -184,6 +190,21 @@ def _config(method: str, options: Mapping[str, Any], *, is_trainable: bool) -> P
     )
 
 
+def _leave_heads(config: PemnConfig, base: nn.Module) -> None:
+    """Leave out heads over tokens, unless targets were chosen: they are carried, as embeddings are.
+
+    As BitDelta does: what a head's weights are off by goes straight into the logits.
+    """
+    paths = (
+        [] if config.form == "product" or config.target_modules is not None else untied_heads(base)
+    )
+    given = config.exclude_modules
+    if isinstance(given, str):
+        config.exclude_modules = "|".join([f"(?:{given})", *map(re.escape, paths)])
+    elif paths:
+        config.exclude_modules = {*(given or ()), *paths}
+
+
 def _check_not_quantised(base: nn.Module, config: PemnConfig) -> None:
     names = list(quantised_weights(base, config.bank_spec))
     if names:
@@ -225,6 +246,18 @@ def _check_pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         first = first_of.setdefault(_place(value), name)
         if tensors_differ(after[first], after[name]):
             _refuse(f"has two tensors where the base ties {first!r} and {name!r} to one")
+
+
+def _check_tokens(base: nn.Module, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Refuse tokens that the base does not have: it has to have a place for their rows."""
+    for name in token_tables(base):
+        held, wanted = (len(state[name]) if name in state else 0 for state in (before, after))
+        if wanted > held:
+            _refuse(
+                f"has {wanted} rows in {name!r}, the base {held}: {wanted - held} tokens were "
+                f"added. Call base.resize_token_embeddings({wanted}) first; their rows travel with "
+                "the adapter"
+            )
 
 
 def _check_tensors(name: str, before: Any, after: Any) -> None:

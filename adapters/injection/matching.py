@@ -117,6 +117,7 @@ def plan_for(
             carried=frozenset(config.carried or ()),
             new_rows=config.rows_by_name,
             row_scaled=config.form == "sign_delta",
+            one_a_matrix=config.scale == "matrix",
             densities=config.densities,
             quantised=quantised_weights(model, config.bank_spec),
             trace=followed if isinstance(followed, Trace) else None,
