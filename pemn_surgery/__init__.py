@@ -23,16 +23,14 @@ if TYPE_CHECKING:
     from pemn_surgery.adapters.finetuned.convert import from_finetuned, nearest_mask, nearest_signs
     from pemn_surgery.adapters.finetuned.errors import ErrorReport, WeightError, measure_errors
     from pemn_surgery.adapters.foreign.attach import from_masks
-    from pemn_surgery.adapters.foreign.readers import (
-        MaskedState,
-        masks_between,
+    from pemn_surgery.adapters.foreign.masked_state import MaskedState
+    from pemn_surgery.adapters.foreign.papers import (
         masks_of_hidden_networks,
         masks_of_piggyback,
         masks_of_piggyback_pack,
-        masks_of_pruned,
         masks_of_self_masking,
-        unprune,
     )
+    from pemn_surgery.adapters.foreign.pruned import masks_between, masks_of_pruned, unprune
     from pemn_surgery.adapters.model import PemnModel
     from pemn_surgery.adapters.tasks.flips import Flips, take_back_flips
     from pemn_surgery.adapters.tasks.inference import TaskGuess, infer_task
@@ -58,16 +56,14 @@ _NAMES = {
     "pemn_surgery.adapters.finetuned.convert": ["from_finetuned", "nearest_mask", "nearest_signs"],
     "pemn_surgery.adapters.finetuned.errors": ["ErrorReport", "WeightError", "measure_errors"],
     "pemn_surgery.adapters.foreign.attach": ["from_masks"],
-    "pemn_surgery.adapters.foreign.readers": [
-        "MaskedState",
-        "masks_between",
+    "pemn_surgery.adapters.foreign.masked_state": ["MaskedState"],
+    "pemn_surgery.adapters.foreign.papers": [
         "masks_of_hidden_networks",
         "masks_of_piggyback",
         "masks_of_piggyback_pack",
-        "masks_of_pruned",
         "masks_of_self_masking",
-        "unprune",
     ],
+    "pemn_surgery.adapters.foreign.pruned": ["masks_between", "masks_of_pruned", "unprune"],
     "pemn_surgery.adapters.model": ["PemnModel"],
     "pemn_surgery.adapters.tasks.flips": ["Flips", "take_back_flips"],
     "pemn_surgery.adapters.tasks.inference": ["TaskGuess", "infer_task"],

@@ -17,7 +17,7 @@ from pemn_surgery.adapters.api import make_config, pemnify
 from pemn_surgery.adapters.base import masked_layers
 from pemn_surgery.adapters.checks import check_fresh, check_model, signs_follow
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.foreign.readers import as_mask
+from pemn_surgery.adapters.foreign.masked_state import as_mask
 from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, plan_for
 from pemn_surgery.adapters.layer import PemnLayer

@@ -353,6 +353,8 @@ def test_self_masking_networks():
         for name, value in scores.items()
     }
     check(read, model, masks)
+    inside = {f"model.{name}": value for name, value in state.items()}  # of a Lightning module
+    check(masks_of_self_masking({**inside, "fc.weight": torch.ones(2)}), model, masks)
     made = from_masks(copy.deepcopy(model), read.masks, scale="sqrt_density")
     for name, layer in models.mask_layers(made).items():
         expected = state[f"model_shell.{name}"]
