@@ -16,6 +16,7 @@ from pemn_surgery.adapters.files.compare import compare_adapters
 from pemn_surgery.adapters.files.recode import recode
 from pemn_surgery.adapters.finetuned.convert import from_finetuned
 from pemn_surgery.adapters.finetuned.errors import ErrorReport, measure_errors
+from pemn_surgery.adapters.foreign.attach import from_masks
 from pemn_surgery.adapters.model import PemnModel
 from pemn_surgery.adapters.tasks.flips import Flips, take_back_flips
 from pemn_surgery.adapters.tasks.manage import rename_adapter, to_trainable
@@ -29,6 +30,7 @@ __all__ = [
     "PemnModel",
     "compare_adapters",
     "from_finetuned",
+    "from_masks",
     "measure_errors",
     "pemnify",
     "plan",

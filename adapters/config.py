@@ -42,7 +42,7 @@ from pemn_surgery.planning.densities import ErkName, densities_by_name, erdos_re
 from pemn_surgery.planning.request import NewRows, RestName, TiedName
 
 PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
-ScaleName = Literal["sqrt_density", "row"]
+ScaleName = Literal["sqrt_density", "row", "matrix"]
 FormName = Literal["product", "flip", "sign_delta"]
 
 # The papers' settings; METHODS in docs/methods.md has their sections.
@@ -118,7 +118,8 @@ class PemnConfig(PeftConfig):
         score_init: A number, or "kaiming_uniform". Default "kaiming_uniform" for "topk" and
             ``threshold`` + .01 for "threshold".
         scale: None; "sqrt_density": multiply by 1 / sqrt(density of the mask); or "row": by a
-            factor for each output, trained from 1 and saved as a float beside the mask.
+            factor for each output, trained from 1 and saved as a float beside the mask. With
+            ``form="sign_delta"`` None is a scale for each output, "matrix" one for each matrix.
         form: What a mask M does to the frozen weight W. "product": W x M (and ``scale``). "flip":
             W (2M - 1), so that signs change where M is zero (Self-Masking Networks' released code).
             "sign_delta": W + s (2M - 1), s a float scale for each output (BitDelta); only with

@@ -30,7 +30,7 @@ from pemn_surgery.numbers import rng
 from pemn_surgery.numbers.bank import Bank, BankSpec
 from pemn_surgery.numbers.support import Support
 from pemn_surgery.planning.plan import Target
-from pemn_surgery.planning.roles import rows_of
+from pemn_surgery.planning.roles import rows_of, scale_rows_of
 from pemn_surgery.surgery import operate
 
 _INT32 = 2**31  # places below it are held in half the memory
@@ -234,7 +234,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     def _sign_delta(
         self, config: PemnConfig, fingerprint: Mapping[str, str], selector: Selector
     ) -> SignDelta:
-        rows = rows_of(self.owner, self.shape)
+        rows = scale_rows_of(self.owner, self.shape, one_a_matrix=config.scale == "matrix")
         return SignDelta(
             self.target,
             self.shape,

@@ -140,7 +140,7 @@ OPTIONS: dict[str, Option] = {
             lambda value: value == "kaiming_uniform" if _is_text(value) else is_number(value),
         )
     ),
-    "scale": _choice(None, "sqrt_density", "row"),
+    "scale": _choice(None, "sqrt_density", "row", "matrix"),
     "form": _choice("product", "flip", "sign_delta"),
     "support": _or_none(
         Option(
@@ -378,7 +378,7 @@ IDLE: tuple[Idle, ...] = (
     Idle("score_init", _is_sign_delta, _SIGNS),
     Idle(
         "scale",
-        _is_sign_delta,
+        lambda config: config.form == "sign_delta" and config.scale != "matrix",
         'it belongs to other forms than "sign_delta", which has its own scales',
         in_files=True,
     ),
@@ -393,6 +393,12 @@ IDLE: tuple[Idle, ...] = (
         lambda config: config.scale == "sqrt_density" and config.support is not None,
         "it makes up for the density of whole masks, and support={support} masks a share of each "
         'weight; scale="row" is trained',
+        in_files=True,
+    ),
+    Idle(
+        "scale",
+        lambda config: config.form != "sign_delta" and config.scale == "matrix",
+        'it belongs to form="sign_delta", which from_finetuned makes, not form="{form}"',
         in_files=True,
     ),
 )

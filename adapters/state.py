@@ -316,7 +316,7 @@ def _check_scores(
 def _check_size(key: str, kind: str, count: int, mask: AdapterMask) -> None:
     if mask.rows is not None and kind == "row_scale":
         wanted, made = mask.rows.count, "made"
-        given, own = f"holds {count} scales", f"{wanted} outputs"
+        given, own = f"holds {count} scales", f"room for {wanted}"
     else:
         wanted, made = mask.weights, "trained"
         given, own = f"masks {count} weights", f"{wanted} weights"

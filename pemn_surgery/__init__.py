@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from pemn_surgery.adapters.files.recode import recode
     from pemn_surgery.adapters.finetuned.convert import from_finetuned, nearest_mask, nearest_signs
     from pemn_surgery.adapters.finetuned.errors import ErrorReport, WeightError, measure_errors
+    from pemn_surgery.adapters.foreign.attach import from_masks
+    from pemn_surgery.adapters.foreign.masked_state import MaskedState
+    from pemn_surgery.adapters.foreign.papers import (
+        masks_of_hidden_networks,
+        masks_of_piggyback,
+        masks_of_piggyback_pack,
+        masks_of_self_masking,
+    )
+    from pemn_surgery.adapters.foreign.pruned import masks_between, masks_of_pruned, unprune
     from pemn_surgery.adapters.model import PemnModel
     from pemn_surgery.adapters.tasks.flips import Flips, take_back_flips
     from pemn_surgery.adapters.tasks.inference import TaskGuess, infer_task
@@ -46,6 +55,15 @@ _NAMES = {
     "pemn_surgery.adapters.files.recode": ["recode"],
     "pemn_surgery.adapters.finetuned.convert": ["from_finetuned", "nearest_mask", "nearest_signs"],
     "pemn_surgery.adapters.finetuned.errors": ["ErrorReport", "WeightError", "measure_errors"],
+    "pemn_surgery.adapters.foreign.attach": ["from_masks"],
+    "pemn_surgery.adapters.foreign.masked_state": ["MaskedState"],
+    "pemn_surgery.adapters.foreign.papers": [
+        "masks_of_hidden_networks",
+        "masks_of_piggyback",
+        "masks_of_piggyback_pack",
+        "masks_of_self_masking",
+    ],
+    "pemn_surgery.adapters.foreign.pruned": ["masks_between", "masks_of_pruned", "unprune"],
     "pemn_surgery.adapters.model": ["PemnModel"],
     "pemn_surgery.adapters.tasks.flips": ["Flips", "take_back_flips"],
     "pemn_surgery.adapters.tasks.inference": ["TaskGuess", "infer_task"],
@@ -69,6 +87,7 @@ __all__ = [
     "Flips",
     "GroupValues",
     "Left",
+    "MaskedState",
     "Overlap",
     "Owned",
     "PemnCallback",
@@ -87,8 +106,15 @@ __all__ = [
     "example_inputs",
     "for_trainer",
     "from_finetuned",
+    "from_masks",
     "infer_task",
     "keep_weights",
+    "masks_between",
+    "masks_of_hidden_networks",
+    "masks_of_piggyback",
+    "masks_of_piggyback_pack",
+    "masks_of_pruned",
+    "masks_of_self_masking",
     "masks_without_gradient",
     "measure_errors",
     "nearest_mask",
@@ -101,6 +127,7 @@ __all__ = [
     "take_back_flips",
     "to_trainable",
     "trace",
+    "unprune",
 ]
 
 

@@ -105,6 +105,14 @@ class FinetunedMismatchError(PemnError, ValueError):
     """A fine-tuned model has other tensors than its base, or values that cannot be compared."""
 
 
+class ForeignMaskError(PemnError, ValueError):
+    """Masks from elsewhere cannot be read, or fit no weight of the model."""
+
+
+class MovedWeightsError(ForeignMaskError):
+    """A checkpoint is not its base with weights set to zero: others moved."""
+
+
 class HubError(PemnError, OSError):
     """A name on the model hub gives nothing: there is no such thing, or no way to the hub."""
 

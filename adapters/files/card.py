@@ -322,7 +322,8 @@ def _numbers(config: PemnConfig) -> str:
 
 def _selection(config: PemnConfig) -> str:
     if config.form == "sign_delta":
-        return f"form {config.form}: signs of a change, with a scale for each output"
+        each = "matrix" if config.scale == "matrix" else "output"
+        return f"form {config.form}: signs of a change, with a scale for each {each}"
     takes = config.selector in TAKES_DENSITY
     chosen = _density(config) if takes else f"threshold {config.threshold}"
     form = ", form flip: signs of weights" if config.form == "flip" else ""

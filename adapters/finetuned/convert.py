@@ -7,7 +7,8 @@ keeping costs (F - W)^2 and dropping F^2, so M is one where |F - W| <= |F|. Ties
 F = W / 2) keep the base. With ``scale`` the same mask is used, though it is the nearest only
 without one: the best mask would depend on the factor, which depends on the mask.
 
-"sign_delta": BitDelta (Liu et al. 2024, section 3), W + s (2M - 1) with one s for each output. M is
+"sign_delta": BitDelta (Liu et al. 2024, section 3), W + s (2M - 1) with one s for each output (or,
+as there, for each matrix, of which all that follows is as true as of an output's weights). M is
 one where F > W; ties (F = W) are zero. For any s >= 0 these signs are best, element by element:
 with d = F - W, (d - s)^2 <= (d + s)^2 where d > 0, and the other way round where d < 0. Given them,
 an output's n weights have the error sum (|d| - s)^2 = sum d^2 - 2 s sum |d| + n s^2, whose
@@ -18,8 +19,9 @@ Everything else that differs - norms and their statistics, biases, embeddings, t
 task's own tensors, exactly (`PemnConfig.carried`).
 """
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NoReturn, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -31,24 +33,26 @@ from pemn_surgery.adapters.checks import check_fresh, check_model, signs_follow
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.contents import FINGERPRINT, KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.adapters.finetuned.errors import tensors_differ
+from pemn_surgery.adapters.finetuned.pair import (
+    check_pair,
+    check_tokens,
+    check_values,
+    state_of,
+    with_ties,
+)
 from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, plan_for
+from pemn_surgery.adapters.injection.new_rows import untied_heads
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.quantised import quantised_weights
 from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
 from pemn_surgery.coding import bits
-from pemn_surgery.errors import (
-    ConfigError,
-    FinetunedMismatchError,
-    MetaTensorError,
-    UnsupportedModelError,
-)
+from pemn_surgery.errors import ConfigError, UnsupportedModelError
 from pemn_surgery.masks.rows import Rows
 from pemn_surgery.masks.sign_delta import SignDelta
 from pemn_surgery.masks.task_tensors import TASK_CHILD, TensorSet
 from pemn_surgery.numbers import fingerprint as fingerprints
-from pemn_surgery.planning.plan import Plan
 
 MethodName = Literal["mask", "sign_delta"]
 
@@ -76,21 +80,22 @@ def from_finetuned(
         finetuned: The fine-tuned model, or its state dict: same names, same shapes. Types may
             differ; what the task owns is rounded to the base's.
         method: "mask" (base weights kept or dropped) or "sign_delta" (the sign of each change, and
-            a float scale for each output).
+            a float scale for each output; heads over tokens that are not tied get none).
         adapter_name: Name of the task.
         is_trainable: Whether to train on: scores that choose the same masks, or the scales beside
             signs that stay (BitDelta's scale distillation), and what ``rest`` says.
         inputs: As in `pemnify`.
         **options: Fields of `PemnConfig` that choose what is masked and what the task owns:
             ``target_modules``, ``exclude_modules``, ``rest``, ``tied``, ``modules_to_save``...;
-            for "mask" also ``scale``.
+            and ``scale``: "sqrt_density" for "mask", "matrix" for "sign_delta".
 
     Returns:
         The PEFT model; its masks are bits unless they are to be trained.
 
     Raises:
         ConfigError: If an option cannot have its value, or follows from the method.
-        FinetunedMismatchError: If names, shapes or ties differ, or a weight is not finite.
+        FinetunedMismatchError: If names, shapes or ties differ, tokens were added, or a weight is
+            not finite.
         MetaTensorError: If a tensor of either model has no values.
         UnsupportedModelError: If a model is not a plain module, or the base is quantised.
         AlreadyPemnifiedError: If the base carries adapters already.
@@ -99,13 +104,15 @@ def from_finetuned(
     config = _config(method, options, is_trainable=is_trainable)
     check_model(base)
     check_fresh(base)
+    _leave_heads(config, base)
     _check_not_quantised(base, config)
     before = base.state_dict()
-    state = _with_ties(before, _state_of(finetuned))
-    _check_pair(before, state)
+    state = with_ties(before, state_of(finetuned))
+    check_tokens(base, before, state)
+    check_pair(before, state)
     settle_heads(config, base)
     plan = plan_for(base, config, follow_forward(base, config, inputs))
-    _check_values(plan, before, state)
+    check_values(plan, before, state)
     covered = {name for target in plan.targets for name in (target.name, *target.tied)}
     covered |= {item.name for item in plan.whole}
     new = set(config.carried or ())
@@ -184,6 +191,21 @@ def _config(method: str, options: Mapping[str, Any], *, is_trainable: bool) -> P
     )
 
 
+def _leave_heads(config: PemnConfig, base: nn.Module) -> None:
+    """Leave out heads over tokens, unless targets were chosen: they are carried, as embeddings are.
+
+    As BitDelta does: what a head's weights are off by goes straight into the logits.
+    """
+    paths = (
+        [] if config.form == "product" or config.target_modules is not None else untied_heads(base)
+    )
+    given = config.exclude_modules
+    if isinstance(given, str):
+        config.exclude_modules = "|".join([f"(?:{given})", *map(re.escape, paths)])
+    elif paths:
+        config.exclude_modules = {*(given or ()), *paths}
+
+
 def _check_not_quantised(base: nn.Module, config: PemnConfig) -> None:
     names = list(quantised_weights(base, config.bank_spec))
     if names:
@@ -195,80 +217,11 @@ def _check_not_quantised(base: nn.Module, config: PemnConfig) -> None:
         raise UnsupportedModelError(message)
 
 
-def _state_of(finetuned: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if isinstance(finetuned, Mapping):
-        return finetuned
-    check_model(finetuned)
-    check_fresh(finetuned)
-    return finetuned.state_dict()
-
-
-def _with_ties(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict with all names of tied tensors, of which safetensors keep one."""
-    present = {_place(value): after[name] for name, value in before.items() if name in after}
-    absent = {name: _place(value) for name, value in before.items() if name not in after}
-    return {**after, **{name: present[at] for name, at in absent.items() if at in present}}
-
-
-def _check_pair(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Refuse two models that are not of the same parts."""
-    missing, unknown = sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())
-    if missing or unknown:
-        _refuse(
-            f"lacks {len(missing)} of the base's {len(before)} tensors (first: {missing[:1]}) and "
-            f"has {len(unknown)} that the base has not (first: {unknown[:1]})"
-        )
-    for name, value in before.items():
-        _check_tensors(name, value, after[name])
-    first_of: dict[tuple[Any, ...], str] = {}
-    for name, value in before.items():
-        first = first_of.setdefault(_place(value), name)
-        if tensors_differ(after[first], after[name]):
-            _refuse(f"has two tensors where the base ties {first!r} and {name!r} to one")
-
-
-def _check_tensors(name: str, before: Any, after: Any) -> None:
-    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        _refuse(f"or the base has {name!r}, which is no tensor, so that no adapter can hold it")
-    shown = [f"{tuple(v.shape)} of {v.dtype}" for v in (before, after)]
-    same_kind = before.is_floating_point() == after.is_floating_point()
-    if before.shape != after.shape or not same_kind:
-        _refuse(f"has {name!r} as {shown[1]}, the base as {shown[0]}")
-    for whose, value in (("base", before), ("fine-tuned model", after)):
-        if value.is_meta:
-            message = (
-                f"{name!r} of the {whose} is on the meta device and has no values to compare. Load "
-                "the checkpoint into memory. Nothing was changed."
-            )
-            raise MetaTensorError(message)
-
-
 def _rows_differ(before: Tensor, after: Tensor, rows: slice | None) -> bool:
     """Tell whether two tensors differ, of those with new rows in the rows before these."""
     if rows is None:
         return tensors_differ(before, after)
     return tensors_differ(before[rows], after[rows])
-
-
-def _place(value: Any) -> tuple[Any, ...]:
-    """Return what names of one tensor have in common; those without memory share nothing."""
-    if not isinstance(value, Tensor) or value.numel() == 0 or value.is_meta:
-        return (id(value),)
-    return value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device
-
-
-def _check_values(plan: Plan, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    """A comparison with NaN is false, so it would become a mask like any other."""
-    for target in plan.targets:
-        for whose, state in (("the base's", before), ("the fine-tuned", after)):
-            rows = state[target.name][: target.shape[0]]
-            bad = target.weights - int(torch.isfinite(rows).sum())
-            if bad:
-                _refuse(
-                    "cannot be compared with its base: "
-                    f"{bad} of the {target.weights} values of {whose} {target.name!r} are NaN or "
-                    "infinite"
-                )
 
 
 def _entries(
@@ -308,11 +261,3 @@ def _mask_entries(
         yield mask_key(layer.target, FINGERPRINT), torch.tensor(list(base), dtype=torch.uint8)
     else:
         yield mask_key(layer.target, "bits"), bits.pack(chosen, base)
-
-
-def _refuse(problem: str) -> NoReturn:
-    message = (
-        f"The fine-tuned model {problem}. Give a model of the base's class and settings, or its "
-        "state dict with the same names. Nothing was changed."
-    )
-    raise FinetunedMismatchError(message)

@@ -117,6 +117,7 @@ def plan_for(
             carried=frozenset(config.carried or ()),
             new_rows=config.rows_by_name,
             row_scaled=config.form == "sign_delta" or config.scale == "row",
+            one_a_matrix=config.scale == "matrix",
             support=config.support_in_force,
             densities=config.densities,
             quantised=quantised_weights(model, config.bank_spec),

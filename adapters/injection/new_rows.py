@@ -151,8 +151,7 @@ def _found(model: nn.Module) -> dict[str, int]:
 def _asked(asked: dict[str, int] | int, model: nn.Module) -> dict[str, int]:
     """Return the rows that a user asks for by name; one number is of all tables of tokens."""
     if isinstance(asked, int):
-        names = [name for one in _language_models(model) for name in names_of_tables(model, one)]
-        return dict.fromkeys(names, asked) if asked else {}
+        return dict.fromkeys(token_tables(model), asked) if asked else {}
     rows_of = dict(_rows_by_name(model))
     unknown = [name for name in asked if name not in rows_of]
     if unknown:
@@ -215,6 +214,18 @@ def language_tables(model: PreTrainedModel) -> list[nn.Module]:
     plain: list[nn.Module] = []
     plain += (one for one in found if isinstance(one, (nn.Embedding, nn.Linear)))
     return plain if plain and plain[0] is found[0] else []
+
+
+def token_tables(model: nn.Module) -> list[str]:
+    """Return the names of all tables and biases of tokens in a model, tied ones too."""
+    return [name for one in _language_models(model) for name in names_of_tables(model, one)]
+
+
+def untied_heads(model: nn.Module) -> list[str]:
+    """Return the paths of the heads over tokens that are not the embedding itself."""
+    paths = {id(module): path for path, module in base_modules(model)}
+    pairs = [tables for one in _language_models(model) if len(tables := language_tables(one)) == 2]
+    return [paths[id(head)] for table, head in pairs if head.weight is not table.weight]
 
 
 def names_of_tables(model: nn.Module, one: PreTrainedModel) -> list[str]:

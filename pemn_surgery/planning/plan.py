@@ -45,8 +45,8 @@ class Target:
         tied: Other modules (as "path.parameter") that hold the same tensor and share the mask.
         untied_from: Name of the tensor that it was tied to and gets a copy of, or "".
         use: What a forward does with it ("linear", "linear at beit.py:225"), "" if not traced.
-        row_scales: Number of float32 scales beside the mask: one an output with
-            ``form="sign_delta"`` and ``scale="row"``, else 0.
+        row_scales: Number of float32 scales beside the mask: with ``form="sign_delta"`` one an
+            output, or one a matrix, with ``scale="row"`` one an output, else 0.
         supported: Number of its weights that are masked; None: all are.
         reached: Whether the followed forward uses it; True if none was followed.
         density: Share of ones that its mask is chosen with; None where the selector has none.

@@ -21,7 +21,7 @@ from pemn_surgery.planning.roles import (
     fan_in_of,
     is_norm,
     is_weight,
-    rows_of,
+    scale_rows_of,
     scripted_modules,
 )
 
@@ -156,7 +156,7 @@ def _target(
 ) -> Target:
     first = masked[0]  # tied candidates share one tensor, hence one use in a graph
     use, reached = _seen(group, request)
-    rows = rows_of(first.module, first.shape)
+    rows = scale_rows_of(first.module, first.shape, one_a_matrix=request.one_a_matrix)
     return Target(
         path=first.path,
         parameter=first.parameter,

@@ -39,7 +39,8 @@ class Request:
         unseen: Whether no forward has ever shown which raw parameters are weights.
         carried: Names of further unmasked tensors that the task has its own copy of.
         new_rows: Of tensors whose last rows are the task's alone, by name, which rows.
-        row_scaled: Whether a mask has a scale for each output.
+        row_scaled: Whether a mask has scales beside it, one for each output.
+        one_a_matrix: Whether it is one for each matrix instead.
         support: Which share of a weight is masked; None: all of it.
         densities: Gives, for the shapes of all masked weights by name, the densities of their
             masks; none where the selector has no density.
@@ -62,6 +63,7 @@ class Request:
     carried: Collection[str] = ()
     new_rows: Mapping[str, NewRows] = field(default_factory=dict)
     row_scaled: bool = False
+    one_a_matrix: bool = False
     support: Support | None = None
     densities: Callable[[Mapping[str, Shape]], Mapping[str, float]] = field(
         default=lambda shapes: {}

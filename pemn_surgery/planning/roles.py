@@ -112,6 +112,19 @@ def rows_of(module: nn.Module, shape: Shape) -> Rows:
     return _kind_of(module).rows(module, shape)
 
 
+def scale_rows_of(module: nn.Module, shape: Shape, *, one_a_matrix: bool) -> Rows:
+    """Return which numbers of a weight share a scale: an output's, or those of a whole matrix.
+
+    A layer's weight is one matrix; experts are one each.
+    """
+    if not one_a_matrix or len(shape) < 2:
+        return rows_of(module, shape)
+    kind = _kind_of(module).rows
+    if kind is _flat_experts or (kind is _by_dimensions and len(shape) == 3):
+        return Rows(shape[0], math.prod(shape[1:-1]), 1, shape[-1])
+    return Rows(1, shape[0], 1, math.prod(shape[1:]))
+
+
 def fan_in_of(module: nn.Module, shape: Shape) -> int:
     """Return how many inputs one output sums over, as `torch.nn.init` counts them."""
     if len(shape) < 2 or isinstance(module, _TRANSPOSED_CONVOLUTIONS):

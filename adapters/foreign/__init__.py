@@ -1,0 +1,1 @@
+"""Masks that others chose: readers of what they store, and adapters made of them."""
