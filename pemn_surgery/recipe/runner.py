@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pemn_surgery import pemnify
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe.allocator import keep_freed_memory
 from pemn_surgery.recipe.arms import Arm
 from pemn_surgery.recipe.classification import Classification, Forward
 from pemn_surgery.recipe.file import Recipe
@@ -104,8 +105,8 @@ class Runner:
             model = build().to(self.options.device)
         arm = Arm(name, model, rule, file, self._settings(rule, changes))
         self._check_batches(arm)
-        if self.options.compile:
-            arm.call = torch.compile(model)
+        if self.options.compile:  # static: one shorter batch would make the graph of all dynamic
+            arm.call = torch.compile(model, dynamic=False)
         if file.exists():
             arm.restore()
         self.arms.append(arm)
@@ -144,6 +145,8 @@ class Runner:
             KeyboardInterrupt: After Ctrl-C, or when the options' minutes are over, once the step
                 under way is in the checkpoint.
         """
+        if self.options.device == "cpu":
+            keep_freed_memory()
         bars = (*Progress.get_default_columns(), TimeElapsedColumn())
         progress = Progress(*bars, console=self.console, refresh_per_second=2)
         with self._own_generator(), self._stop_on_interrupt(), progress:

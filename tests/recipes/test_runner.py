@@ -380,6 +380,41 @@ def test_compiled_networks_and_other_layouts_learn_the_same(options, tmp_path, c
     assert found[1][0].call is not found[1][0].model
 
 
+def test_compiled_runs_have_no_dynamic_graphs_and_resume_to_the_same_bits(
+    options, tmp_path, cache, monkeypatch
+):
+    """An epoch of 40 rows ends with a batch of 4, and a test has 12."""
+    rows = []
+
+    def backend(graph, inputs):
+        rows.extend(size for one in inputs if isinstance(one, torch.Tensor) for size in one.shape)
+        rows.extend(one for one in inputs if isinstance(one, torch.SymInt))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    recipe, options = tiny("dense", MASKS), dataclasses.replace(options, compile=True)
+    whole = running(recipe, dataclasses.replace(options, work=placed(tmp_path / "whole", cache)))
+    whole.go()
+    cut = running(recipe, options)
+    stop_after(cut, 7)
+    with pytest.raises(KeyboardInterrupt, match="2 of 5 steps of epoch 1"):
+        cut.go()
+    resumed = running(recipe, dataclasses.replace(options, resume=True))
+    resumed.go()
+    for one, other in zip(whole.arms, resumed.arms, strict=True):
+        assert same(one.tensors(), other.tensors())
+        assert [timeless(row) for row in one.history] == [timeless(row) for row in other.history]
+    assert {4, 9, 12} <= set(rows)
+    assert all(type(size) is int for size in rows)
+
+
+def test_a_run_on_a_cpu_keeps_freed_memory(options, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runner, "keep_freed_memory", lambda: calls.append(1))
+    running(tiny(), options).go()
+    assert calls == [1]
+
+
 def test_chosen_arms_have_a_result_of_their_own(options):
     recipe = tiny("dense", MASKS)
     found = finished(recipe, dataclasses.replace(options, arms=(MASKS,)))
