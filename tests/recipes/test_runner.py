@@ -18,6 +18,7 @@ from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import arms, load, result, rules, runner
 from pemn_surgery.recipe.cli import RecipeCommand, Verb
 from pemn_surgery.recipe.options import CaseOptions, ImageOptions
+from pemn_surgery.recipe.stopping import TimeIsUp
 
 RECIPE = load(Path(__file__).resolve().parents[2] / "recipes" / "pemn")
 DATA = RECIPE.images("resnet32")
@@ -347,7 +348,7 @@ def test_minutes_that_are_over_stop_a_run_that_goes_on_to_the_same_bits(options,
         given = dataclasses.replace(given, resume=calls > 0, until=float("inf"))
         run = running(recipe, given)
         assert sum(arm.epoch * 5 + arm.step for arm in run.arms) == calls
-        with pytest.raises(runner.TimeIsUp, match="of 5 steps of epoch"):
+        with pytest.raises(TimeIsUp, match="of 5 steps of epoch"):
             run.go()
     run = running(recipe, dataclasses.replace(given, until=float("inf")))
     run.go()
