@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -41,14 +42,16 @@ BATCH, EPOCHS = 256, 3  # the first epoch is not counted
 class Counted(Runner):
     """Notes what each step takes."""
 
-    counts: ClassVar[list[list[float]]] = []
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.counts: list[list[float]] = []
 
-    def _step(self, arm: Arm, batch: Any, steps: int) -> torch.Tensor:
+    def _step(self, arms: Sequence[Arm], batch: Any, steps: int) -> list[torch.Tensor]:
         before = counters()
-        loss = super()._step(arm, batch, steps)
-        if arm.epoch:
+        losses = super()._step(arms, batch, steps)
+        if arms[0].epoch:
             self.counts.append([b - a for a, b in zip(before, counters(), strict=True)])
-        return loss
+        return losses
 
 
 def child(way: str, steps: int, threads: int) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pemn_surgery.recipe import allocator
+from pemn_surgery.recipe import allocator, runner
+from tests.bench import allocator as benchmark
 
 # 64 MiB each, more than glibc ever takes from the heap by default; 16,384 pages of 4 KiB.
 COUNT = """
@@ -55,3 +56,13 @@ def test_other_c_libraries_are_left_alone(platform, library, kept, monkeypatch):
     monkeypatch.setattr(allocator.sys, "platform", platform)
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
     assert allocator.keep_freed_memory() is kept
+
+
+def test_the_benchmark_counts_the_steps_behind_the_first_epoch(monkeypatch):
+    monkeypatch.setattr(runner, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(benchmark, "BATCH", 4)
+    monkeypatch.setattr(benchmark, "EPOCHS", 2)
+    found = [benchmark.child(way, steps=1, threads=1) for way in benchmark.WAYS]
+    assert [set(one) for one in found] == [{*benchmark.KEYS, "loss"}] * 3
+    assert all(len(one["seconds"]) == len(one["faults"]) == 1 for one in found)
+    assert len({one["loss"] for one in found}) == 1
