@@ -1,6 +1,6 @@
 """An arm: a model under training, how far it has come, and its checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +24,8 @@ class Arm:
 
     ``history`` has a row an epoch: ``epoch`` (from 1), ``train_loss``, ``test_accuracy`` (in
     percent), ``seconds`` and ``test_seconds``. ``step``, ``loss`` (a sum over the rows seen)
-    and ``seconds`` belong to the epoch under way.
+    and ``seconds`` belong to the epoch under way; of a step that k arms took together an arm counts
+    a kth of the seconds.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class Arm:
         """Continue from the checkpoint; a RecipeError if its run has other settings."""
         state = torch.load(self.file, weights_only=True)
         was = state["settings"]
-        other = {k: (was.get(k), new) for k, new in self.settings.items() if was.get(k) != new}
+        both = {key: (was.get(key), self.settings.get(key)) for key in {**was, **self.settings}}
+        other = {key: pair for key, pair in both.items() if pair[0] != pair[1]}
         if other:
             message = f"{self.file} has other settings (its, given): {other}; give another work"
             raise RecipeError(message)
@@ -70,15 +72,16 @@ class Arm:
             optimizer.load_state_dict(state[key])
         vars(self).update(state["progress"])
 
-    def learn(self, loss: Tensor, step: int, steps: int) -> None:
-        """Take a step down a loss, at the rates of this step of so many."""
+    @property
+    def network(self) -> nn.Module:
+        """The case's network, masked or not."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def set_rates(self, step: int, steps: int) -> None:
+        """Take the rates of this step of so many."""
         for key, optimizer in self.optimizers.items():
-            optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = self.rules[key].rate(step, steps)
-        loss.backward()
-        for optimizer in self.optimizers.values():
-            optimizer.step()
 
     def close_epoch(self, rows: int, accuracy: float, test_seconds: float) -> dict[str, float]:
         """Add the finished epoch's row to the history, reset the counters, checkpoint."""
@@ -138,6 +141,18 @@ class Arm:
         scores = sum(p.numel() for name, p in named if name.endswith(".scores"))
         matrices = sum(p.numel() for _, p in named if p.dim() > 1)
         return banks[0].layout.floats if banks else scores or matrices
+
+
+def learn(arms: Sequence[Arm], losses: Sequence[Tensor], step: int, steps: int) -> None:
+    """Take each arm a step down its loss, at its rates of this step of so many."""
+    optimizers = [optimizer for arm in arms for optimizer in arm.optimizers.values()]
+    for arm in arms:
+        arm.set_rates(step, steps)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    torch.autograd.backward(losses)
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe.file import Recipe
 from pemn_surgery.recipe.options import add_options, command, from_words
-from pemn_surgery.recipe.runner import TimeIsUp
+from pemn_surgery.recipe.stopping import TimeIsUp
 from pemn_surgery.report import machine
 
 Results = Iterable[tuple[str, dict[str, Any]]]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pemn_surgery.transforms import is_transformed
+
 _LARGE = 2**20  # elements from which compiling once pays
 
 
@@ -24,7 +26,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         is_fast = input.device.type == "cpu" and input.numel() >= _LARGE and torch.is_grad_enabled()
-        if not is_fast or torch.compiler.is_compiling() or _compiled_gradient() is None:
+        if not is_fast or is_transformed() or _compiled_gradient() is None:
             return super()._conv_forward(input, weight, bias)
         if torch.is_autocast_enabled("cpu"):
             half = torch.get_autocast_dtype("cpu")

@@ -80,6 +80,9 @@ class CaseOptions(ImageOptions):
 
     arms: tuple[str, ...] = option("which, of the case's; none named: all", ())
     seeds: tuple[int, ...] = option(SEEDS, (0,))
+    together: bool = option(
+        "arms take each step in one call, for devices larger than a network", default=False
+    )
 
 
 def check_counts(**counts: int | None) -> None:

@@ -47,6 +47,12 @@ def kept(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def read(layer: nn.Module, name: str) -> Tensor:
+    """Return a layer's tensor as its next forward reads it, before which torch applies a mask."""
+    mask: Tensor | None = getattr(layer, f"{name}_mask", None)
+    return getattr(layer, name) if mask is None else mask * getattr(layer, f"{name}_orig")
+
+
 def is_pruned(network: nn.Module) -> bool:
     """Tell whether `prune` made it."""
     return any(torch_prune.is_pruned(layer) for layer in _layers(network))

@@ -2,14 +2,12 @@
 
 All arms of a run see the same batches, augmented once an epoch. All randomness is drawn from (seed,
 epoch, step), so a run that was stopped and resumed gives the same bits as one that was not (on one
-machine with one number of threads).
+machine with one number of threads). Arms take turns epoch by epoch, or each step `together`.
 """
 
-import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,17 @@ from torch import Tensor, nn
 
 from pemn_surgery import pemnify
 from pemn_surgery.errors import RecipeError
-from pemn_surgery.recipe.arms import Arm
+from pemn_surgery.recipe.allocator import keep_freed_memory
+from pemn_surgery.recipe.arms import Arm, learn
 from pemn_surgery.recipe.classification import Classification, Forward
 from pemn_surgery.recipe.file import Recipe
 from pemn_surgery.recipe.options import CaseOptions, Options
 from pemn_surgery.recipe.pruning import prune
 from pemn_surgery.recipe.rules import Rule
+from pemn_surgery.recipe.stopping import Stop
+from pemn_surgery.recipe.together import Together
 
 SHARED = ("batch", "augmentation", "whole_batches")  # what arms of one run have in common
-
-
-class TimeIsUp(KeyboardInterrupt):
-    """The minutes that a run was given are over; its checkpoint is written."""
 
 
 def of_case(recipe: Recipe, options: CaseOptions, seed: int, console: Console) -> "Runner":
@@ -45,6 +42,8 @@ def of_case(recipe: Recipe, options: CaseOptions, seed: int, console: Console) -
     arms = recipe.arms_of(options.case, options.arms)
     task = images.task(images.load(options)).cut(options.limit)
     found = Runner(recipe, options, seed, task, console)
+    if options.together:
+        found.take_together(recipe.network(options.case))
     for name, changes in arms.items():
         build = partial(network_of_arm, recipe, options.case, changes, seed)
         found.add(name, build, case.rule_of(name), changes)
@@ -77,7 +76,8 @@ class Runner:
         self.epochs = options.epochs or case.epochs or recipe.paper_epochs
         self.precision = options.precision or case.precision
         self.arms: list[Arm] = []
-        self.stopped = False
+        self.together: Together | None = None
+        self.stop = Stop(options.until)
         self.folder = options.work / self.label
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -85,6 +85,11 @@ class Runner:
     def label(self) -> str:
         """Name of the run's folder under ``work``, and of its result."""
         return f"{self.options.case}-e{self.epochs}-s{self.seed}{self.options.cut}"
+
+    def take_together(self, network: nn.Module) -> None:
+        """Let arms that have come as far take each step together; ``network`` is theirs, plain."""
+        on_device = network.to(self.options.device)
+        self.together = Together(on_device, compiled=self.options.compile)
 
     def add(
         self, name: str, build: Callable[[], nn.Module], rule: Rule, changes: dict[str, Any]
@@ -104,8 +109,8 @@ class Runner:
             model = build().to(self.options.device)
         arm = Arm(name, model, rule, file, self._settings(rule, changes))
         self._check_batches(arm)
-        if self.options.compile:
-            arm.call = torch.compile(model)
+        if self.options.compile:  # static: one shorter batch would make the graph of all dynamic
+            arm.call = torch.compile(model, dynamic=False)
         if file.exists():
             arm.restore()
         self.arms.append(arm)
@@ -123,6 +128,7 @@ class Runner:
         """What must be equal for a checkpoint to be continued."""
         run = {"case": self.options.case, "epochs": self.epochs, "seed": self.seed}
         run |= {"precision": self.precision} | self.task.sizes
+        run |= {"together": True} if self.together else {}
         return run | {"pemnify": changes, "rule": rule.settings()}
 
     def _check_batches(self, arm: Arm) -> None:
@@ -144,32 +150,25 @@ class Runner:
             KeyboardInterrupt: After Ctrl-C, or when the options' minutes are over, once the step
                 under way is in the checkpoint.
         """
+        if self.options.device == "cpu":
+            keep_freed_memory()
         bars = (*Progress.get_default_columns(), TimeElapsedColumn())
         progress = Progress(*bars, console=self.console, refresh_per_second=2)
-        with self._own_generator(), self._stop_on_interrupt(), progress:
+        with self._own_generator(), self.stop.on_interrupt(), progress:
             for epoch in range(min(arm.epoch for arm in self.arms), self.epochs):
                 batches = self._batches(epoch, progress)
-                for arm in (arm for arm in self.arms if arm.epoch == epoch):
-                    self._train(arm, batches, progress)
-                    self._finish(arm)
+                for arms in self._turns(epoch):
+                    self._train(arms, batches, progress)
+                    for arm in arms:
+                        self._finish(arm)
 
-    @contextmanager
-    def _stop_on_interrupt(self) -> Iterator[None]:
-        """Let Ctrl-C finish the step under way; a second one stops at once."""
-
-        def stop(*_: object) -> None:
-            self.stopped = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        try:
-            before = signal.signal(signal.SIGINT, stop)
-        except ValueError:  # not the main thread: Ctrl-C never arrives here
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def _turns(self, epoch: int) -> list[list[Arm]]:
+        """Return an epoch's arms by turns: one each, or together those that have come as far."""
+        there = [arm for arm in self.arms if arm.epoch == epoch]
+        if self.together is None:
+            return [[arm] for arm in there]
+        steps = sorted({arm.step for arm in there})
+        return [[arm for arm in there if arm.step == step] for step in steps]
 
     def _seed(self, *position: object) -> None:
         torch.manual_seed(zlib.crc32(repr((self.seed, *position)).encode()))
@@ -182,33 +181,46 @@ class Runner:
         progress.remove_task(bar)
         return ready
 
-    def _train(self, arm: Arm, batches: list[Any], progress: Progress) -> None:
-        title = f"epoch {arm.epoch + 1}/{self.epochs}: {arm.name}"
-        bar = progress.add_task(title, total=len(batches), completed=arm.step)
-        arm.model.train()
-        for batch in batches[arm.step :]:
+    def _train(self, arms: Sequence[Arm], batches: list[Any], progress: Progress) -> None:
+        """Take arms that have come as far, one or several, to the epoch's end."""
+        title = f"epoch {arms[0].epoch + 1}/{self.epochs}: {_names(arms)}"
+        bar = progress.add_task(title, total=len(batches), completed=arms[0].step)
+        for arm in arms:
+            arm.model.train()
+        for batch in batches[arms[0].step :]:
             started = time.perf_counter()
-            arm.loss = arm.loss + self._step(arm, batch, len(batches)) * len(batch[1])
-            arm.step += 1
-            arm.seconds += time.perf_counter() - started
+            losses = self._step(arms, batch, len(batches))
+            seconds = (time.perf_counter() - started) / len(arms)
+            for arm, loss in zip(arms, losses, strict=True):
+                arm.loss = arm.loss + loss * len(batch[1])
+                arm.step += 1
+                arm.seconds += seconds
             progress.advance(bar)
-            self._halt(arm, len(batches))
+            self._halt(arms, len(batches))
         progress.remove_task(bar)
 
-    def _halt(self, arm: Arm, steps: int) -> None:
-        if self.stopped or time.monotonic() > self.options.until:
-            arm.save()
-            done = f"{arm.step} of {steps} steps of epoch {arm.epoch + 1}"
-            message = f"stopped: {arm.name} after {done}"
-            raise KeyboardInterrupt(message) if self.stopped else TimeIsUp(message)
+    def _halt(self, arms: Sequence[Arm], steps: int) -> None:
+        reason = self.stop.reason
+        if reason is not None:
+            for arm in arms:
+                arm.save()
+            done = f"{arms[0].step} of {steps} steps of epoch {arms[0].epoch + 1}"
+            message = f"stopped: {_names(arms)} after {done}"
+            raise reason(message)
 
-    def _step(self, arm: Arm, batch: Any, steps: int) -> Tensor:
-        """Take a step; return its loss as float64, which nothing has waited for."""
-        position = arm.epoch * steps + arm.step
+    def _step(self, arms: Sequence[Arm], batch: Any, steps: int) -> list[Tensor]:
+        """Take a step; return the arms' losses as float64, which nothing has waited for."""
+        position = arms[0].epoch * steps + arms[0].step
         self._seed("step", position)
-        loss = self.task.loss(self.forward(arm.call), batch)
-        arm.learn(loss, position, self.epochs * steps)
-        return loss.detach().double()
+        losses = self._losses(arms, batch)
+        learn(arms, losses, position, self.epochs * steps)
+        return [loss.detach().double() for loss in losses]
+
+    def _losses(self, arms: Sequence[Arm], batch: Any) -> list[Tensor]:
+        if self.together is None:
+            return [self.task.loss(self.forward(arm.call), batch) for arm in arms]
+        outputs = self.forward(partial(self.together, arms))(batch[0])
+        return [self.task.loss(lambda _, own=own: own, batch) for own in outputs]
 
     def forward(self, call: Callable[[Tensor], Tensor]) -> Forward:
         """Return what maps inputs to a model's outputs: on the run's device, float32 at the end."""
@@ -239,3 +251,7 @@ class Runner:
         with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
             log.write(f"{line}\n")
         self.console.print(line, highlight=False)
+
+
+def _names(arms: Sequence[Arm]) -> str:
+    return ", ".join(arm.name for arm in arms)

@@ -2,7 +2,8 @@
 
 Needs what the library needs, and no download. Every door (``doors.py``) is tried, whatever another
 one did, and reported by itself; then training is timed beside dense training with CUDA events
-(`tests.bench.training`). With ``--device cpu`` it is a dry run.
+(`tests.bench.training`), and a recipe's arms together beside one after the other (``arms.py``).
+With ``--device cpu`` it is a dry run.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import torch
 from pemn_surgery.kernels import library
 from pemn_surgery.report.machine import environment
 from tests.bench import training
-from tests.gpu import doors
+from tests.gpu import arms, doors
 
 
 def main() -> int:
@@ -37,17 +40,18 @@ def main() -> int:
         "kernels": library.describe(),
         "doors": {},
         "ratios": [],
+        "arms": [],
     }
     for door in doors.DOORS:
         if given.only in door.__name__:
             result["doors"][door.__name__] = found = _try(door, device)
             print(f"{found['outcome']:8} {door.__name__:18} {found['seconds']:7.1f} s", flush=True)
             _write(given.json, result)
-    for row in training.ROWS:
+    for kind, row, measure in _measurements(given.rounds, device):
         left = given.minutes * 60 - (time.monotonic() - started)
         if not given.without_ratios and left > 0:
-            measured = training.measure(row, device.type == "cuda", given.rounds, device)
-            result["ratios"].append(measured)
+            measured = measure()
+            result[kind].append(measured)
             print(row, {way: r["of_medians"] for way, r in measured["ratio"].items()}, flush=True)
             _write(given.json, result)
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -55,6 +59,17 @@ def main() -> int:
     wrong = [name for name, found in result["doors"].items() if found["outcome"] == "wrong"]
     print(f"{len(wrong)} of {len(result['doors'])} doors are wrong: {', '.join(wrong) or 'none'}")
     return 1 if wrong else 0
+
+
+def _measurements(
+    rounds: int, device: torch.device
+) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """What is timed: the list of the result, what it is called, what measures it."""
+    for row in training.ROWS:
+        bf16 = device.type == "cuda"
+        yield "ratios", row, partial(training.measure, row, bf16, rounds, device)
+    for case, count in arms.ROWS:
+        yield "arms", f"{count} arms of {case}", partial(arms.measure, case, count, rounds, device)
 
 
 def _parse() -> argparse.Namespace:

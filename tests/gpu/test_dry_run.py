@@ -1,5 +1,6 @@
 """The command for a GPU, on a CPU: every door opens, and one that does not is said to be wrong."""
 
+import functools
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from tests.bench import training
 from tests.gpu import __main__ as command
-from tests.gpu import doors
+from tests.gpu import arms, doors
 
 CPU = torch.device("cpu")
 MISSING = {doors.recorded, doors.bitsandbytes, doors.torchao}
@@ -48,6 +49,8 @@ def test_what_breaks_is_reported_and_the_rest_goes_on(monkeypatch, tmp_path, cap
 def test_ratios_are_measured_until_the_time_is_up(monkeypatch, tmp_path):
     row = "Linear 768x3072, 64 tokens"
     monkeypatch.setattr(training, "ROWS", {row: training.ROWS[row]})
+    monkeypatch.setattr(arms, "ROWS", [("resnet32", 2)])
+    monkeypatch.setattr(arms, "measure", functools.partial(arms.measure, batch=2))
     monkeypatch.setattr(doors, "DOORS", [])
     monkeypatch.setattr(doors, "quiet", lambda: None)
     path = tmp_path / "gpu.json"
@@ -55,7 +58,10 @@ def test_ratios_are_measured_until_the_time_is_up(monkeypatch, tmp_path):
     for minutes, expected in (("5", [row]), ("0", [])):
         monkeypatch.setattr("sys.argv", [*arguments, "--minutes", minutes])
         assert command.main() == 0
-        ratios = json.loads(path.read_text())["ratios"]
+        found = json.loads(path.read_text())
+        assert [row["arms"] for row in found["arms"]] == [["dense", "mask"]] * len(expected)
+        assert all(row["ratio"]["together"]["of_medians"] > 0 for row in found["arms"])
+        ratios = found["ratios"]
         assert [found["row"] for found in ratios] == expected
         assert all(found["ratio"]["dense"]["of_medians"] == 1.0 for found in ratios)
 

@@ -13,7 +13,7 @@ from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import load
 from pemn_surgery.recipe.cli import RecipeCommand, Verb
 from pemn_surgery.recipe.options import option
-from pemn_surgery.recipe.runner import TimeIsUp
+from pemn_surgery.recipe.stopping import TimeIsUp
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*/__main__.py"))

@@ -37,6 +37,23 @@ def test_gradients_are_torchs(kernel, rows, height, width, layout, always):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_mapped_over_stacked_weights_it_is_torchs_way(always):
+    torch.manual_seed(0)
+    fast, weights = depthwise.DepthwiseConv2d(4, 3), torch.randn(3, 4, 1, 3, 3, requires_grad=True)
+    x = torch.randn(2, 4, 6, 5)
+
+    def output(weight):
+        return torch.func.functional_call(fast, {"weight": weight}, (x,))
+
+    mapped = torch.func.vmap(output)(weights)
+    alone = [nn.functional.conv2d(x, weight, padding=1, groups=4) for weight in weights]
+    grads = [
+        torch.autograd.grad(out.square().sum(), weights)[0] for out in (mapped, torch.stack(alone))
+    ]
+    torch.testing.assert_close(mapped, torch.stack(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
 def test_under_autocast_it_computes_in_bfloat16(always):
     torch.manual_seed(0)
     fast = depthwise.DepthwiseConv2d(4, 3)

@@ -47,7 +47,7 @@ def test_what_is_removed_stays_so_and_the_file_holds_the_rest(tmp_path):
     assert len(gone) == 2
     arm = arms.Arm("a", model, rules.Rule("sgd", 0.1, "cosine", 4), tmp_path / "a.pt", {})
     for step in range(3):
-        arm.learn(model(torch.randn(4, 3, 3, 3)).square().sum(), step, 10)
+        arms.learn([arm], [model(torch.randn(4, 3, 3, 3)).square().sum()], step, 10)
     files = arm.stored()
     kept = load_file(tmp_path / "a" / "model.safetensors")
     for name, zeros in gone.items():

@@ -18,6 +18,7 @@ from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import arms, load, result, rules, runner
 from pemn_surgery.recipe.cli import RecipeCommand, Verb
 from pemn_surgery.recipe.options import CaseOptions, ImageOptions
+from pemn_surgery.recipe.stopping import TimeIsUp
 
 RECIPE = load(Path(__file__).resolve().parents[2] / "recipes" / "pemn")
 DATA = RECIPE.images("resnet32")
@@ -347,7 +348,7 @@ def test_minutes_that_are_over_stop_a_run_that_goes_on_to_the_same_bits(options,
         given = dataclasses.replace(given, resume=calls > 0, until=float("inf"))
         run = running(recipe, given)
         assert sum(arm.epoch * 5 + arm.step for arm in run.arms) == calls
-        with pytest.raises(runner.TimeIsUp, match="of 5 steps of epoch"):
+        with pytest.raises(TimeIsUp, match="of 5 steps of epoch"):
             run.go()
     run = running(recipe, dataclasses.replace(given, until=float("inf")))
     run.go()
@@ -378,6 +379,41 @@ def test_compiled_networks_and_other_layouts_learn_the_same(options, tmp_path, c
             losses = [[row["train_loss"] for row in arm.history] for arm in (a, b)]
             assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert found[1][0].call is not found[1][0].model
+
+
+def test_compiled_runs_have_no_dynamic_graphs_and_resume_to_the_same_bits(
+    options, tmp_path, cache, monkeypatch
+):
+    """An epoch of 40 rows ends with a batch of 4, and a test has 12."""
+    rows = []
+
+    def backend(graph, inputs):
+        rows.extend(size for one in inputs if isinstance(one, torch.Tensor) for size in one.shape)
+        rows.extend(one for one in inputs if isinstance(one, torch.SymInt))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    recipe, options = tiny("dense", MASKS), dataclasses.replace(options, compile=True)
+    whole = running(recipe, dataclasses.replace(options, work=placed(tmp_path / "whole", cache)))
+    whole.go()
+    cut = running(recipe, options)
+    stop_after(cut, 7)
+    with pytest.raises(KeyboardInterrupt, match="2 of 5 steps of epoch 1"):
+        cut.go()
+    resumed = running(recipe, dataclasses.replace(options, resume=True))
+    resumed.go()
+    for one, other in zip(whole.arms, resumed.arms, strict=True):
+        assert same(one.tensors(), other.tensors())
+        assert [timeless(row) for row in one.history] == [timeless(row) for row in other.history]
+    assert {4, 9, 12} <= set(rows)
+    assert all(type(size) is int for size in rows)
+
+
+def test_a_run_on_a_cpu_keeps_freed_memory(options, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runner, "keep_freed_memory", lambda: calls.append(1))
+    running(tiny(), options).go()
+    assert calls == [1]
 
 
 def test_chosen_arms_have_a_result_of_their_own(options):

@@ -376,3 +376,21 @@ def test_what_is_said_of_reading_small_layers():
     assert all(2 * (a - 1) < b - 1 for a, b in zip(now[:2], before[:2], strict=True))  # halved
     layer = [found["here"]["layer_us"][way]["median"] for way in ("dense", "masked", "merged")]
     assert "{:.1f} microseconds dense, {:.1f} masked and {:.1f} merged".format(*layer) in page
+
+
+def test_what_is_said_of_freed_memory():
+    page = " ".join((ROOT / "recipes/pemn/README.md").read_text(encoding="utf-8").split())
+    found = json.loads((ROOT / "docs/results/allocator.json").read_text(encoding="utf-8"))
+    (row,) = found["rows"]
+    assert row["threads"] == 1
+    assert row["same_loss"]
+    before, kept = (row["ways"][way] for way in ("glibc's defaults", "kept"))
+    faults, seconds, peak = (
+        [way[key]["median"] for way in (kept, before)]
+        for key in ("faults", "processor_seconds", "peak_mib")
+    )
+    least = [way["processor_seconds"]["least"] for way in (kept, before)]
+    assert "faults in {:.1f} pages in place of {:,.0f} (medians)".format(*faults) in page
+    assert "takes {:.2f} s of the processor in place of {:.2f}".format(*seconds) in page
+    assert "(least: {:.2f} and {:.2f})".format(*least) in page
+    assert "peak of {:,.0f} MiB in place of {:,.0f}".format(*peak) in page
