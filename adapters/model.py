@@ -155,8 +155,9 @@ class PemnModel(BaseTuner):
             weights: One number above 0 an adapter; None weighs them alike.
             adapter_name: The new adapter.
             combination_type: A weight is kept where all adapters keep it ("intersection"), one does
-                ("union"), adapters of more than half of the total weight do ("majority"), or the
-                first does and no other ("difference").
+                ("union"), adapters of more than half of the total weight do ("majority"), the first
+                does and no other ("difference"), or an even number of them does not ("xor"): of
+                flips, whose signs then change as if all were applied in turn.
 
         Raises:
             AdapterError: If the adapters cannot be combined so.

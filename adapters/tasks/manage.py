@@ -31,7 +31,7 @@ from pemn_surgery.masks.sign_delta import SignDelta
 from pemn_surgery.masks.task_tensors import TensorSet
 from pemn_surgery.numbers.fingerprint import Fingerprint
 
-CombinationName = Literal["intersection", "union", "majority", "difference"]
+CombinationName = Literal["intersection", "union", "majority", "difference", "xor"]
 
 
 def rename_adapter(model: nn.Module, old: str, new: str) -> None:
@@ -157,6 +157,8 @@ def combined_mask(
         return stacked.any(dim=0)
     if combination == "difference":
         return stacked[0] & ~stacked[1:].any(dim=0)
+    if combination == "xor":
+        return (~stacked).sum(dim=0) % 2 == 0
     kept = torch.as_tensor(shares, dtype=torch.float64, device=stacked.device)
     return torch.einsum("m...,m->...", stacked.to(torch.float64), kept) > kept.sum() / 2
 

@@ -248,6 +248,24 @@ def test_scaled_rows_are_not_combined():
         model.base_model.add_weighted_adapter(["default", "same"], [1, 1], "made", "union")
 
 
+def test_flips_are_a_group(tmp_path):
+    """Xor of two is both applied in turn; with one of them again it is the other."""
+    model = trained("flips on a tenth", rest="freeze")
+    model.add_adapter("other", PemnConfig(**KINDS["flips on a tenth"], rest="freeze"))
+    generator = torch.Generator().manual_seed(0)
+    for layer in models.mask_layers(model).values():
+        scores = layer.mask_of("other").scores.data
+        scores.copy_(torch.randn(scores.shape, generator=generator))
+    add = model.base_model.add_weighted_adapter
+    add(["default", "other"], None, "both", "xor")
+    add(["both", "other"], None, "again", "xor")
+    models.assert_same_tensors(models.masks(model, "again"), models.masks(model))
+    model.base_model.set_adapter(["default", "other"])
+    in_turn = models.logits(model)
+    model.set_adapter("both")
+    models.assert_equal(models.logits(model), in_turn)
+
+
 def test_what_the_base_decides_needs_whole_numbers(monkeypatch):
     model = pemnify(models.net(), **KINDS["flips on a tenth"])
     names = set(model.state_dict())

@@ -25,6 +25,7 @@ RULES = {
         sum(w for k, w in zip(kept, weights, strict=True) if k) > sum(weights) / 2
     ),
     "difference": lambda kept, weights: bool(kept[0] and not any(kept[1:])),
+    "xor": lambda kept, weights: kept.count(0) % 2 == 0,
 }
 
 
