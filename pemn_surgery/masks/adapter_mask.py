@@ -92,8 +92,9 @@ class AdapterMask(nn.Module):
         self._verified: tuple[int, int] | None = None  # which bits were checked: id, version
         self.register_parameter("scores", None if scores is None else nn.Parameter(scores))
         self.register_buffer("bits", stored)
-        self.register_buffer("places", places, persistent=False)
-        self.register_buffer("others", others, persistent=False)
+        for name, told in (("places", places), ("others", others)):
+            # accelerate asks every buffer that is in no state dict for its device
+            self.register_buffer(name, told, persistent=told is None)
         self.register_parameter("row_scale", None)
         self.rows, self.is_final = None, False
 
@@ -168,19 +169,22 @@ class AdapterMask(nn.Module):
 
     def _masked(self, weight: Tensor, *, is_scratch: bool, dtype: torch.dtype) -> Tensor:
         if self.places is None:
-            return self._apply_to(weight, is_scratch=is_scratch, dtype=dtype)
-        there, whole = self.places, spread(weight, self.shape)
+            return self._apply_to(weight, self.scores, is_scratch=is_scratch, dtype=dtype)
+        there, whole = self.places, spread(_gathered(weight), self.shape)
         part = whole.reshape(-1).index_select(0, there)
-        changed = self._apply_to(part, is_scratch=True, dtype=weight.dtype)
+        scores = None if self.scores is None else _gathered(self.scores)
+        changed = self._apply_to(part, scores, is_scratch=True, dtype=weight.dtype)
         if self.others is not None:
             whole = whole * bits.unpack(self.others, self.shape)
         return whole.reshape(-1).index_put((there,), changed).view(self.shape).to(dtype)
 
-    def _apply_to(self, weight: Tensor, *, is_scratch: bool, dtype: torch.dtype) -> Tensor:
+    def _apply_to(
+        self, weight: Tensor, scores: Tensor | None, *, is_scratch: bool, dtype: torch.dtype
+    ) -> Tensor:
         """Return a weight of ``mask_shape`` with this mask applied."""
-        if self.scores is None:
+        if scores is None:
             return self._by_bits(weight, is_scratch=is_scratch, dtype=dtype)
-        return self._by_scores(weight, self.scores, dtype)
+        return self._by_scores(weight, scores, dtype)
 
     def _by_scores(self, weight: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
         return masked_straight_through(
@@ -231,6 +235,15 @@ class AdapterMask(nn.Module):
         held = "scores" if self.scores is not None else "bits"
         part = "" if self.places is None else f", {self.weights} of them"
         return f"{self.selector.name}, {held}, shape={tuple(self.shape)}{part}"
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that FSDP has sharded, which no place can be found in.
+
+    FSDP reads layers' weights between forwards, in every process, when it collects a state dict.
+    """
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def _without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

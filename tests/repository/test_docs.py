@@ -394,3 +394,13 @@ def test_what_is_said_of_freed_memory():
     assert "takes {:.2f} s of the processor in place of {:.2f}".format(*seconds) in page
     assert "(least: {:.2f} and {:.2f})".format(*least) in page
     assert "peak of {:,.0f} MiB in place of {:,.0f}".format(*peak) in page
+
+
+def test_what_is_said_of_steps_on_a_support():
+    page = " ".join((ROOT / "docs/methods.md").read_text(encoding="utf-8").split())
+    found = json.loads((ROOT / "docs/results/support.json").read_text(encoding="utf-8"))
+    (row,) = found["rows"]
+    ways = ("flips on .1", "flips on .02", "full")
+    ratios = [row["ratio"][way]["of_medians"] for way in ways]
+    said = "takes {:.2f} times a step of LoRA r8 (on .02: {:.2f}; full training: {:.2f})"
+    assert said.format(*ratios) in page

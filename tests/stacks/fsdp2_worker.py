@@ -23,6 +23,10 @@ PROCESSES = 2
 BANKS = {
     "own": {"bank": "own", "selector": "threshold", "score_init": "kaiming_uniform"},
     "rp": {"bank": "rp", "ratio": 0.1},
+    "flips": {
+        **{"bank": "own", "selector": "threshold", "score_init": "kaiming_uniform"},
+        **{"form": "flip", "support": 0.5},
+    },
 }
 OPTIMIZERS = {  # rates at which masks really change within two steps
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=10.0, momentum=0.9),
