@@ -1,8 +1,8 @@
 """Memory that a step of training frees stays with the process, for the next step.
 
 By glibc's defaults each activation of several megabytes is mapped when it is made and unmapped when
-it is freed, so that every step faults all of its pages in again: on CPUs up to half of a step of a
-small network. Other C libraries (musl's, macOS's, Windows') have no such settings.
+it is freed, so that every step faults all of its pages in again (docs/results/allocator.json has
+what that takes). Other C libraries (musl's, macOS's, Windows') have no such settings.
 """
 
 import ctypes
