@@ -30,7 +30,14 @@ from pemn_surgery.masks.masked_weight import keep_weights
 from tests.adapters import models
 
 MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)
-BANKS = ({"bank": "mp"}, {"bank": "rp", "ratio": 0.2}, {"bank": "own"})
+BANKS = (
+    {"bank": "mp"},
+    {"bank": "rp", "ratio": 0.2},
+    {"bank": "own"},
+    {"bank": "own", "form": "flip", "support": 0.4},
+    {"bank": "mp", "support": 0.4, "support_others": "drawn"},
+    {"bank": "own", "form": "flip", "scale": "row"},
+)
 
 
 class Small(nn.Module):
@@ -309,9 +316,10 @@ def program(seed, length=20):
     """A model's options and first mode, and the operations on it: a pure function of the seed."""
     chosen = random.Random(seed)
     options = {**chosen.choice(BANKS), "rest": chosen.choice(["train", "norms", "stats"])}
-    if chosen.random() < 0.4:
+    is_whole = not options.keys() & {"form", "support"}
+    if chosen.random() < 0.4 and "support_others" not in options:
         options |= {"selector": "threshold", "threshold": 0.0}
-    if chosen.random() < 0.3:
+    if chosen.random() < 0.3 and is_whole:
         options["scale"] = "sqrt_density"
     if chosen.random() < 0.3:
         options["inference_mode"] = True  # bits from the start
