@@ -222,11 +222,14 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
     def _told_by(self, support: Support) -> Tensor:
         """Return the frozen numbers that decide which weights are masked."""
         values = self.fill().detach()
-        if tuple(values.shape) != tuple(self.shape) or hasattr(values, "full_tensor"):
+        is_sharded = tuple(values.shape) != tuple(self.shape) or hasattr(values, "full_tensor")
+        if is_sharded or values.dtype == torch.float16:
+            # float16 rounds numbers otherwise on their way to bfloat16, so places would differ
+            problem = "sharded" if is_sharded else "held in float16"
             message = (
                 f'support_by="{support.by}" reads the numbers of {self.target!r}, which are '
-                'sharded; add the adapter before the model is sharded, or take support_by="seed". '
-                "Nothing was changed."
+                f"{problem}; add the adapter where they are whole and in float32 or bfloat16, or "
+                'take support_by="seed". Nothing was changed.'
             )
             raise ConfigError(message)
         return values
@@ -235,16 +238,12 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         self, config: PemnConfig, fingerprint: Mapping[str, str], selector: Selector
     ) -> SignDelta:
         rows = scale_rows_of(self.owner, self.shape, one_a_matrix=config.scale == "matrix")
-        return SignDelta(
-            self.target,
-            self.shape,
-            selector,
-            fingerprint,
-            rows=rows,
-            row_scale=torch.zeros(rows.count),
-            stored=bits.empty(int(torch.Size(self.shape).numel())),
-            is_final=config.inference_mode,
+        stored = bits.empty(math.prod(self.shape))
+        mask = SignDelta(
+            self.target, self.shape, selector, fingerprint, scaled=False, stored=stored
         )
+        mask.take_row_scale(torch.zeros(rows.count), rows, is_final=config.inference_mode)
+        return mask
 
     def mask_of(self, adapter_name: str) -> AdapterMask:
         """Return an adapter's mask of this weight."""
@@ -352,7 +351,7 @@ def initial_scores(config: PemnConfig, target: str, shape: tuple[int, ...], fan_
 
 
 def words_of(values: Tensor) -> np.ndarray:
-    """Return frozen numbers in bfloat16 as uint16 of shape (weights,), the same from any type."""
+    """Return frozen numbers in bfloat16, uint16 of shape (weights,); the same from float32."""
     words = values.to(torch.bfloat16).cpu().reshape(-1).view(torch.int16)
     return words.numpy().view(np.uint16)
 

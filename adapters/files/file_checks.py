@@ -111,11 +111,16 @@ def check_can_rename(config: PemnConfig) -> None:
     """Refuse to rename the weights of an adapter whose numbers go by their names.
 
     Raises:
-        ConfigError: If a seed draws each weight's own numbers, or masks are coded beside the base.
+        ConfigError: If a seed draws each weight's own numbers, or which of them are masked, or
+            masks are coded beside the base.
     """
     problem = ""
     if config.bank == "own" and config.bank_spec.generated:
         problem = f"bank_init={config.bank_init!r} draws each weight's numbers by its name"
+    elif config.support is not None and config.support_by in ("seed", "rows"):
+        problem = f"support_by={config.support_by!r} draws the masked weights by their names"
+    elif config.support_others == "drawn":
+        problem = 'support_others="drawn" draws a mask for each weight by its name'
     elif config.coding == "base":
         problem = 'coding="base" holds masks that only the base under its own names can read'
     if problem:

@@ -4,7 +4,7 @@ This is BitDelta's form of a fine-tuned weight (Liu et al. 2024, section 3), wit
 output of a layer instead of one for the layer. Pure functions of tensors, but for `SignDelta`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,6 @@ from pemn_surgery.coding import bits
 from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.product import goes_by_pieces
 from pemn_surgery.masks.rows import Rows
-from pemn_surgery.masks.selector import Selector
 from pemn_surgery.transforms import takes_functions
 
 # Weights changed at a time where no gradient is needed, small beside large layers.
@@ -24,26 +23,11 @@ _PIECE = 1 << 20
 class SignDelta(AdapterMask):
     """One adapter's change of one weight: W + s (2M - 1), M its signs, s a scale for each output.
 
-    The signs are always bits; the scales can be trained.
+    The signs are always bits; the scales (`take_row_scale`) can be trained.
     """
 
     adds = True
     drops = False
-
-    def __init__(
-        self,
-        target: str,
-        shape: tuple[int, ...],
-        selector: Selector,
-        fingerprint: Mapping[str, str] | None = None,
-        *,
-        rows: Rows,
-        row_scale: Tensor,
-        stored: Tensor,
-        is_final: bool = False,
-    ) -> None:
-        super().__init__(target, shape, selector, fingerprint, scaled=False, stored=stored)
-        self.take_row_scale(row_scale, rows, is_final=is_final)
 
     def forward(
         self, weight: Tensor, *, is_scratch: bool = False, dtype: torch.dtype | None = None

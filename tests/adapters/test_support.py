@@ -35,6 +35,7 @@ KINDS = {
     "rows scaled": OWN | {"scale": "row"},
     "flips on a tenth, rows scaled": OWN | {"form": "flip", "support": 0.1, "scale": "row"},
 }
+_WIDE_AND_NARROW = (torch.float32, torch.bfloat16)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -273,6 +274,17 @@ def test_what_the_base_decides_needs_whole_numbers(monkeypatch):
     with pytest.raises(ConfigError, match=r"reads the numbers of 'conv1\.weight', which"):
         model.add_adapter("other", PemnConfig(**KINDS["flips of the largest"]))
     assert set(model.state_dict()) == names
+
+
+def test_what_the_base_decides_is_not_read_from_float16():
+    """Its numbers round otherwise on their way to bfloat16: places would be others."""
+    options = KINDS["flips of the largest"]
+    with pytest.raises(ConfigError, match="held in float16"):
+        pemnify(models.net().half(), **options)
+    wide, narrow = (pemnify(models.net().to(kind), **options) for kind in _WIDE_AND_NARROW)
+    for name, layer in models.mask_layers(wide).items():
+        places = models.mask_layers(narrow)[name].mask_of("default").places
+        models.assert_equal(layer.mask_of("default").places, places, name)
 
 
 def test_flips_are_not_taken_back_on_a_support():

@@ -46,6 +46,7 @@ KINDS = {
     "context": {"bank": "mp", "coding": "context"},
     "pattern": {"bank": "own", "density": 0.4, "density_pattern": {"conv[23]": 0.1, "head": 1.0}},
     "erk": {"bank": "own", "density": "erk"},
+    "largest": {"bank": "own", "form": "flip", "support": 0.2, "support_by": "largest"},
 }
 
 
@@ -135,6 +136,15 @@ def test_names_that_meet_are_refused(tmp_path):
     [
         ({"bank": "own", "bank_init": "signed_constant"}, "draws each weight's numbers by its"),
         ({"bank": "own", "coding": "base"}, 'coding="base"'),
+        ({"bank": "own", "support": 0.2}, "draws the masked weights by their names"),
+        ({"bank": "mp", "support": 0.2, "support_by": "rows"}, "draws the masked weights"),
+        (
+            {
+                **{"bank": "own", "support": 0.2, "support_by": "largest"},
+                "support_others": "drawn",
+            },
+            "draws a mask for each weight by its name",
+        ),
     ],
 )
 def test_what_goes_by_names_cannot_be_renamed(options, said, tmp_path):
