@@ -30,6 +30,7 @@ from pemn_surgery.numbers.fingerprint import (
     shorten,
 )
 from pemn_surgery.planning.roles import full_name
+from pemn_surgery.transforms import gathered
 
 WRAPPED = ("_fsdp_wrapped_module.", "_orig_mod.")
 # Bits of a frozen number's size that are looked at, of a seed's numbers and of a base's own
@@ -129,12 +130,6 @@ def offloaded(module: nn.Module, parameter: str) -> Tensor | None:
     if not getattr(hook, "offload", False) or parameter not in hook.weights_map:
         return None
     return hook.weights_map[parameter]
-
-
-def gathered(value: Tensor) -> Tensor:
-    """Return the whole of a sharded tensor, for which every process asks, others as they are."""
-    gather: Any = getattr(value, "full_tensor", None)
-    return gather() if gather is not None else value
 
 
 def guides_of(

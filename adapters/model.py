@@ -16,7 +16,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
 from torch import Tensor, nn
 
-from pemn_surgery.adapters.base import gathered
 from pemn_surgery.adapters.checks import (
     check_in_place,
     check_mode,
@@ -63,6 +62,7 @@ from pemn_surgery.masks import in_force
 from pemn_surgery.surgery import graphs, layer_groups
 from pemn_surgery.surgery.swapped import mark_forward, unmark_forward
 from pemn_surgery.surgery.undo import undone_on_error
+from pemn_surgery.transforms import gathered
 
 # Who asks without a doubt: transformers' Trainer, for label_smoothing_factor alone.
 _NO_CONFIG = (

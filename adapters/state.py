@@ -15,7 +15,6 @@ from pemn_surgery.adapters.base import (
     base_sizes,
     check_named_base,
     fingerprint_now,
-    gathered,
     guides_of,
     masked_layers,
     warn_of_trained_draws,
@@ -41,6 +40,7 @@ from pemn_surgery.masks.selector import check_finite
 from pemn_surgery.masks.sign_delta import SignDelta
 from pemn_surgery.numbers import fingerprint as fingerprints
 from pemn_surgery.surgery.layer_groups import base_name
+from pemn_surgery.transforms import gathered
 
 StateDict = dict[str, Tensor]
 

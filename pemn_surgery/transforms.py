@@ -2,7 +2,8 @@
 
 Under ``torch.func`` a tensor may stand for many, or carry a tangent; a tracer writes down which
 operations run. There no value is looked at in Python, nothing that was made before is used again,
-and gradients must be those of operations that torch knows.
+and gradients must be those of operations that torch knows. Nor does a process that holds a part of
+a sharded tensor have its values.
 """
 
 from collections.abc import Iterator
@@ -81,3 +82,9 @@ def _has_no_values() -> bool:
         return True
     within = _C._len_torch_dispatch_stack() > 0
     return within and any(_C._get_dispatch_mode(mode) is not None for mode in _RECORDING)
+
+
+def gathered(value: Tensor) -> Tensor:
+    """Return the whole of a sharded tensor, for which every process asks, others as they are."""
+    gather: Any = getattr(value, "full_tensor", None)
+    return gather() if gather is not None else value

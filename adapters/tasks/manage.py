@@ -33,6 +33,21 @@ from pemn_surgery.numbers.fingerprint import Fingerprint
 
 CombinationName = Literal["intersection", "union", "majority", "difference", "xor"]
 
+# What adapters that are made one have in common.
+_ALIKE: dict[str, Callable[[PemnConfig], Any]] = {
+    "have masks of different forms": lambda config: config.form,
+    "scale their masks differently": lambda config: config.scale,
+    "mask different weights (support)": lambda config: config.support_in_force,
+    "leave out weights differently (support_others)": lambda config: config.support_others,
+}
+# What of an adapter is no mask, so that no algebra makes one adapter of several.
+_NO_MASKS: dict[str, Callable[[PemnConfig], bool]] = {
+    "have trained scales beside their masks (scale='row')": lambda config: config.scale == "row",
+    "add signs to the weights (form='sign_delta') and keep or drop none of them": lambda config: (
+        config.form == "sign_delta"
+    ),
+}
+
 
 def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     """Give an adapter another name; all else stays, also which adapters are active.
@@ -63,15 +78,6 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     for holder in (model, getattr(model, "base_model", None)):
         if isinstance(holder, (PeftModel, BaseTuner)):
             holder.active_adapter = _renamed(holder.active_adapter, old, new)
-
-
-# What adapters that are made one have in common.
-_ALIKE: dict[str, Callable[[PemnConfig], Any]] = {
-    "have masks of different forms": lambda config: config.form,
-    "scale their masks differently": lambda config: config.scale,
-    "mask different weights (support)": lambda config: config.support_in_force,
-    "leave out weights differently (support_others)": lambda config: config.support_others,
-}
 
 
 def to_trainable(model: nn.Module, adapter_name: str = "default") -> None:
@@ -217,20 +223,14 @@ def _check_combination(
     if len(weights) != len(adapters) or not all(weight > 0 for weight in weights):
         message = f"{len(adapters)} weights above 0 are needed, one an adapter; got {weights}."
         raise AdapterError(message)
-    scaled = [name for name in adapters if configs[name].scale == "row"]
-    if scaled:
-        message = (
-            f"The adapters {', '.join(scaled)} have trained scales beside their masks "
-            "(scale='row'), of which no union or majority is taken. Merge one of them first."
-        )
-        raise AdapterError(message)
-    signed = [name for name in adapters if configs[name].form == "sign_delta"]
-    if signed:
-        message = (
-            f"The adapters {', '.join(signed)} add signs to the weights (form='sign_delta') and "
-            "keep or drop none of them: activate several at once, and they add up."
-        )
-        raise AdapterError(message)
+    for problem, has in _NO_MASKS.items():
+        found = [name for name in adapters if has(configs[name])]
+        if found:
+            message = (
+                f"The adapters {', '.join(found)} {problem}: activate several at once, and they "
+                "apply in turn."
+            )
+            raise AdapterError(message)
     for of_what, told in _ALIKE.items():
         found = {name: told(configs[name]) for name in adapters}
         if len(set(found.values())) > 1:

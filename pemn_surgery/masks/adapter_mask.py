@@ -19,7 +19,7 @@ from pemn_surgery.masks.product import (
 )
 from pemn_surgery.masks.rows import Rows, scaled_rows
 from pemn_surgery.masks.selector import Selector
-from pemn_surgery.transforms import can_be_read, is_transformed, untransformed
+from pemn_surgery.transforms import can_be_read, gathered, is_transformed, untransformed
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,10 @@ class AdapterMask(nn.Module):
     def _masked(self, weight: Tensor, *, is_scratch: bool, dtype: torch.dtype) -> Tensor:
         if self.places is None:
             return self._apply_to(weight, self.scores, is_scratch=is_scratch, dtype=dtype)
-        there, whole = self.places, spread(_gathered(weight), self.shape)
+        # FSDP reads layers' weights between forwards, in every process, when they are sharded.
+        there, whole = self.places, spread(gathered(weight), self.shape)
         part = whole.reshape(-1).index_select(0, there)
-        scores = None if self.scores is None else _gathered(self.scores)
+        scores = None if self.scores is None else gathered(self.scores)
         changed = self._apply_to(part, scores, is_scratch=True, dtype=weight.dtype)
         if self.others is not None:
             whole = whole * bits.unpack(self.others, self.shape)
@@ -235,15 +236,6 @@ class AdapterMask(nn.Module):
         held = "scores" if self.scores is not None else "bits"
         part = "" if self.places is None else f", {self.weights} of them"
         return f"{self.selector.name}, {held}, shape={tuple(self.shape)}{part}"
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that FSDP has sharded, which no place can be found in.
-
-    FSDP reads layers' weights between forwards, in every process, when it collects a state dict.
-    """
-    gather: Any = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def _without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

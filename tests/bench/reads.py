@@ -140,7 +140,8 @@ def main() -> int:
         from pemn_surgery.kernels import library
         from pemn_surgery.report.machine import environment
 
-        result = {"command": " ".join(["python -m tests.bench.reads", *sys.argv[1:]])}
+        words = ["CHECKOUT" if word == str(given.against) else word for word in sys.argv[1:]]
+        result = {"command": " ".join(["python -m tests.bench.reads", *words])}
         result |= {"environment": environment(), "kernels": library.describe()}
         given.json.write_text(json.dumps(result | rows, indent=1) + "\n", encoding="utf-8")
     return 0

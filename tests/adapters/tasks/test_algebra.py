@@ -219,7 +219,7 @@ def test_signs_are_refused(tmp_path):
     model.load_adapter(tmp_path / "a", "b")
     with pytest.raises(errors.AdapterError) as error:
         model.add_weighted_adapter(["a", "b"], None, "new", "union")
-    says(error, "a, b", "sign_delta", "add up")
+    says(error, "a, b", "sign_delta", "apply in turn")
 
 
 def test_deep_copies_are_independent():
