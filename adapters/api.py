@@ -12,6 +12,7 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.file_size import frame_bytes
 from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, followed, plan_for
+from pemn_surgery.adapters.injection.pretrained import lost_by
 from pemn_surgery.adapters.names import check_adapter_name
 from pemn_surgery.adapters.options import check_names, check_values
 from pemn_surgery.errors import ConfigError
@@ -88,7 +89,8 @@ def plan(
     check_model(model)
     settle_heads(chosen, model)
     result = plan_for(model, chosen, follow_forward(model, chosen, inputs))
-    return replace(result, frame_bytes=frame_bytes(result, model, chosen))
+    lost = lost_by(chosen, model, result)
+    return replace(result, frame_bytes=frame_bytes(result, model, chosen), lost=lost)
 
 
 def make_config(config: PemnConfig | None, options: Mapping[str, Any]) -> PemnConfig:

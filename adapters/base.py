@@ -148,7 +148,7 @@ def guides_of(
 
 def is_guessed(layer: PemnLayer, config: PemnConfig) -> bool:
     """Tell whether the size of an initial score says anything of an adapter's mask."""
-    drawn = isinstance(config.score_init, str) and config.form != "sign_delta"
+    drawn = config.score_init == "kaiming_uniform" and config.form != "sign_delta"
     return drawn and config.selector_of(None).uses_magnitude
 
 

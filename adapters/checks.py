@@ -126,11 +126,13 @@ def check_signs(model: nn.Module, plan: Plan, config: PemnConfig) -> None:
     """
     if config.form != "sign_delta":
         return
-    if config.origin.fingerprint is None and not do_signs_follow():
+    fixed = config.has_fixed_signs and config.origin.fingerprint is None
+    if fixed and not do_signs_follow():
         message = (
-            'PemnConfig got form="sign_delta", whose signs come from a fine-tuned model: call '
-            'from_finetuned(base, finetuned, method="sign_delta"), or load an adapter that it '
-            "made. Nothing was changed."
+            f'PemnConfig got form="sign_delta", score_init={config.score_init!r}: signs that all '
+            'begin alike do not learn. Leave score_init out (it is "normal" then) to train signs '
+            "and scales, or take the signs of a fine-tuned model, "
+            'from_finetuned(base, finetuned, method="sign_delta"). Nothing was changed.'
         )
         raise ConfigError(message)
     read = _read_by_graphs(model, plan)

@@ -32,6 +32,7 @@ from pemn_surgery.adapters.options import (
     refuse_in_force,
     shown,
 )
+from pemn_surgery.adapters.presets import PRESETS, Preset, PresetName, Training
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
@@ -41,36 +42,13 @@ from pemn_surgery.numbers.support import OthersName, Support, SupportName
 from pemn_surgery.planning.densities import ErkName, densities_by_name, erdos_renyi_kernel
 from pemn_surgery.planning.request import NewRows, RestName, TiedName
 
-PresetName = Literal["pemn", "edge_popup", "piggyback", "self_masking"]
+ScoreInitName = Literal["kaiming_uniform", "normal", "magnitude", "magnitude_shuffled"]
 ScaleName = Literal["sqrt_density", "row", "matrix"]
 FormName = Literal["product", "flip", "sign_delta"]
 
-# The papers' settings; METHODS in docs/methods.md has their sections.
-_PRESETS: dict[str, dict[str, Any]] = {
-    "pemn": {"bank": "mp", "selector": "topk", "density": 0.5, "rest": "train"},
-    "edge_popup": {
-        "bank": "own",
-        "bank_init": "signed_constant",
-        "selector": "topk",
-        "density": 0.5,
-        "rest": "stats",
-    },
-    "piggyback": {
-        "bank": "own",
-        "selector": "threshold",
-        "threshold": 5e-3,
-        "score_init": 1e-2,
-        "rest": "freeze",
-    },
-    "self_masking": {
-        "bank": "own",
-        "selector": "threshold",
-        "threshold": 0.0,
-        "score_init": 1.0,
-        "scale": "sqrt_density",
-        "rest": "stats",
-    },
-}
+
+# Initial scores that are made of the frozen numbers.
+FROM_WEIGHTS = ("magnitude", "magnitude_shuffled")
 
 
 @dataclass(frozen=True)
@@ -106,24 +84,35 @@ class PemnConfig(PeftConfig):
         scale_fan: Divide the variance of drawn numbers by ``density`` (edge-popup).
         seed: Seed of the bank and of the initial scores.
         selector: "topk" keeps the ``density`` largest magnitudes of every weight's scores,
-            "threshold" the scores above ``threshold``.
-        density: Share of ones of every mask for "topk", 0 < density <= 1. "erk": shares by the
-            weights' shapes, larger ones sparser, that are ``overall_density`` together:
+            "threshold" the scores above ``threshold``. Default "threshold" on the weights that a
+            model has (``bank="own"``, not drawn), so that training starts from the model as it is,
+            and "topk" otherwise, or where a density is given.
+        density: Share of ones of every mask for "topk", 0 < density <= 1. Default .5. "erk": shares
+            by the weights' shapes, larger ones sparser, that are ``overall_density`` together:
             Erdos-Renyi-Kernel (docs/methods.md).
         overall_density: For "erk": share of ones over all masks. Default .5.
         density_pattern: Shares of ones by regular expressions, for weights that differ from
             ``density``: {"layer4.*conv1": .2}. They match the end of a module's path, as PEFT's
             ``rank_pattern``, or of a weight's name; the first that fits counts.
         threshold: For "threshold".
-        score_init: A number, or "kaiming_uniform". Default "kaiming_uniform" for "topk" and
-            ``threshold`` + .01 for "threshold".
+        score_init: Where scores begin. A number; "kaiming_uniform", default of "topk"; "normal",
+            from ``score_mean`` and ``score_std``; "magnitude", the sizes of the frozen numbers, or
+            "magnitude_shuffled", the same in another order of each weight. Default of "threshold":
+            ``threshold`` + .01, so that training starts with all ones; of ``form="sign_delta"``
+            "normal" around the threshold.
+        score_mean: For "normal". Default ``threshold`` for ``form="sign_delta"``, and otherwise
+            four ``score_std`` above it.
+        score_std: For "normal", default .01; for "magnitude" that of normal noise on top, default
+            0.
         scale: None; "sqrt_density": multiply by 1 / sqrt(density of the mask); or "row": by a
             factor for each output, trained from 1 and saved as a float beside the mask. With
             ``form="sign_delta"`` None is a scale for each output, "matrix" one for each matrix.
         form: What a mask M does to the frozen weight W. "product": W x M (and ``scale``). "flip":
             W (2M - 1), so that signs change where M is zero (Self-Masking Networks' released code).
-            "sign_delta": W + s (2M - 1), s a float scale for each output (BitDelta); only with
-            ``bank="own"`` on the model's own values, made by `from_finetuned`.
+            "sign_delta": W + s (2M - 1), s a float scale for each output; only with ``bank="own"``
+            on the model's own values. s is trained from zero, and M with it; those that
+            `from_finetuned` makes have the signs of a fine-tuned model's change (BitDelta), and a
+            number as ``score_init``.
         support: Share of every weight's numbers that can change, 0 < support < 1: these alone have
             scores and bits, all others keep their frozen value. Default: all can.
         support_by: Which these are. "seed": single weights, drawn from ``seed``. "rows": whole
@@ -188,12 +177,14 @@ class PemnConfig(PeftConfig):
     bank_init: InitName | None = None
     scale_fan: bool = False
     seed: int = 0
-    selector: SelectorName = "topk"
-    density: float | ErkName = 0.5
+    selector: SelectorName | None = None
+    density: float | ErkName | None = None
     overall_density: float | None = None
     density_pattern: dict[str, float] | None = None
     threshold: float = 0.0
-    score_init: float | str | None = None
+    score_init: float | ScoreInitName | None = None
+    score_mean: float | None = None
+    score_std: float | None = None
     scale: ScaleName | None = None
     form: FormName = "product"
     support: float | None = None
@@ -223,6 +214,7 @@ class PemnConfig(PeftConfig):
         # Every saved configuration names PEFT's version; one that was saved is taken as it is.
         is_new = self.peft_version is None and self.fingerprint is None
         given = [name for name, value in values.items() if value != _DEFAULTS[name]]
+        self._settle_selector()
         refuse_idle(self, idle_options(self, given, is_new=is_new))
         super().__post_init__()
         # Runtime only: whether an adapter of a model was made by these settings, which hold then.
@@ -272,13 +264,14 @@ class PemnConfig(PeftConfig):
 
     @classmethod
     def preset(cls, name: PresetName, **changes: Any) -> "PemnConfig":
-        """Return a paper's settings.
+        """Return settings that are known to work; `training` has the rates that belong to them.
 
         Args:
-            name: "pemn" (Bai et al. 2022), "edge_popup" (Ramanujan et al. 2020), "piggyback"
-                (Mallya et al. 2018) or "self_masking" (Warmerdam et al. 2024).
-            **changes: Fields that differ from the paper; a setting of the paper that they make
-                meaningless is left out.
+            name: A paper's: "pemn" (Bai et al. 2022), "edge_popup" (Ramanujan et al. 2020),
+                "piggyback" (Mallya et al. 2018) or "self_masking" (Warmerdam et al. 2024); or a
+                first guess for a pretrained model of "text" or "image".
+            **changes: Fields that differ; a setting of the preset that they make meaningless is
+                left out.
 
         Returns:
             The configuration.
@@ -286,14 +279,21 @@ class PemnConfig(PeftConfig):
         Raises:
             ConfigError: If there is no such preset, or a change is not allowed.
         """
-        if not isinstance(name, str) or name not in _PRESETS:
-            message = f"There is no preset {shown(name)}; choose one of {', '.join(_PRESETS)}."
-            raise ConfigError(message)
+        preset = _preset(name)
         check_values(changes)
         check_names(changes)
-        options = {**_PRESETS[name], **changes}
+        options = {**preset.options, **changes}
         idle = idle_options(SimpleNamespace(**{**_DEFAULTS, **options}), options, is_new=True)
         return cls(**{key: options[key] for key in options if key in changes or key not in idle})
+
+    @classmethod
+    def training(cls, name: PresetName) -> Training:
+        """Return the optimizer, rates and schedule that belong to a preset.
+
+        Raises:
+            ConfigError: If there is no such preset.
+        """
+        return _preset(name).training
 
     @classmethod
     def from_pretrained(
@@ -404,7 +404,7 @@ class PemnConfig(PeftConfig):
             ConfigError: If a pattern fits none of the names; an adapter's file that is of another
                 model is refused by its masks.
         """
-        if self.selector not in TAKES_DENSITY or self.form == "sign_delta":
+        if self.selector not in TAKES_DENSITY or self.has_fixed_signs:
             return {}
         is_new = self.origin.file is None
         named = densities_by_name(shapes, self.density_pattern or {}, all_fit=is_new)
@@ -412,6 +412,11 @@ class PemnConfig(PeftConfig):
         if self.density == "erk":
             return {**named, **erdos_renyi_kernel(others, self._overall)}
         return {**named, **dict.fromkeys(others, self._overall)}
+
+    @property
+    def has_fixed_signs(self) -> bool:
+        """Whether masks are the signs of a fine-tuned model's change, which nobody trains."""
+        return self.form == "sign_delta" and not isinstance(self.score_init, str)
 
     @property
     def support_in_force(self) -> Support | None:
@@ -422,7 +427,17 @@ class PemnConfig(PeftConfig):
 
     def selector_of(self, density: float | None) -> Selector:
         """Return how a mask is chosen from scores, given the weight's density, if any."""
-        return Selector(self.selector, 0.5 if density is None else density, self.threshold)
+        name = cast("SelectorName", self.selector)
+        return Selector(name, 0.5 if density is None else density, self.threshold)
+
+    def _settle_selector(self) -> None:
+        """Choose by what is given beside it; what is idle is told by the selector."""
+        asks_density = any((self.density, self.overall_density, self.density_pattern))
+        if self.selector is None:
+            keeps_model = self.bank == "own" and self.bank_init in (None, "model")
+            self.selector = "threshold" if keeps_model and not asks_density else "topk"
+        if self.density is None:
+            self.density = 0.5
 
     def _fill_in_defaults(self) -> None:
         if self.bank_init is None:
@@ -431,11 +446,20 @@ class PemnConfig(PeftConfig):
             self.ratio = 1e-2
         if self.density == "erk" and self.overall_density is None:
             self.overall_density = 0.5
-        if self.score_init is None:
-            above = self.threshold + 0.01
-            self.score_init = "kaiming_uniform" if self.selector == "topk" else above
+        self._fill_in_scores()
         if self.rest is None:
             self.rest = "stats" if self.bank_init == "model" else "train"
+
+    def _fill_in_scores(self) -> None:
+        learns_signs = self.form == "sign_delta"
+        if self.score_init is None and self.selector in TAKES_DENSITY:
+            self.score_init = "kaiming_uniform"
+        elif self.score_init is None:
+            self.score_init = "normal" if learns_signs else self.threshold + 0.01
+        if self.score_init == "normal":
+            self.score_std = 0.01 if self.score_std is None else self.score_std
+            if self.score_mean is None:
+                self.score_mean = self.threshold + (0.0 if learns_signs else 4 * self.score_std)
 
     def _check_form(self) -> None:
         if self.form == "sign_delta" and (self.bank != "own" or self.bank_init != "model"):
@@ -459,6 +483,13 @@ class PemnConfig(PeftConfig):
                 f"layers_pattern={shown(self.layers_pattern)} was given alone."
             )
             raise ConfigError(message)
+
+
+def _preset(name: str) -> Preset:
+    if not isinstance(name, str) or name not in PRESETS:
+        message = f"There is no preset {shown(name)}; choose one of {', '.join(PRESETS)}."
+        raise ConfigError(message)
+    return PRESETS[name]
 
 
 _DEFAULTS: dict[str, Any] = {item.name: item.default for item in fields(PemnConfig)}

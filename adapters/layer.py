@@ -8,7 +8,7 @@ of the base.
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from pemn_surgery.adapters import quantised
-from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.config import FROM_WEIGHTS, PemnConfig
 from pemn_surgery.coding import bits
 from pemn_surgery.errors import ConfigError, NonFiniteScoresError, PemnWarning
 from pemn_surgery.masks import in_force
@@ -25,7 +25,7 @@ from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.flip import FlipMask
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.masks.selector import Selector, check_finite
-from pemn_surgery.masks.sign_delta import SignDelta
+from pemn_surgery.masks.sign_delta import SignDelta, unit_of
 from pemn_surgery.numbers import rng
 from pemn_surgery.numbers.bank import Bank, BankSpec
 from pemn_surgery.numbers.support import Support
@@ -34,6 +34,12 @@ from pemn_surgery.planning.roles import rows_of, scale_rows_of
 from pemn_surgery.surgery import operate
 
 _INT32 = 2**31  # places below it are held in half the memory
+
+_KINDS: dict[str, type[AdapterMask]] = {
+    "product": AdapterMask,
+    "flip": FlipMask,
+    "sign_delta": SignDelta,
+}
 
 
 class PemnTunerLayer(BaseTunerLayer):
@@ -163,29 +169,28 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         """Give an adapter its mask of this weight.
 
         With ``inference_mode`` the mask is bits, unless scores are kept: the place for them where a
-        file is about to be read, else the initial mask. A sign delta's signs and scales always come
-        later.
+        file is about to be read, else the initial mask. Signs of a fine-tuned model's change, and
+        their scales, always come later.
         """
-        make = self._sign_delta if config.form == "sign_delta" else self._mask
-        self.pemn_masks[adapter_name] = make(config, fingerprint, config.selector_of(density))
+        self.pemn_masks[adapter_name] = self._mask(config, fingerprint, config.selector_of(density))
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def _mask(
         self, config: PemnConfig, fingerprint: Mapping[str, str], selector: Selector
     ) -> AdapterMask:
-        holds_bits = config.inference_mode and not config.keep_scores
-        loading = holds_bits and config.origin.file is not None
+        is_final = config.inference_mode and not config.keep_scores
+        holds_bits = is_final or config.has_fixed_signs
+        loading = config.has_fixed_signs or (is_final and config.origin.file is not None)
         places = self._places(config)
         shape = self.shape if places is None else tuple(places.shape)
-        scores = None if loading else initial_scores(config, self.target, shape, self.fan_in)
+        scores = None if loading else self._initial_scores(config, places, shape)
         stored = None
         if holds_bits:
             weights = int(torch.Size(shape).numel())
             start = scores if scores is not None else torch.empty(0)
             stored = bits.empty(weights) if loading else bits.pack(selector.mask(start))
             scores = None
-        kind = FlipMask if config.form == "flip" else AdapterMask
-        mask = kind(
+        mask = _KINDS[config.form](
             self.target,
             self.shape,
             selector,
@@ -196,10 +201,31 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             places=places,
             others=self._others(config, selector.density),
         )
-        if config.scale == "row":
+        if not isinstance(config.score_init, str):
+            mask.start = config.score_init
+        if isinstance(mask, SignDelta):
+            self._scale_signs(mask, config)
+        elif config.scale == "row":
             rows = rows_of(self.owner, self.shape)
             mask.take_row_scale(torch.ones(rows.count), rows, is_final=config.inference_mode)
         return mask
+
+    def _scale_signs(self, mask: SignDelta, config: PemnConfig) -> None:
+        rows = scale_rows_of(self.owner, self.shape, one_a_matrix=config.scale == "matrix")
+        mask.take_row_scale(torch.zeros(rows.count), rows, is_final=config.inference_mode)
+        mask.learns = not config.has_fixed_signs
+        if mask.scores is not None:
+            mask.unit = unit_of(self.fan_in)
+
+    def _initial_scores(
+        self, config: PemnConfig, places: Tensor | None, shape: tuple[int, ...]
+    ) -> Tensor:
+        if config.score_init not in FROM_WEIGHTS:
+            return initial_scores(config, self.target, shape, self.fan_in)
+        values = self._frozen_numbers(f'score_init="{config.score_init}"', "take a drawn one")
+        there = values.reshape(-1) if places is None else values.reshape(-1)[places]
+        sizes = there.abs().float().cpu().view(shape)
+        return initial_scores(config, self.target, shape, self.fan_in, sizes)
 
     def _places(self, config: PemnConfig) -> Tensor | None:
         """Return where the weights lie that an adapter masks; None: all of them."""
@@ -221,29 +247,26 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
     def _told_by(self, support: Support) -> Tensor:
         """Return the frozen numbers that decide which weights are masked."""
-        values = self.fill().detach()
-        is_sharded = tuple(values.shape) != tuple(self.shape) or hasattr(values, "full_tensor")
-        if is_sharded or values.dtype == torch.float16:
+        asked, instead = f'support_by="{support.by}"', 'take support_by="seed"'
+        values = self._frozen_numbers(asked, instead)
+        if values.dtype == torch.float16:
             # float16 rounds numbers otherwise on their way to bfloat16, so places would differ
-            problem = "sharded" if is_sharded else "held in float16"
-            message = (
-                f'support_by="{support.by}" reads the numbers of {self.target!r}, which are '
-                f"{problem}; add the adapter where they are whole and in float32 or bfloat16, or "
-                'take support_by="seed". Nothing was changed.'
-            )
-            raise ConfigError(message)
+            self._refuse_numbers(asked, "held in float16", instead)
         return values
 
-    def _sign_delta(
-        self, config: PemnConfig, fingerprint: Mapping[str, str], selector: Selector
-    ) -> SignDelta:
-        rows = scale_rows_of(self.owner, self.shape, one_a_matrix=config.scale == "matrix")
-        stored = bits.empty(math.prod(self.shape))
-        mask = SignDelta(
-            self.target, self.shape, selector, fingerprint, scaled=False, stored=stored
+    def _frozen_numbers(self, asked: str, instead: str) -> Tensor:
+        """Return the numbers under the masks, for an option that reads them."""
+        values = self.fill().detach()
+        if tuple(values.shape) != tuple(self.shape) or hasattr(values, "full_tensor"):
+            self._refuse_numbers(asked, "sharded", instead)
+        return values
+
+    def _refuse_numbers(self, asked: str, problem: str, instead: str) -> NoReturn:
+        message = (
+            f"{asked} reads the numbers of {self.target!r}, which are {problem}; add the adapter "
+            f"where they are whole and in float32 or bfloat16, or {instead}. Nothing was changed."
         )
-        mask.take_row_scale(torch.zeros(rows.count), rows, is_final=config.inference_mode)
-        return mask
+        raise ConfigError(message)
 
     def mask_of(self, adapter_name: str) -> AdapterMask:
         """Return an adapter's mask of this weight."""
@@ -336,18 +359,45 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
             mask.to(where)
 
 
-def initial_scores(config: PemnConfig, target: str, shape: tuple[int, ...], fan_in: int) -> Tensor:
+def initial_scores(
+    config: PemnConfig,
+    target: str,
+    shape: tuple[int, ...],
+    fan_in: int,
+    sizes: Tensor | None = None,
+) -> Tensor:
     """Return the scores that training starts from, float32, the same on every machine.
 
-    They are a constant, or U(-b, b) with b = 1 / sqrt(fan_in), which is torch's
-    ``kaiming_uniform_(a=sqrt(5))`` (PEMN's released code; edge-popup). Each weight has a stream of
-    its own, by its name.
+    They are a constant; or U(-b, b) with b = 1 / sqrt(fan_in), which is torch's
+    ``kaiming_uniform_(a=sqrt(5))`` (PEMN's released code; edge-popup); or from N(mean, std); or the
+    frozen numbers' sizes with noise from N(0, std), shuffled first or not. Each weight has a stream
+    of its own, by its name.
+
+    Args:
+        config: The configuration.
+        target: Name of the weight.
+        shape: Shape of its mask.
+        fan_in: Inputs that one output sums over.
+        sizes: Magnitudes of the frozen numbers, float32 of that shape. None, where they are not at
+            hand, puts 1 / sqrt(fan_in) in their place.
     """
-    if not isinstance(config.score_init, str):
-        return torch.full(shape, cast("float", config.score_init), dtype=torch.float32)
-    count = int(torch.Size(shape).numel())
-    values: Any = rng.uniform(config.seed, scores_stream(target), count, fan_in**-0.5)
-    return torch.from_numpy(values).view(shape)
+    init, count, stream = config.score_init, math.prod(shape), scores_stream(target)
+    if not isinstance(init, str):
+        return torch.full(shape, cast("float", init), dtype=torch.float32)
+    if init == "kaiming_uniform":
+        return _tensor(rng.uniform(config.seed, stream, count, fan_in**-0.5)).view(shape)
+    drawn = _tensor(rng.normal(config.seed, stream, count, config.score_std or 0.0)).view(shape)
+    if init == "normal":
+        return drawn + cast("float", config.score_mean)
+    start = torch.full(shape, fan_in**-0.5) if sizes is None else sizes
+    if init == "magnitude_shuffled":
+        order = _tensor(rng.permutation(config.seed, f"{stream}/order", count))
+        start = start.reshape(-1)[order].view(shape)
+    return start + drawn
+
+
+def _tensor(values: Any) -> Tensor:
+    return torch.from_numpy(values)
 
 
 def words_of(values: Tensor) -> np.ndarray:

@@ -44,6 +44,7 @@ from pemn_surgery.adapters.injection.new_rows import (
     tell_sizes,
 )
 from pemn_surgery.adapters.injection.operation import Operation
+from pemn_surgery.adapters.injection.pretrained import lost_by, warn_of_lost_weights
 from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
 from pemn_surgery.adapters.names import check_adapter_name, saved_whole, without_name
 from pemn_surgery.adapters.quantised import check_can_store
@@ -110,6 +111,7 @@ class PemnModel(BaseTuner):
         check_can_be_stored(model, plan)
         if not any(isinstance(module, PemnLayer) for module in model.modules()):
             warn_of_low_coverage(plan, peft_config)
+            warn_of_lost_weights(lost_by(peft_config, model, plan))
         warn_of_heads(peft_config, model, plan)
         warn_of_extra_state(model, peft_config)
         if plan.frozen_norms:

@@ -24,6 +24,7 @@ from pemn_surgery.planning.request import RestName, TiedName
 _LARGEST = 3.4e38  # of float32
 _MOST_DIGITS = 1000  # Python itself turns no more than 4,300 into text
 _SHOWN = 200  # characters of a value in an error
+SCORE_INITS = ("kaiming_uniform", "normal", "magnitude", "magnitude_shuffled")
 _FINGERPRINT = re.compile("[0-9a-f]{16}")
 
 
@@ -118,10 +119,12 @@ OPTIONS: dict[str, Option] = {
     "bank_init": _choice(None, *get_args(InitName)),
     "scale_fan": _FLAG,
     "seed": _WHOLE,
-    "selector": _choice(*get_args(SelectorName)),
-    "density": Option(
-        f"{_SHARE.needed}, or 'erk'",
-        lambda value: value == "erk" if _is_text(value) else _is_share(value),
+    "selector": _choice(None, *get_args(SelectorName)),
+    "density": _or_none(
+        Option(
+            f"{_SHARE.needed}, 'erk'",
+            lambda value: value == "erk" if _is_text(value) else _is_share(value),
+        )
     ),
     "overall_density": _or_none(_SHARE),
     "density_pattern": _or_none(
@@ -136,9 +139,13 @@ OPTIONS: dict[str, Option] = {
     "threshold": _NUMBER,
     "score_init": _or_none(
         Option(
-            "'kaiming_uniform', a finite number",
-            lambda value: value == "kaiming_uniform" if _is_text(value) else is_number(value),
+            f"one of {', '.join(map(repr, SCORE_INITS))}, a finite number",
+            lambda value: value in SCORE_INITS if _is_text(value) else is_number(value),
         )
+    ),
+    "score_mean": _or_none(_NUMBER),
+    "score_std": _or_none(
+        Option("a finite number of at least 0", lambda value: is_number(value) and value >= 0)
     ),
     "scale": _choice(None, "sqrt_density", "row", "matrix"),
     "form": _choice("product", "flip", "sign_delta"),
@@ -267,9 +274,10 @@ def _draws_numbers(config: Any) -> bool:
 
 
 def _draws_scores(config: Any) -> bool:
-    is_constant = is_number(config.score_init)
-    by_default = config.score_init is None and config.selector == "threshold"
-    return config.form != "sign_delta" and not is_constant and not by_default
+    if config.score_init is None:
+        return config.selector != "threshold" or config.form == "sign_delta"
+    is_exact = config.score_init == "magnitude" and not config.score_std
+    return not is_number(config.score_init) and not is_exact
 
 
 def _draws_support(config: Any) -> bool:
@@ -281,11 +289,16 @@ def _permutes(config: Any) -> bool:
 
 
 _OTHER_BANK = 'it belongs to bank="rp", not bank="{bank}"'
-_SIGNS = 'it belongs to other forms than "sign_delta", whose signs come from a fine-tuned model'
+_SIGNS = "it belongs to masks that are trained; these signs come from a fine-tuned model"
 
 
-def _is_sign_delta(config: Any) -> bool:
-    return config.form == "sign_delta"
+def _has_fixed_signs(config: Any) -> bool:
+    return config.form == "sign_delta" and is_number(config.score_init)
+
+
+def _is_normal(config: Any) -> bool:
+    by_default = config.form == "sign_delta" and config.selector == "threshold"
+    return config.score_init == "normal" or (config.score_init is None and by_default)
 
 
 IDLE: tuple[Idle, ...] = (
@@ -335,7 +348,7 @@ IDLE: tuple[Idle, ...] = (
         for name in ("overall_density", "density_pattern")
     ),
     *(
-        Idle(name, _is_sign_delta, _SIGNS)
+        Idle(name, _has_fixed_signs, _SIGNS)
         for name in ("overall_density", "density_pattern", "new_rows", "support")
     ),
     Idle(
@@ -361,13 +374,13 @@ IDLE: tuple[Idle, ...] = (
         lambda config: config.selector not in TAKES_DENSITY and not config.scale_fan,
         'it belongs to selector="topk" (or to scale_fan=True), not selector="{selector}"',
     ),
-    Idle("density", _is_sign_delta, _SIGNS),
+    Idle("density", _has_fixed_signs, _SIGNS),
     Idle(
         "threshold",
         lambda config: config.selector != "threshold",
         'it belongs to selector="threshold", not selector="{selector}"',
     ),
-    Idle("threshold", _is_sign_delta, _SIGNS),
+    Idle("threshold", _has_fixed_signs, _SIGNS),
     Idle(
         "score_init",
         lambda config: config.selector == "topk" and is_number(config.score_init),
@@ -375,7 +388,24 @@ IDLE: tuple[Idle, ...] = (
         "have no order",
         in_files=True,
     ),
-    Idle("score_init", _is_sign_delta, _SIGNS),
+    Idle(
+        "score_mean",
+        lambda config: not _is_normal(config),
+        'it belongs to score_init="normal", not score_init={score_init!r}',
+        in_files=True,
+    ),
+    Idle(
+        "score_std",
+        lambda config: is_number(config.score_init) or config.score_init == "kaiming_uniform",
+        'it belongs to score_init="normal" and "magnitude", not score_init={score_init!r}',
+        in_files=True,
+    ),
+    Idle(
+        "score_std",
+        lambda config: config.score_init is None and not _is_normal(config),
+        'it belongs to score_init="normal" and "magnitude": say which',
+        in_files=True,
+    ),
     Idle(
         "scale",
         lambda config: config.form == "sign_delta" and config.scale != "matrix",
@@ -398,7 +428,7 @@ IDLE: tuple[Idle, ...] = (
     Idle(
         "scale",
         lambda config: config.form != "sign_delta" and config.scale == "matrix",
-        'it belongs to form="sign_delta", which from_finetuned makes, not form="{form}"',
+        'it belongs to form="sign_delta", not form="{form}"',
         in_files=True,
     ),
 )

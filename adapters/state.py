@@ -34,10 +34,10 @@ from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.adapters.within import set_within
 from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.header import UNKNOWN_BASE, StoredMask, inspect, refuse
-from pemn_surgery.errors import ArchitectureError, PemnWarning
+from pemn_surgery.errors import ArchitectureError, PemnWarning, TrainingWarning
 from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.selector import check_finite
-from pemn_surgery.masks.sign_delta import SignDelta
+from pemn_surgery.masks.sign_delta import SignDelta, unit_of
 from pemn_surgery.numbers import fingerprint as fingerprints
 from pemn_surgery.surgery.layer_groups import base_name
 from pemn_surgery.transforms import gathered
@@ -77,8 +77,10 @@ def pack_for_file(
         path, _, kind = key.rpartition(".")
         mask = masks.get(path)
         whole = gathered(value)
-        if mask is None or kind == "row_scale":
+        if mask is None:
             saved[key] = whole
+        elif kind == "row_scale":
+            saved[key] = whole if are_scores_kept(config) else whole * unit_in(mask)
         elif kind == "bits":
             saved[key] = _on_base(whole, base)
         elif are_scores_kept(config):
@@ -86,8 +88,31 @@ def pack_for_file(
         else:
             check_finite(whole, mask.target)
             saved[f"{path}.bits"] = bits.pack(mask.selector.mask(whole), base)
+    _warn_of_ones(saved, masks)
     coded = _coded(saved, layers, masks, config) if config.coding != "bits" else saved
     return AdapterEntries(coded, config.rows_by_name)
+
+
+def _warn_of_ones(saved: Mapping[str, Tensor], masks: Mapping[str, AdapterMask]) -> None:
+    """Say that an adapter changes nothing: no score of any mask was trained past its threshold."""
+    stored = {
+        path: saved.get(f"{path}.bits")
+        for path, mask in masks.items()
+        if mask.scores is not None and not mask.selector.uses_magnitude
+    }
+    found = [value for value in stored.values() if value is not None]
+    if found and len(found) == len(masks) and all(map(_is_all_ones, found)):
+        warnings.warn(
+            f"All {len(found)} masks keep every weight as it is: no score was trained past its "
+            "threshold, so the saved adapter leaves the base's weights unchanged. Raise the "
+            "learning rate of the scores; PemnCallback says while training what it should be.",
+            TrainingWarning,
+            stacklevel=3,
+        )
+
+
+def _is_all_ones(stored: Tensor) -> bool:
+    return bits.count_ones(stored) == inspect(stored, "the mask").weights
 
 
 class AdapterEntries(dict[str, Tensor]):
@@ -150,7 +175,8 @@ def prepare_for_model(
             numbers = partial(base_sizes, layers[mask.target], mask.places)
             value = codec.decode(value, key, numbers)
         if kind == "row_scale":
-            loaded[key] = value
+            beside_scores = mask_key(mask.target, "scores") in given
+            loaded[key] = _scale_as_held(value, mask, layers[mask.target], beside_scores)
             continue
         held = "scores" if mask.scores is not None else "bits"
         lossy += held == "scores" and kind == "bits"
@@ -227,7 +253,8 @@ def _coded(
 
 def _kinds(mask: AdapterMask) -> tuple[str, ...]:
     """Return what a file may hold of a mask: bits or scores, or signs alone, and scales."""
-    chosen_by = ("bits",) if isinstance(mask, SignDelta) else ("bits", "scores")
+    is_fixed = isinstance(mask, SignDelta) and not mask.learns
+    chosen_by = ("bits",) if is_fixed else ("bits", "scores")
     return chosen_by if mask.row_scale is None else (*chosen_by, "row_scale")
 
 
@@ -326,6 +353,23 @@ def _check_size(key: str, kind: str, count: int, mask: AdapterMask) -> None:
             f"model that the adapter was {made} for. Nothing was loaded."
         )
         raise ArchitectureError(message)
+
+
+def unit_in(mask: AdapterMask) -> float:
+    """Return what a mask's scales are multiples of, a power of two."""
+    return mask.unit if isinstance(mask, SignDelta) else 1.0
+
+
+def _scale_as_held(
+    value: Tensor, mask: AdapterMask, layer: PemnLayer, beside_scores: bool
+) -> Tensor:
+    """Return scales of a file, which are multiples of a unit beside scores, as a model holds them.
+
+    Units are powers of two, so that nothing is rounded.
+    """
+    learns = isinstance(mask, SignDelta) and mask.learns
+    of_file = unit_of(layer.fan_in) if learns and beside_scores else 1.0
+    return value * (of_file / unit_in(mask))
 
 
 def _make_wide_enough(mask: AdapterMask, value: Tensor) -> None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     )
     from pemn_surgery.adapters.foreign.pruned import masks_between, masks_of_pruned, unprune
     from pemn_surgery.adapters.model import PemnModel
+    from pemn_surgery.adapters.param_groups import param_groups
+    from pemn_surgery.adapters.presets import Training
     from pemn_surgery.adapters.tasks.flips import Flips, take_back_flips
     from pemn_surgery.adapters.tasks.inference import TaskGuess, infer_task
     from pemn_surgery.adapters.tasks.manage import rename_adapter, to_trainable
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from pemn_surgery.models.forward import Trace, trace
     from pemn_surgery.models.inputs.examples import example_inputs
     from pemn_surgery.models.watcher import Use
+    from pemn_surgery.penalty import pull_back
     from pemn_surgery.planning.blocks import Block, repeated_blocks
     from pemn_surgery.planning.plan import Left, Owned, Plan, Target
     from pemn_surgery.trainer import PemnCallback, for_trainer
@@ -65,6 +68,8 @@ _NAMES = {
     ],
     "pemn_surgery.adapters.foreign.pruned": ["masks_between", "masks_of_pruned", "unprune"],
     "pemn_surgery.adapters.model": ["PemnModel"],
+    "pemn_surgery.adapters.param_groups": ["param_groups"],
+    "pemn_surgery.adapters.presets": ["Training"],
     "pemn_surgery.adapters.tasks.flips": ["Flips", "take_back_flips"],
     "pemn_surgery.adapters.tasks.inference": ["TaskGuess", "infer_task"],
     "pemn_surgery.adapters.tasks.manage": ["rename_adapter", "to_trainable"],
@@ -74,6 +79,7 @@ _NAMES = {
     "pemn_surgery.models.forward": ["Trace", "trace"],
     "pemn_surgery.models.inputs.examples": ["example_inputs"],
     "pemn_surgery.models.watcher": ["Use"],
+    "pemn_surgery.penalty": ["pull_back"],
     "pemn_surgery.planning.blocks": ["Block", "repeated_blocks"],
     "pemn_surgery.planning.plan": ["Left", "Owned", "Plan", "Target"],
     "pemn_surgery.trainer": ["PemnCallback", "for_trainer"],
@@ -97,6 +103,7 @@ __all__ = [
     "Target",
     "TaskGuess",
     "Trace",
+    "Training",
     "Use",
     "WeightError",
     "__version__",
@@ -119,8 +126,10 @@ __all__ = [
     "measure_errors",
     "nearest_mask",
     "nearest_signs",
+    "param_groups",
     "pemnify",
     "plan",
+    "pull_back",
     "recode",
     "rename_adapter",
     "repeated_blocks",

@@ -139,3 +139,11 @@ class VersionsWarning(PemnWarning):
 
 class HeadWarning(PemnWarning):
     """A layer is new, or may be, and the adapter's file will not hold it."""
+
+
+class PretrainedWarning(PemnWarning):
+    """A trained model's own weights are replaced, or dropped at random, before training begins."""
+
+
+class TrainingWarning(PemnWarning):
+    """Masks train with rates or settings by which they learn nothing, or lose everything."""

@@ -2,11 +2,10 @@
 
 import copyreg
 import functools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,44 +13,72 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.layer import PemnLayer
-from pemn_surgery.coding import bits
-from pemn_surgery.coding.header import HEADER_BYTES
-from pemn_surgery.errors import UnsupportedModelError
+from pemn_surgery.errors import TrainingWarning, UnsupportedModelError
 from pemn_surgery.gradients import GradientWatch
+from pemn_surgery.movement import EVERY, Masks, MovementWatch, density, flips, packed_masks
+from pemn_surgery.penalty import pull_back_at_rate
+from pemn_surgery.rates import advice_on_rates
 
 
 class PemnCallback(TrainerCallback):
-    """Logs masks while they train, and keeps scores in what is saved by hand meanwhile.
+    """Logs masks while they train, warns in time, and keeps scores in what is saved meanwhile.
 
     Each log carries ``pemn_density``, the share of ones, and ``pemn_flips``, the number of mask
     bits that changed since the log before, of all adapters in use, wherever in the trained module
     they are. Checkpoints hold scores, and the final save bits, with this callback or without; with
     it every other save holds scores, too, until training has ended, so that of a run that is
-    interrupted nothing is lost. Masks that get no gradient in the first ten steps are named
-    (`NoGradientWarning`).
+    interrupted nothing is lost.
+
+    What would make a training vain is said as soon as it shows (`TrainingWarning`): rates that
+    cannot carry a score over the threshold, or that are no rates for a head; masks that stand
+    still, drop every weight or flip every other sign. Masks that get no gradient in the first ten
+    steps are named (`NoGradientWarning`).
+
+    Args:
+        flip_penalty: Draws scores back to where they began, so that fewer bits change and a coded
+            file is smaller (`pull_back`); 0 to 1 with Adam.
 
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[PemnCallback()]).train()
     """
 
-    def __init__(self) -> None:
-        self._before: dict[str, Tensor] = {}
-        self._watch = GradientWatch()
+    def __init__(self, *, flip_penalty: float = 0.0) -> None:
+        self._penalty = flip_penalty
+        self._before: Masks = {}
+        self._gradients = GradientWatch()
+        self._movement: MovementWatch | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the first masks; keep scores."""
-        _keep_scores(kwargs["model"], keep=True)
-        self._before = _packed_masks(kwargs["model"])
-        self._watch = GradientWatch()
+        """Remember the first masks; keep scores; compare the rates with the way they have to go."""
+        model = kwargs["model"]
+        _keep_scores(model, keep=True)
+        self._before = packed_masks(model)
+        self._gradients = GradientWatch()
+        self._movement = MovementWatch(model, state.global_step)
+        optimizer, scheduler = kwargs.get("optimizer"), kwargs.get("lr_scheduler")
+        _warn(advice_on_rates(model, optimizer, scheduler, state.max_steps, args.max_grad_norm))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Watch in the first steps which masks no gradient reaches."""
-        self._watch.look(kwargs["model"])
+        self._gradients.look(kwargs["model"])
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw scores back, where flips have a penalty."""
+        if self._penalty:
+            pull_back_at_rate(kwargs["model"], kwargs["optimizer"], self._penalty)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look now and then whether masks move, and where to."""
+        if self._movement is not None and state.global_step % EVERY == 0:
+            _warn(self._movement.look(kwargs["model"], state.global_step))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -60,10 +87,10 @@ class PemnCallback(TrainerCallback):
         logs: dict[str, Any] | None = kwargs.get("logs")
         if logs is None or "loss" not in logs:
             return
-        now = _packed_masks(kwargs["model"])
+        now = packed_masks(kwargs["model"])
         figures = {
-            "pemn_density": _density(kwargs["model"]),
-            "pemn_flips": _flips(self._before, now),
+            "pemn_density": density(kwargs["model"]),
+            "pemn_flips": flips(self._before, now),
         }
         self._before = now
         logs.update(figures)
@@ -74,8 +101,16 @@ class PemnCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """From now on saving writes masks only."""
-        self._watch.warn(kwargs["model"])
-        _keep_scores(kwargs["model"], keep=False)
+        model = kwargs["model"]
+        self._gradients.warn(model)
+        if self._movement is not None:
+            _warn(self._movement.look(model, state.global_step, is_last=True))
+        _keep_scores(model, keep=False)
+
+
+def _warn(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        warnings.warn(sentence, TrainingWarning, stacklevel=3)
 
 
 def for_trainer(model: nn.Module, *, label_smoothing: float = 0.0) -> nn.Module:
@@ -152,39 +187,3 @@ def _keep_scores(model: nn.Module, *, keep: bool) -> None:
         for config in configs.values():
             if isinstance(config, PemnConfig):
                 config.keep_scores = keep
-
-
-def _active_masks(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for module in model.modules():
-        if isinstance(module, PemnLayer):
-            for name in module.names_in_use():
-                held = module.mask_of(name)
-                with torch.no_grad(), _gathered(held.store):
-                    yield f"{module.target}/{name}", held.mask()
-
-
-def _gathered(store: Tensor) -> AbstractContextManager[Any]:
-    """Bring the parts of a tensor together that DeepSpeed's ZeRO-3 has spread over processes."""
-    if not hasattr(store, "ds_id"):
-        return nullcontext()
-    from deepspeed import zero  # type: ignore[import-not-found]
-
-    return zero.GatheredParameters([store])
-
-
-def _packed_masks(model: nn.Module) -> dict[str, Tensor]:
-    return {name: bits.pack(mask) for name, mask in _active_masks(model)}
-
-
-def _density(model: nn.Module) -> float:
-    counts = [(int(mask.sum()), mask.numel()) for _, mask in _active_masks(model)]
-    return sum(ones for ones, _ in counts) / max(sum(weights for _, weights in counts), 1)
-
-
-def _flips(before: dict[str, Tensor], now: dict[str, Tensor]) -> int:
-    pairs = ((_unpacked(before[name]), _unpacked(now[name])) for name in now if name in before)
-    return sum(int((first != second).sum()) for first, second in pairs)
-
-
-def _unpacked(mask: Tensor) -> Tensor:
-    return bits.unpack(mask, (8 * (mask.numel() - HEADER_BYTES),))

@@ -33,7 +33,7 @@ MODES = (torch.enable_grad, torch.no_grad, torch.inference_mode)
 BANKS = (
     {"bank": "mp"},
     {"bank": "rp", "ratio": 0.2},
-    {"bank": "own"},
+    {"bank": "own", "selector": "topk"},
     {"bank": "own", "form": "flip", "support": 0.4},
     {"bank": "mp", "support": 0.4, "support_others": "drawn"},
     {"bank": "own", "form": "flip", "scale": "row"},

@@ -321,13 +321,15 @@ def _numbers(config: PemnConfig) -> str:
 
 
 def _selection(config: PemnConfig) -> str:
-    if config.form == "sign_delta":
-        each = "matrix" if config.scale == "matrix" else "output"
-        return f"form {config.form}: signs of a change, with a scale for each {each}"
+    each = "matrix" if config.scale == "matrix" else "output"
+    signs = f"form {config.form}: signs of a change, with a scale for each {each}"
+    if config.has_fixed_signs:
+        return signs
     takes = config.selector in TAKES_DENSITY
     chosen = _density(config) if takes else f"threshold {config.threshold}"
-    form = ", form flip: signs of weights" if config.form == "flip" else ""
-    scale = f", scale {config.scale}" if config.scale else ""
+    forms = {"flip": ", form flip: signs of weights", "sign_delta": f", {signs}"}
+    form = forms.get(config.form, "")
+    scale = f", scale {config.scale}" if config.scale and config.form != "sign_delta" else ""
     return f"{config.selector}, {chosen}{form}{scale}{_support(config)}"
 
 

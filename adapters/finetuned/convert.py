@@ -57,7 +57,7 @@ from pemn_surgery.numbers import fingerprint as fingerprints
 MethodName = Literal["mask", "sign_delta"]
 
 # Fields of PemnConfig that follow from the method.
-_DECIDED = ("bank", "bank_init", "selector", "form", "inference_mode", "carried")
+_DECIDED = ("bank", "bank_init", "selector", "form", "score_init", "inference_mode", "carried")
 
 
 def from_finetuned(
@@ -186,6 +186,7 @@ def _config(method: str, options: Mapping[str, Any], *, is_trainable: bool) -> P
             "bank": "own",
             "selector": "threshold",
             "form": "product" if method == "mask" else "sign_delta",
+            "score_init": 0.01,  # a number: signs stay what they are made to be here
             "inference_mode": not is_trainable,
         },
     )

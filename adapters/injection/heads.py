@@ -109,7 +109,7 @@ def new_parts(model: nn.Module) -> NewParts:
     total: Counter[str] = Counter()
     new: Counter[str] = Counter()
     names = []
-    loaded = _loaded_models(model)
+    loaded = loaded_models(model)
     for path, name, parameter in _parameters(model):
         if _is_under(path, loaded):
             total.update(_above(f"{path}.{name}"))
@@ -140,7 +140,7 @@ def _grouped(model: nn.Module, names: list[str], whole: set[str]) -> NewParts:
     return NewParts(tuple(modules), tuple(n.strip(".") for n in names if not _is_under(n, modules)))
 
 
-def _loaded_models(model: nn.Module) -> list[str]:
+def loaded_models(model: nn.Module) -> list[str]:
     """Return the paths of transformers' models of which a checkpoint has filled most tensors.
 
     Where it is less, a part of the model was loaded so, and the rest by other means.
@@ -180,7 +180,7 @@ def _timm_heads(model: nn.Module, *, chosen: bool) -> list[str]:
 
 def _timm_models(model: nn.Module) -> list[str]:
     """Return the paths of timm's models, but for those that transformers has filled."""
-    loaded = _loaded_models(model)
+    loaded = loaded_models(model)
     return [
         path
         for path, module in _named_modules(model)
@@ -197,7 +197,7 @@ def _unknown_head(config: PemnConfig, model: nn.Module, plan: Plan) -> Target | 
     if config.bank_spec.generated or spoken_for or _has_chosen(config) or not plan.targets:
         return None
     last = plan.targets[-1]
-    known = [*_loaded_models(model), *_timm_models(model)]
+    known = [*loaded_models(model), *_timm_models(model)]
     if _is_under(last.path, known) or _is_language_head(last.path, model):
         return None
     return last if last.path else None

@@ -27,7 +27,7 @@ from pemn_surgery.coding import bits
 from pemn_surgery.errors import AdapterError
 from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.selector import Selector
-from pemn_surgery.masks.sign_delta import SignDelta
+from pemn_surgery.masks.sign_delta import count_in_units
 from pemn_surgery.masks.task_tensors import TensorSet
 from pemn_surgery.numbers.fingerprint import Fingerprint
 
@@ -84,8 +84,8 @@ def to_trainable(model: nn.Module, adapter_name: str = "default") -> None:
     """Give an adapter that was loaded for inference scores to train on.
 
     Its masks stay exactly what they are. The magnitudes of earlier scores are not in a file of
-    bits, so they are made anew around the selector's border. Signs (``form="sign_delta"``) stay
-    bits, and the scales beside them train.
+    bits, so they are made anew around the selector's border. Signs that come from a fine-tuned
+    model stay bits, and the scales beside them train.
 
     Args:
         model: A model with masks.
@@ -103,11 +103,14 @@ def to_trainable(model: nn.Module, adapter_name: str = "default") -> None:
         message = f"The adapter {adapter_name!r} is merged; call unmerge_adapter() before training."
         raise AdapterError(message)
     masks = [layer.mask_of(adapter_name) for layer in layers if adapter_name in layer.pemn_masks]
-    stored = [mask for mask in masks if mask.scores is None and not isinstance(mask, SignDelta)]
+    stored = [mask for mask in masks if mask.scores is None and not config.has_fixed_signs]
     scores = [scores_from_mask(mask.mask(), mask, config) for mask in stored]
     for mask, start in zip(stored, scores, strict=True):
         scores_to_train = nn.Parameter(start.to(mask.store.device), requires_grad=False)
         mask.scores, mask.bits = scores_to_train, None
+    for layer in layers:
+        if adapter_name in layer.pemn_masks:
+            count_in_units(layer.mask_of(adapter_name), layer.fan_in)
     for mask in masks:
         mask.is_final = False
     config.inference_mode = False
@@ -314,6 +317,7 @@ def _combined_config(
     config = configs[0].own_copy()
     config.inference_mode = True
     config.selector, config.threshold, config.score_init = "threshold", 0.0, 0.01
+    config.score_mean = config.score_std = None
     config.overall_density = config.density_pattern = None
     config.density = 0.5 if config.density == "erk" else config.density
     config.origin = replace(config.origin, file=None)

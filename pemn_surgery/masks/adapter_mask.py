@@ -54,6 +54,7 @@ class AdapterMask(nn.Module):
         bits: Uint8 buffer, a stored mask (see `bits`), or None; one of the two is set.
         row_scale: Float parameter of shape (outputs,), a factor for each output; or None.
         rows: Where each output's weights lie; None without ``row_scale``.
+        start: The number at which all scores began; None where they were drawn.
         is_final: Whether it was made for inference, so that nobody trains the scales, nor averages
             them into a copy.
         adds: Whether it adds to a weight rather than multiplies it.
@@ -88,6 +89,7 @@ class AdapterMask(nn.Module):
         self.selector = selector
         self.fingerprint = dict(fingerprint or {})
         self.scaled = scaled
+        self.start: float | None = None
         self.parts: Parts | None = None  # of the adapter, the same for all its masks
         self._verified: tuple[int, int] | None = None  # which bits were checked: id, version
         self.register_parameter("scores", None if scores is None else nn.Parameter(scores))

@@ -39,6 +39,15 @@ class Rows:
         """Return one scale an output, shape (count,), in a shape that broadcasts to ``view``."""
         return scale.view(self.outer, 1, self.outputs, 1)
 
+    def outputs_at(self, places: Tensor) -> Tensor:
+        """Return which output each of some places in the flattened weight belongs to.
+
+        Args:
+            places: Integer tensor of any shape.
+        """
+        group = places // (self.summed * self.outputs * self.inner)
+        return group * self.outputs + places // self.inner % self.outputs
+
     def mean(self, weight: Tensor) -> Tensor:
         """Return the mean over each output's weights, shape (count,)."""
         return weight.reshape(self.view).mean(dim=(1, 3)).view(-1)

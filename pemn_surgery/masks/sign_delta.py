@@ -1,9 +1,11 @@
 """The values and gradients of W + s (2M - 1): a weight, the signs of its change, a scale an output.
 
 This is BitDelta's form of a fine-tuned weight (Liu et al. 2024, section 3), with one scale for each
-output of a layer instead of one for the layer. Pure functions of tensors, but for `SignDelta`.
+output of a layer instead of one for the layer; here the signs may be learned, too. Pure functions
+of tensors, but for `SignDelta`.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -14,7 +16,7 @@ from pemn_surgery.coding import bits
 from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.product import goes_by_pieces
 from pemn_surgery.masks.rows import Rows
-from pemn_surgery.transforms import takes_functions
+from pemn_surgery.transforms import gathered, takes_functions
 
 # Weights changed at a time where no gradient is needed, small beside large layers.
 _PIECE = 1 << 20
@@ -23,11 +25,18 @@ _PIECE = 1 << 20
 class SignDelta(AdapterMask):
     """One adapter's change of one weight: W + s (2M - 1), M its signs, s a scale for each output.
 
-    The signs are always bits; the scales (`take_row_scale`) can be trained.
+    The scales (`take_row_scale`) can be trained, and so can the signs where they have scores.
+
+    Attributes:
+        learns: Whether the signs are learned with the scales: scores may take the place of bits.
+        unit: What the scales are multiples of: one step of an optimizer's rate is to be small
+            beside the weights. A power of two, so that no scale is rounded; 1 beside bits.
     """
 
     adds = True
     drops = False
+    learns = False
+    unit = 1.0
 
     def forward(
         self, weight: Tensor, *, is_scratch: bool = False, dtype: torch.dtype | None = None
@@ -40,17 +49,56 @@ class SignDelta(AdapterMask):
             dtype: Type that the result is rounded to; None for the weight's.
 
         Returns:
-            Tensor of the same shape. Gradients reach the scales.
+            Tensor of the same shape. Gradients reach the scales, and scores straight through.
         """
-        stored, scale = self.store, cast("Tensor", self.row_scale)
-        self._verify(stored)
-        rows = cast("Rows", self.rows)
-        changed = sign_delta_from_bits(weight, stored, scale, rows, in_place=is_scratch)
-        return changed.to(dtype or weight.dtype)
+        if self.scores is None:
+            self._verify(self.store)
+        if self.places is not None:
+            changed = self._changed_in_places(gathered(weight), self.places)
+        elif self.scores is None:
+            changed = sign_delta_from_bits(
+                weight, self.store, self._scale(), self._rows(), in_place=is_scratch
+            )
+        else:
+            view = self._rows().view
+            spread = self._rows().spread(self._scale())
+            viewed = weight.reshape(view), self.scores.reshape(view)
+            mask = self.mask().reshape(view)
+            changed = _straight_through(*viewed, mask, spread, self.selector.uses_magnitude)
+        return changed.view(self.shape).to(dtype or weight.dtype)
+
+    def _changed_in_places(self, weight: Tensor, places: Tensor) -> Tensor:
+        part = weight.reshape(-1).index_select(0, places)
+        spread = self._scale().index_select(0, self._rows().outputs_at(places))
+        scores = None if self.scores is None else gathered(self.scores)
+        mask = self.mask() if scores is None else self.selector.mask(scores)
+        changed = _straight_through(part, scores, mask, spread, self.selector.uses_magnitude)
+        return weight.reshape(-1).index_put((places,), changed)
+
+    def _scale(self) -> Tensor:
+        scale = cast("Tensor", self.row_scale)
+        return scale if self.unit == 1 else scale * self.unit
+
+    def _rows(self) -> Rows:
+        return cast("Rows", self.rows)
 
     def extra_repr(self) -> str:
         """Show what is held."""
-        return f"sign_delta, {cast('Rows', self.rows).count} scales, shape={tuple(self.shape)}"
+        held = f"sign_delta, {self._rows().count} scales, {super().extra_repr()}"
+        return held if self.unit == 1 else f"{held}, unit={self.unit:g}"
+
+
+def unit_of(fan_in: int) -> float:
+    """Return the power of two that is nearest to 1 / sqrt(fan_in), about what weights are."""
+    return 2.0 ** round(-math.log2(fan_in) / 2)
+
+
+def count_in_units(mask: AdapterMask, fan_in: int) -> None:
+    """Let the scales beside learned signs be multiples of a unit, now that they are trained."""
+    if isinstance(mask, SignDelta) and mask.learns and mask.unit == 1:
+        mask.unit = unit_of(fan_in)
+        scale = cast("Tensor", mask.row_scale)
+        scale.data = scale.data / mask.unit
 
 
 def sign_delta(weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tensor:
@@ -64,8 +112,8 @@ def sign_delta(weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tenso
         scale: Float tensor s of shape (rows.count,).
         rows: Where each output's weights lie in W.
     """
-    apply = _SignDelta.apply if takes_functions() else _changed
-    return cast("Tensor", apply(weight, mask, scale, rows))
+    viewed = weight.reshape(rows.view), None, mask.reshape(rows.view)
+    return _straight_through(*viewed, rows.spread(scale), False).view(weight.shape)
 
 
 def sign_delta_from_bits(
@@ -84,10 +132,33 @@ def sign_delta_from_bits(
         return changed
 
 
-def _changed(weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tensor:
-    spread = rows.spread(scale)
-    signed = torch.where(mask.reshape(rows.view), spread, -spread)
-    return (weight.reshape(rows.view) + signed).to(weight.dtype).view(weight.shape)
+def _straight_through(
+    weight: Tensor, scores: Tensor | None, mask: Tensor, spread: Tensor, by_magnitude: bool
+) -> Tensor:
+    """Return W + s M' with M' = 2M - 1; gradients reach W, s and, straight through, the scores.
+
+    Args:
+        weight: Float tensor W.
+        scores: Float tensor S of the same shape that M was chosen from, or None.
+        mask: Bool tensor M of the same shape.
+        spread: Float tensor s that broadcasts to it.
+        by_magnitude: Whether |S| chose, so that dL/dS = dL/dM' * sign(S).
+    """
+    if takes_functions():
+        made = _SignDelta.apply(weight, scores, mask, spread, by_magnitude)
+        return cast("Tensor", made)
+    if scores is None:
+        return _changed(weight, mask, spread)
+    # Scores that are not finite choose as ever, but get no gradient.
+    finite = scores.nan_to_num()
+    chosen_from = finite.abs() if by_magnitude else finite
+    zero = (chosen_from - chosen_from.detach()).to(spread.dtype)
+    signs = torch.where(mask, 1.0, -1.0).to(spread.dtype) + zero
+    return (weight + signs * spread).to(weight.dtype)
+
+
+def _changed(weight: Tensor, mask: Tensor, spread: Tensor) -> Tensor:
+    return (weight + torch.where(mask, spread, -spread)).to(weight.dtype)
 
 
 def _signed_pieces(stored: Tensor, scale: Tensor, rows: Rows) -> Iterator[tuple[int, int, Tensor]]:
@@ -116,24 +187,34 @@ def _matrices(scale: Tensor, rows: Rows) -> Iterator[tuple[int, int, int, Tensor
 
 
 class _SignDelta(torch.autograd.Function):
-    """W + s (2M - 1); dL/ds sums dL/dW (2M - 1) over the output's weights.
+    """W + s M' with M' = 2M - 1; dL/ds sums dL/dW M' over what s serves, dL/dS = s dL/dW.
 
-    The mask hangs on the context as an attribute rather than as a saved tensor: it outlives the
+    The tensors hang on the context as attributes rather than as saved tensors: they outlive the
     graph, so one effective weight may serve several backward passes.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tensor:
-        ctx.mask, ctx.rows, ctx.scale_dtype = mask, rows, scale.dtype
-        return _changed(weight, mask, scale, rows)
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scores: Tensor | None,
+        mask: Tensor,
+        spread: Tensor,
+        by_magnitude: bool,
+    ) -> Tensor:
+        ctx.mask, ctx.spread = mask, spread
+        ctx.scores, ctx.by_magnitude = scores, by_magnitude
+        return _changed(weight, mask, spread)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        grad_scale = None
-        if ctx.needs_input_grad[2]:
-            wide = grad.to(torch.promote_types(grad.dtype, ctx.scale_dtype))
+        wide = grad.to(torch.promote_types(grad.dtype, ctx.spread.dtype))
+        of_scores = of_spread = None
+        if ctx.needs_input_grad[1]:
+            of_scores = (wide * ctx.spread).to(ctx.scores.dtype)
+            of_scores = of_scores * ctx.scores.sign() if ctx.by_magnitude else of_scores
+        if ctx.needs_input_grad[3]:
             signed = torch.where(ctx.mask, wide, -wide)
-            grad_scale = signed.reshape(ctx.rows.view).sum(dim=(1, 3)).view(-1)
-            grad_scale = grad_scale.to(ctx.scale_dtype)
-        return (grad if ctx.needs_input_grad[0] else None), None, grad_scale, None
+            of_spread = signed.sum_to_size(ctx.spread.shape).to(ctx.spread.dtype)
+        return (grad if ctx.needs_input_grad[0] else None), of_scores, None, of_spread, None

@@ -179,6 +179,7 @@ class Plan:
         untraced: Why no forward was followed to see the use of every weight, "" if one was.
         frame_bytes: Bytes of a task's two files beside those of its tensors: the tensors' names
             and offsets, and the configuration, which is in both.
+        lost: What it takes from a model that has learned something already, "" if nothing.
     """
 
     spec: BankSpec
@@ -192,6 +193,7 @@ class Plan:
     blocks: tuple[Block, ...] = field(default=(), compare=False)
     untraced: str = field(default="", compare=False)
     frame_bytes: int = field(default=0, compare=False)
+    lost: str = field(default="", compare=False)
 
     @property
     def masked_weights(self) -> int:
@@ -310,9 +312,9 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        """Return the plan as a table in plain text, with a warning where much stays unmasked."""
-        text = tables.as_text(self.table())
-        return f"{text}WARNING: {self.warning}\n" if self.warning else text
+        """Return the plan as a table in plain text, with warnings: what stays, what is lost."""
+        said = [warning for warning in (self.warning, self.lost) if warning]
+        return tables.as_text(self.table()) + "".join(f"WARNING: {warning}\n" for warning in said)
 
 
 def _row(key: tuple[Any, ...]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pemn_surgery.planning.roles import (
     fan_in_of,
     is_norm,
     is_weight,
+    rows_of,
     scale_rows_of,
     scripted_modules,
 )
@@ -156,7 +157,8 @@ def _target(
 ) -> Target:
     first = masked[0]  # tied candidates share one tensor, hence one use in a graph
     use, reached = _seen(group, request)
-    rows = scale_rows_of(first.module, first.shape, one_a_matrix=request.one_a_matrix)
+    scaled = scale_rows_of(first.module, first.shape, one_a_matrix=request.one_a_matrix)
+    layout = rows_of(first.module, first.shape).view
     return Target(
         path=first.path,
         parameter=first.parameter,
@@ -167,8 +169,8 @@ def _target(
         untied_from=staying[0][0].name if staying else "",
         use=use,
         reached=reached,
-        row_scales=rows.count if request.row_scaled else 0,
-        supported=None if request.support is None else request.support.count(rows.view),
+        row_scales=scaled.count if request.row_scaled else 0,
+        supported=None if request.support is None else request.support.count(layout),
     )
 
 

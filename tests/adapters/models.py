@@ -23,7 +23,7 @@ BANKS = {
     "rp": {"bank": "rp", "ratio": 0.01},
     "rp_permuted": {"bank": "rp", "ratio": 0.05, "permute": True, "seed": 3},
     "one_layer": {"bank": "one_layer"},
-    "own": {"bank": "own"},
+    "own": {"bank": "own", "selector": "topk"},
     "own_generated": {"bank": "own", "bank_init": "signed_constant", "scale": "sqrt_density"},
 }
 SHARED = ["mp", "rp", "rp_permuted", "one_layer"]  # banks whose fills are drawn from one store

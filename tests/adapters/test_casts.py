@@ -99,7 +99,7 @@ def test_training_goes_on_with_the_same_optimizer_after_a_cast_and_back():
     """The scores of a run that was cast in between are those of one that was not."""
     runs = []
     for cast in (False, True):
-        model = pemnify(models.net().bfloat16().float(), bank="own", rest="freeze")
+        model = pemnify(models.net().bfloat16().float(), bank="own", selector="topk", rest="freeze")
         optimizer = models.trainer_of(model)
         models.step(model, optimizer, 0)
         if cast:
@@ -130,12 +130,16 @@ def test_scales_of_signs_keep_their_type():
 
 def test_without_autocast_a_new_adapter_has_its_layers_type():
     model = get_peft_model(
-        models.net().bfloat16(), PemnConfig(bank="own"), autocast_adapter_dtype=False
+        models.net().bfloat16(),
+        PemnConfig(bank="own", selector="topk"),
+        autocast_adapter_dtype=False,
     )
     assert {s.dtype for s in scores_of(model).values()} == {BF}
-    model.add_adapter("second", PemnConfig(bank="own"), autocast_adapter_dtype=False)
+    model.add_adapter(
+        "second", PemnConfig(bank="own", selector="topk"), autocast_adapter_dtype=False
+    )
     assert {s.dtype for s in scores_of(model, "second").values()} == {BF}
-    model = get_peft_model(models.net().bfloat16(), PemnConfig(bank="own"))
+    model = get_peft_model(models.net().bfloat16(), PemnConfig(bank="own", selector="topk"))
     assert {s.dtype for s in scores_of(model).values()} == {F32}
 
 
@@ -155,14 +159,16 @@ def from_pretrained(folder):
 
 
 def into_its_own_place(folder):
-    config = PemnConfig(bank="own")
+    config = PemnConfig(bank="own", selector="topk")
     model = get_peft_model(models.net().bfloat16(), config, autocast_adapter_dtype=False)
     model.load_adapter(folder, "default", is_trainable=True, autocast_adapter_dtype=False)
     return model
 
 
 def under_another_name(folder):
-    model = get_peft_model(models.net().bfloat16(), PemnConfig(bank="own"), "first")
+    model = get_peft_model(
+        models.net().bfloat16(), PemnConfig(bank="own", selector="topk"), "first"
+    )
     model.load_adapter(folder, "default", is_trainable=True, autocast_adapter_dtype=False)
     return model
 

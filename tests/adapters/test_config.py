@@ -20,7 +20,7 @@ NORMAL, UNIFORM = "kaiming_normal", "kaiming_uniform"
         ({}, ("mp", NORMAL, None, "topk", 0.5, UNIFORM, "train")),
         ({"bank": "rp"}, ("rp", NORMAL, 0.01, "topk", 0.5, UNIFORM, "train")),
         ({"bank": "rp", "length": 9}, ("rp", NORMAL, None, "topk", 0.5, UNIFORM, "train")),
-        ({"bank": "own"}, ("own", "model", None, "topk", 0.5, UNIFORM, "stats")),
+        ({"bank": "own"}, ("own", "model", None, "threshold", 0.5, 0.01, "stats")),
         ({"bank": "own", "bank_init": "signed_constant"},
          ("own", "signed_constant", None, "topk", 0.5, UNIFORM, "train")),
         ({"bank_init": "model"}, ("mp", "model", None, "topk", 0.5, UNIFORM, "stats")),
@@ -46,8 +46,10 @@ def test_bank_spec_holds_what_decides_the_numbers():
     assert spec() == spec(density=0.3) == spec(selector="threshold") == spec(rest="freeze")
     assert spec(seed=1) != spec()
     assert spec(scale_fan=True, density=0.3) != spec(scale_fan=True, density=0.4)
-    assert spec(bank="own", seed=1) == spec(bank="own", seed=2)  # the model's own: no seed
-    assert spec(bank="own").generated is False
+    assert spec(bank="own", selector="topk", seed=1) == spec(
+        bank="own", selector="topk", seed=2
+    )  # the model's own: no seed
+    assert spec(bank="own", selector="topk").generated is False
     assert spec(bank="own", bank_init="signed_constant").generated is True
     first, second = (spec(bank="rp", bank_init="model", permute=True, seed=s) for s in (1, 2))
     assert first != second  # the permutation has a seed

@@ -38,7 +38,9 @@ DOORS = {
 
 @pytest.mark.parametrize("door", DOORS)
 def test_the_callers_configuration_stays_as_it_was(door):
-    config = PemnConfig(bank="own", task_type="SEQ_CLS", modules_to_save=["pooler"])
+    config = PemnConfig(
+        bank="own", selector="topk", task_type="SEQ_CLS", modules_to_save=["pooler"]
+    )
     before = settings(config)
     DOORS[door](models.bert(), config)
     assert settings(config) == before
@@ -47,10 +49,10 @@ def test_the_callers_configuration_stays_as_it_was(door):
 
 @pytest.mark.parametrize("door", [name for name in DOORS if name != "plan"])
 def test_one_configuration_serves_two_models(door):
-    config = PemnConfig(bank="own", task_type="SEQ_CLS")
+    config = PemnConfig(bank="own", selector="topk", task_type="SEQ_CLS")
     DOORS[door](models.bert(), config)
     second = DOORS[door](models.bert(), config)
-    alone = DOORS[door](models.bert(), PemnConfig(bank="own", task_type="SEQ_CLS"))
+    alone = DOORS[door](models.bert(), PemnConfig(bank="own", selector="topk", task_type="SEQ_CLS"))
     for found in (second, alone):
         assert "classifier.weight" not in models.mask_layers(found)
     assert set(models.mask_layers(second)) == set(models.mask_layers(alone))
@@ -58,7 +60,7 @@ def test_one_configuration_serves_two_models(door):
 
 def test_one_configuration_serves_models_of_other_architectures():
     """What planning found in the first model (its head, raw weights) is not asked of another."""
-    config = PemnConfig(bank="own")
+    config = PemnConfig(bank="own", selector="topk")
     first = pemnify(timm.create_model("resnet10t", num_classes=3), config)
     assert first.peft_config["default"].modules_to_save == ["fc"]
     second = pemnify(models.net(), config)
@@ -68,7 +70,7 @@ def test_one_configuration_serves_models_of_other_architectures():
 
 
 def test_two_adapters_of_one_configuration_have_their_own():
-    config = PemnConfig(bank="own", exclude_modules=["head"])
+    config = PemnConfig(bank="own", selector="topk", exclude_modules=["head"])
     model = pemnify(models.net(), config, adapter_name="a")
     model.add_adapter("b", config)
     first, second = model.peft_config["a"], model.peft_config["b"]
@@ -77,7 +79,7 @@ def test_two_adapters_of_one_configuration_have_their_own():
 
 
 def test_the_model_has_no_part_of_the_callers_lists():
-    config = PemnConfig(bank="own", modules_to_save=["head"])
+    config = PemnConfig(bank="own", selector="topk", modules_to_save=["head"])
     model = pemnify(models.net(), config)
     config.modules_to_save.append("conv1")
     assert model.peft_config["default"].modules_to_save == ["head"]
@@ -92,7 +94,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_an_adapter_was_made_by_cannot_be_assigned(name):
-    model = pemnify(models.net(), bank="own")
+    model = pemnify(models.net(), bank="own", selector="topk")
     config = model.peft_config["default"]
     before = settings(config)
     with pytest.raises(ConfigError) as error:
@@ -104,7 +106,7 @@ def test_what_an_adapter_was_made_by_cannot_be_assigned(name):
 
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_what_is_saved_is_what_was_trained(tmp_path, is_trainable):
-    model = models.train(pemnify(models.net(), bank="own"))
+    model = models.train(pemnify(models.net(), bank="own", selector="topk"))
     with pytest.raises(ConfigError, match=r"made with density=0\.5"):
         model.peft_config["default"].density = 0.3
     model.save_pretrained(tmp_path)
@@ -117,14 +119,14 @@ def test_what_is_saved_is_what_was_trained(tmp_path, is_trainable):
 
 
 def test_settings_that_are_read_at_each_save_may_be_assigned(tmp_path):
-    model = pemnify(models.net(), bank="own")
+    model = pemnify(models.net(), bank="own", selector="topk")
     model.peft_config["default"].coding = "entropy"
     model.save_pretrained(tmp_path)
     assert PemnConfig.from_pretrained(str(tmp_path)).coding == "entropy"
 
 
 def test_a_copied_or_pickled_model_holds_its_settings_and_a_copied_configuration_does_not():
-    model = pemnify(models.net(), bank="own")
+    model = pemnify(models.net(), bank="own", selector="topk")
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(ConfigError, match="made with density"):
             again.peft_config["default"].density = 0.3
@@ -134,8 +136,8 @@ def test_a_copied_or_pickled_model_holds_its_settings_and_a_copied_configuration
 
 
 def test_algebra_makes_a_configuration_of_its_own():
-    model = pemnify(models.net(), bank="own", adapter_name="a")
-    model.add_adapter("b", PemnConfig(bank="own"))
+    model = pemnify(models.net(), bank="own", selector="topk", adapter_name="a")
+    model.add_adapter("b", PemnConfig(bank="own", selector="topk"))
     model.add_weighted_adapter(["a", "b"], None, "both", "union")
     assert model.peft_config["both"].selector == "threshold"
     assert model.peft_config["a"].selector == "topk"
@@ -151,11 +153,13 @@ CONFLICTS = [(["head"], []), ([], ["head"]), (["head"], ["conv3"]), (["head", "c
 @pytest.mark.parametrize(("first", "second"), CONFLICTS)
 def test_adapters_that_disagree_on_what_is_saved_whole_are_refused(first, second, tmp_path):
     """As PEFT refuses them for LoRA, but before anything changes; the first can still be saved."""
-    model = models.train(pemnify(models.net(), bank="own", modules_to_save=first, adapter_name="a"))
+    model = models.train(
+        pemnify(models.net(), bank="own", selector="topk", modules_to_save=first, adapter_name="a")
+    )
     expected = models.logits(model)
     before = models.Snapshot(model)
     with pytest.raises(AdapterError) as error:
-        model.add_adapter("b", PemnConfig(bank="own", modules_to_save=second))
+        model.add_adapter("b", PemnConfig(bank="own", selector="topk", modules_to_save=second))
     models.says(error, "agree", f"modules_to_save={second}", "Nothing was changed")
     before.assert_unchanged()
     assert list(model.peft_config) == ["a"]
@@ -174,8 +178,17 @@ def test_lora_refuses_them_too():
 
 @pytest.mark.parametrize("rest", ["stats", "freeze"])
 def test_an_adapter_may_leave_alone_what_another_saves_whole(tmp_path, rest):
-    model = pemnify(models.net(), bank="own", modules_to_save=["head"], adapter_name="a", rest=rest)
-    model.add_adapter("b", PemnConfig(bank="own", exclude_modules=["head"], rest=rest))
+    model = pemnify(
+        models.net(),
+        bank="own",
+        selector="topk",
+        modules_to_save=["head"],
+        adapter_name="a",
+        rest=rest,
+    )
+    model.add_adapter(
+        "b", PemnConfig(bank="own", selector="topk", exclude_modules=["head"], rest=rest)
+    )
     outputs = {}
     for name in ("a", "b"):
         model.set_adapter(name)
@@ -195,9 +208,15 @@ def test_an_adapter_may_leave_alone_what_another_saves_whole(tmp_path, rest):
 
 def test_target_parameters_come_beside_every_maskable_weight():
     every = set(models.NET_TARGETS)
-    model = pemnify(models.net(), bank="own", target_parameters=["bn1.weight"])
+    model = pemnify(models.net(), bank="own", selector="topk", target_parameters=["bn1.weight"])
     assert set(models.mask_layers(model)) == every | {"bn1.weight"}
-    alone = pemnify(models.net(), bank="own", target_modules=[], target_parameters=["head.weight"])
+    alone = pemnify(
+        models.net(),
+        bank="own",
+        selector="topk",
+        target_modules=[],
+        target_parameters=["head.weight"],
+    )
     assert set(models.mask_layers(alone)) == {"head.weight"}
 
 
@@ -215,12 +234,14 @@ def test_a_parameter_that_there_is_not_is_refused():
     model = models.net()
     before = models.Snapshot(model)
     with pytest.raises(NothingToMaskError, match=r"\['conv9.weight'\] not found.*conv1.weight"):
-        pemnify(model, bank="own", target_parameters=["conv1.weight", "conv9.weight"])
+        pemnify(
+            model, bank="own", selector="topk", target_parameters=["conv1.weight", "conv9.weight"]
+        )
     before.assert_unchanged()
 
 
 def test_plans_see_it():
     model = models.net()
     torch.manual_seed(0)
-    found = plan(model, bank="own", target_parameters=["bn1.weight"])
-    assert found.masked_weights == plan(model, bank="own").masked_weights + 8
+    found = plan(model, bank="own", selector="topk", target_parameters=["bn1.weight"])
+    assert found.masked_weights == plan(model, bank="own", selector="topk").masked_weights + 8

@@ -62,7 +62,7 @@ def test_what_is_no_guide():
     assert guides(bank="rp") == [8, 3]
     assert guides(bank="rp", permute=True) == [8]  # in another order
     assert guides(bank="mp", bank_init="signed_constant") == [8]  # all of one size
-    assert guides(bank="own") == [8]  # the model's own numbers
+    assert guides(bank="own", selector="topk") == [8]  # the model's own numbers
     assert guides(bank="own", selector="threshold", score_init="kaiming_uniform") == []
     assert guides(bank="own", selector="threshold") == []
 

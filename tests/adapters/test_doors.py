@@ -79,7 +79,7 @@ def a_model_that_fails_to_begin_leaves_its_base(folder, door):
 def a_second_adapter_that_fails_leaves_the_model(folder, door):
     kind = pkgutil.resolve_name(door.owner)
     tasks = {kind: task for task, kind in MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()}
-    options = {"bank": "own", "task_type": tasks.get(kind)}
+    options = {"bank": "own", "selector": "topk", "task_type": tasks.get(kind)}
     model = kind(models.bert(), PemnConfig(**options))
     unchanged_by(model, door, lambda: model.add_adapter("b", PemnConfig(**options)))
 
@@ -121,7 +121,7 @@ def the_trainers_card_says_how_masks_are_loaded(folder, door):
 
 @behaves("BaseTuner.__init__")
 def other_methods_refuse_masks(folder, door):
-    model = pemnify(models.net(), bank="own").get_base_model()
+    model = pemnify(models.net(), bank="own", selector="topk").get_base_model()
     with pytest.raises(AlreadyPemnifiedError, match="LORA"):
         get_peft_model(model, LoraConfig(target_modules=["head"]))
 
@@ -170,7 +170,7 @@ def what_is_swapped_is_of_one_save(folder, door):
 
 @behaves("hotswap._convert_scalings_to_tensor")
 def a_model_with_masks_is_prepared_for_swapping(folder, door):
-    hotswap.prepare_model_for_compiled_hotswap(pemnify(models.net(), bank="own"))
+    hotswap.prepare_model_for_compiled_hotswap(pemnify(models.net(), bank="own", selector="topk"))
 
 
 @behaves(
@@ -179,8 +179,8 @@ def a_model_with_masks_is_prepared_for_swapping(folder, door):
     "AuxiliaryTrainingWrapper.active_adapter",
 )
 def modules_saved_whole_answer_for_the_call(folder, door):
-    model = pemnify(models.net(), bank="own", modules_to_save=["head"])
-    model.add_adapter("b", PemnConfig(bank="own", modules_to_save=["head"]))
+    model = pemnify(models.net(), bank="own", selector="topk", modules_to_save=["head"])
+    model.add_adapter("b", PemnConfig(bank="own", selector="topk", modules_to_save=["head"]))
     head, layers = model.base_model.model.head, frozenset(choosing_layers(model))
     for names in (("b",), ()):
         with in_force.use(in_force.Chosen(names, layers)):
@@ -212,7 +212,7 @@ def transformers_checks_what_it_loads(folder, door):
 @behaves("PushToHubMixin._upload_modified_files")
 def a_pushed_card_says_how_masks_are_loaded(folder, door):
     model = models.bert()
-    model.add_adapter(PemnConfig(bank="own"))
+    model.add_adapter(PemnConfig(bank="own", selector="topk"))
     model.save_pretrained(folder)
     with mock.patch("transformers.utils.hub.hf_api"):
         model._upload_modified_files(str(folder), "me/masks", {})

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained:UserWarning"),
 ]
 
-OPTIONS = {"bank": "own", "rest": "train", "modules_to_save": ["fc"]}
+OPTIONS = {"bank": "own", "selector": "topk", "rest": "train", "modules_to_save": ["fc"]}
 
 
 class Pair(nn.Module):
@@ -86,7 +86,7 @@ def test_an_adapter_of_any_such_name_is_saved_and_loaded_beside_another(name, tm
 
 @pytest.mark.parametrize("name", ["weight", "pemn_masks", "org/name", "bert", "layer"])
 def test_transformers_doors_take_them(name, tmp_path):
-    config = PemnConfig(bank="own", modules_to_save=["classifier"])
+    config = PemnConfig(bank="own", selector="topk", modules_to_save=["classifier"])
     model = models.bert()
     model.add_adapter(config, adapter_name=name)
     answer = changed_bert(model)
@@ -174,7 +174,7 @@ def test_loading_under_such_a_name_is_refused(door, tmp_path):
 
 
 def test_transformers_doors_refuse_them(tmp_path):
-    config = PemnConfig(bank="own", modules_to_save=["classifier"])
+    config = PemnConfig(bank="own", selector="topk", modules_to_save=["classifier"])
     named = models.bert()
     named.add_adapter(config, adapter_name="one")
     named.save_pretrained(tmp_path)
@@ -204,9 +204,9 @@ def test_a_taken_name_is_refused():
 
 
 def test_an_earlier_adapters_name_may_stand_against_what_a_new_one_saves_whole():
-    model = pemnify(net(), bank="own", adapter_name="my_norm")
+    model = pemnify(net(), bank="own", selector="topk", adapter_name="my_norm")
     with pytest.raises(AdapterNameError, match=r"'my_norm' cannot be .* ends like 'norm'"):
-        model.add_adapter("two", PemnConfig(bank="own", modules_to_save=["norm"]))
+        model.add_adapter("two", PemnConfig(bank="own", selector="topk", modules_to_save=["norm"]))
     assert list(model.peft_config) == ["my_norm"]
 
 

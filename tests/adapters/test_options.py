@@ -22,6 +22,7 @@ VALUES = [
     None, True, False, 0, 1, 3, -1, 7, 2**70, 10**30, -(10**30), 0.0, 0.5, 1.0, -0.5, 1e-300, 1e39,
     1e308, math.nan, math.inf, -math.inf, "", "0", "x", "mp", "rp", "own", "topk", "threshold",
     "sqrt_density", "product", "sign_delta", "seed", "drawn", "both", "context", "train",
+    "normal", "magnitude",
     "kaiming_uniform",
     "SEQ_CLS", "PEMN", "LORA", "*", "x" * 5000, [], [None], [0], [1, 2], ["a"], ["a", 1],
     [["a"]], [[[]]], {}, {"a": 1}, {"a": {"b": [1]}}, {"float32": "0" * 16}, {"float32": 3},
@@ -94,12 +95,16 @@ TAKES = {
     "bank_init": one_of(None, "kaiming_normal", "kaiming_uniform", "signed_constant", "model"),
     "scale_fan": is_a(bool),
     "seed": whole,
-    "selector": one_of("topk", "threshold"),
-    "density": any_of(share, one_of("erk")),
+    "selector": one_of(None, "topk", "threshold"),
+    "density": any_of(NONE, share, one_of("erk")),
     "overall_density": any_of(NONE, share),
     "density_pattern": any_of(NONE, shares),
     "threshold": number,
-    "score_init": any_of(NONE, one_of("kaiming_uniform"), number),
+    "score_init": any_of(
+        NONE, one_of("kaiming_uniform", "normal", "magnitude", "magnitude_shuffled"), number
+    ),
+    "score_mean": any_of(NONE, number),
+    "score_std": any_of(NONE, lambda value: number(value) and value >= 0),
     "scale": one_of(None, "sqrt_density", "row", "matrix"),
     "form": one_of("product", "flip", "sign_delta"),
     "support": any_of(NONE, lambda value: share(value) and value < 1),
@@ -134,7 +139,8 @@ TAKES = {
 BESIDE = {
     "ratio": {"bank": "rp"}, "length": {"bank": "rp"}, "permute": {"bank": "rp"},
     "threshold": {"selector": "threshold"}, "score_init": {"selector": "threshold"},
-    "form": {"bank": "own"}, "layers_pattern": {"layers_to_transform": [0]},
+    "form": {"bank": "own", "selector": "topk"}, "layers_pattern": {"layers_to_transform": [0]},
+    "score_mean": {"score_init": "normal"}, "score_std": {"score_init": "normal"},
     "support_by": {"support": 0.5}, "support_others": {"support": 0.5},
     "scale_fan": {"bank_init": "kaiming_normal"}, "overall_density": {"density": "erk"},
 }  # fmt: skip
@@ -265,7 +271,7 @@ def meaning(config):
 
 def combinations():
     banks = [
-        {"bank": "mp"}, {"bank": "one_layer"}, {"bank": "own"}, {"bank": "rp"},
+        {"bank": "mp"}, {"bank": "one_layer"}, {"bank": "own", "selector": "topk"}, {"bank": "rp"},
         {"bank": "rp", "length": 20, "permute": True}, {"bank": "rp", "ratio": 1.0},
         {"bank": "rp", "ratio": 0.2, "permute": True},
     ]  # fmt: skip
@@ -274,6 +280,7 @@ def combinations():
         {"selector": "topk"}, {"selector": "topk", "density": "erk"}, {"selector": "threshold"},
         {"selector": "threshold", "scale": "sqrt_density"},
         {"selector": "threshold", "score_init": "kaiming_uniform"},
+        {"selector": "topk", "score_init": "normal"}, {"score_init": "magnitude"},
     ]  # fmt: skip
     fans = [{}, {"scale_fan": True}]
     for parts in itertools.product(banks, inits, selectors, fans):
@@ -290,6 +297,7 @@ CHANGES = {
     "seed": 1, "density": 0.3, "overall_density": 0.3, "density_pattern": {"head": 0.3},
     "threshold": 0.3, "ratio": 0.25, "length": 9, "permute": True,
     "scale_fan": True, "scale": "sqrt_density", "score_init": 0.3, "bank_init": "signed_constant",
+    "score_mean": 0.3, "score_std": 0.3,
 }  # fmt: skip
 
 
@@ -317,7 +325,7 @@ def test_an_option_is_read_or_refused():
     assert refused == set(CHANGES) - {"scale", "bank_init"}
 
 
-SIGNS = {"bank": "own", "form": "sign_delta"}
+SIGNS = {"bank": "own", "selector": "threshold", "form": "sign_delta", "score_init": 0.5}
 IDLES = [
     ({"ratio": 0.1}, 'bank="rp", not bank="mp"'),
     ({"bank": "one_layer", "length": 3}, 'bank="rp", not bank="one_layer"'),
@@ -329,18 +337,22 @@ IDLES = [
     ({"bank": "own", "selector": "threshold", "seed": 1}, "no initial score is drawn"),
     ({**SIGNS, "seed": 1}, "no initial score is drawn"),
     ({"selector": "threshold", "density": 0.3}, 'selector="topk" (or to scale_fan=True)'),
-    ({**SIGNS, "density": 0.3}, 'other forms than "sign_delta"'),
+    ({**SIGNS, "density": 0.3}, "come from a fine-tuned model"),
     ({"overall_density": 0.3}, 'belongs to density="erk"; density=0.5 decides'),
     ({"selector": "threshold", "density_pattern": {"a": 0.3}}, 'selector="topk"'),
-    ({**SIGNS, "density_pattern": {"a": 0.3}}, 'other forms than "sign_delta"'),
-    ({**SIGNS, "new_rows": 2}, 'other forms than "sign_delta"'),
+    ({**SIGNS, "density_pattern": {"a": 0.3}}, "come from a fine-tuned model"),
+    ({**SIGNS, "new_rows": 2}, "come from a fine-tuned model"),
     ({"threshold": 0.3}, 'selector="threshold", not selector="topk"'),
-    ({**SIGNS, "selector": "threshold", "threshold": 1}, 'other forms than "sign_delta"'),
+    ({**SIGNS, "threshold": 1}, "come from a fine-tuned model"),
     ({"score_init": 1.0}, "equal scores have no order"),
-    ({**SIGNS, "score_init": "kaiming_uniform"}, 'other forms than "sign_delta"'),
+    ({"score_mean": 0.1}, 'belongs to score_init="normal", not score_init=None'),
+    ({"score_init": "magnitude", "score_mean": 0.1}, "not score_init='magnitude'"),
+    ({"selector": "threshold", "score_std": 0.1}, 'and "magnitude": say which'),
+    ({"selector": "threshold", "score_init": 0.1, "score_std": 0.1}, "not score_init=0.1"),
+    ({"score_init": "kaiming_uniform", "score_std": 0.1}, "not score_init='kaiming_uniform'"),
     ({**SIGNS, "scale": "sqrt_density"}, "has its own scales"),
     ({"scale": "matrix"}, 'belongs to form="sign_delta"'),
-    ({**SIGNS, "support": 0.1}, 'other forms than "sign_delta"'),
+    ({**SIGNS, "support": 0.1}, "come from a fine-tuned model"),
     ({"form": "flip", "scale": "sqrt_density"}, 'belongs to form="product"'),
     ({"support": 0.1, "scale": "sqrt_density"}, "masks a share of each weight"),
     ({"support_by": "rows"}, "which weights support= is a share of"),

@@ -116,14 +116,14 @@ def test_inject_adapter_in_model():
 
 def test_lora_beside_masks_is_refused():
     """PEFT does not mix methods in one PeftModel: adding LoRA must not break the masks."""
-    model = pemnify(models.net(), bank="own")
+    model = pemnify(models.net(), bank="own", selector="topk")
     expected = models.logits(model)
     with pytest.raises(ValueError, match="LORA"):
         model.add_adapter("other", LoraConfig(target_modules=["conv1"]))
     models.assert_equal(models.logits(model), expected)
 
 
-@pytest.mark.parametrize("options", [{"bank": "own"}, {"bank": "rp"}], ids=str)
+@pytest.mark.parametrize("options", [{"bank": "own", "selector": "topk"}, {"bank": "rp"}], ids=str)
 def test_transformers_add_save_and_load(options, tmp_path):
     model = models.bert()
     plain = run(model).clone()
@@ -149,7 +149,7 @@ def test_transformers_switches_and_disables(tmp_path):
     base = models.bert()
     plain, expected = run(base).clone(), {}
     for task in (1, 2):
-        model = train(pemnify(models.bert(), bank="own", rest="freeze"), task)
+        model = train(pemnify(models.bert(), bank="own", selector="topk", rest="freeze"), task)
         model.save_pretrained(str(tmp_path / str(task)))
         expected[task] = run(model)
         base.load_adapter(str(tmp_path / str(task)), adapter_name=f"task{task}")

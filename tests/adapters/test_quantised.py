@@ -96,7 +96,7 @@ def masked(kind, **options):
 
 
 def test_plan_counts_the_values_and_not_what_they_are_packed_into(kind):
-    made = plan(base(kind), bank="own")
+    made = plan(base(kind), bank="own", selector="topk")
     assert [(t.name, t.shape, t.fan_in) for t in made.targets] == [
         ("a.weight", (128, 64), 64),
         ("b.weight", (4, 128), 128),
@@ -251,7 +251,7 @@ def test_unreadable_kinds_are_refused(monkeypatch):
     monkeypatch.setattr(quantised, "resolve_quantization_backend", lambda layer, **_: backend)
     model = Net(nn.Linear)
     model.a.weight = nn.Parameter(torch.ones(128, 32, dtype=torch.int8), requires_grad=False)
-    (left,) = plan(model, bank="own").left
+    (left,) = plan(model, bank="own", selector="topk").left
     assert left.why == "is stored as gptq (quantised), which PEFT cannot dequantise"
 
 
@@ -268,7 +268,7 @@ def test_weights_packed_into_buffers_are_in_the_plan(monkeypatch):
         "resolve_quantization_backend",
         lambda layer, **_: backend if isinstance(layer, Packed) else None,
     )
-    made = plan(nn.Sequential(Packed(), nn.Linear(128, 4)), bank="own")
+    made = plan(nn.Sequential(Packed(), nn.Linear(128, 4)), bank="own", selector="topk")
     (left,) = made.left
     assert (left.name, left.shape) == ("0.weight", (128, 64))
     assert left.why == "is stored as awq (quantised), which PEFT cannot dequantise"
@@ -280,7 +280,7 @@ def test_weights_that_wait_for_their_device_are_refused(kind):
     bnb = pytest.importorskip("bitsandbytes")
     eight = nn.Sequential(bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=False))
     model = eight if kind == "8bit" else nn.Sequential(bnb.nn.Linear4bit(8, 8))
-    (left,) = plan(model, bank="own").left
+    (left,) = plan(model, bank="own", selector="topk").left
     assert left.why == f"is not yet quantised (bnb {kind}); move the model to its device first"
 
 
@@ -383,7 +383,7 @@ def test_a_quantised_weight_that_would_be_the_tasks_is_refused(kind, options):
 
 def test_a_quantised_weight_is_the_tasks_only_where_it_could_train():
     """bitsandbytes' are whole numbers, which nobody trains; torchao's look like floats."""
-    options = {"bank": "own", "target_modules": ["b"]}
+    options = {"bank": "own", "selector": "topk", "target_modules": ["b"]}
     for kind, rest in (("4bit", "train"), ("torchao", "stats")):
         model = base(kind)
         pemnify(model, **options, rest=rest)
@@ -398,7 +398,7 @@ class Packed(torch.Tensor):
 
 def test_what_was_quantised_afterwards_is_not_saved(tmp_path):
     """A head that is saved whole, which is a plain module."""
-    model = plain(bank="own", modules_to_save=["b"])
+    model = plain(bank="own", selector="topk", modules_to_save=["b"])
     head = model.base_model.model.b.modules_to_save["default"]
     head.weight = nn.Parameter(head.weight.data.as_subclass(Packed), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match=r"b\.weight' is a .*quantised after"):

@@ -35,7 +35,10 @@ from tests.adapters import models
 
 pytestmark = models.ignore_peft_on_transformers
 
-BANKS = {"own": {"bank": "own", "rest": "norms"}, "rp": {"bank": "rp", "ratio": 0.1, "seed": 2}}
+BANKS = {
+    "own": {"bank": "own", "selector": "topk", "rest": "norms"},
+    "rp": {"bank": "rp", "ratio": 0.1, "seed": 2},
+}
 WORDS = "w1 w2 w3 w4"
 TASKS = ["llama", "gpt2", "bert", "vit"]
 
@@ -295,7 +298,9 @@ def test_a_base_model_without_a_head(tmp_path):
 def test_a_head_that_is_saved_whole(tmp_path):
     save_base("bert", tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "base"))
-    config = PemnConfig(bank="own", modules_to_save=["classifier"], task_type="SEQ_CLS")
+    config = PemnConfig(
+        bank="own", selector="topk", modules_to_save=["classifier"], task_type="SEQ_CLS"
+    )
     model = train(pemnify(base, config), "bert")
     model.save_pretrained(str(tmp_path / "adapter"))
     stored = load_file(tmp_path / "adapter" / models.WEIGHTS_FILE)

@@ -60,7 +60,7 @@ def made(tmp_path_factory):
     """A cache of the hub with two bases and two adapters, and what was trained."""
     cache = tmp_path_factory.mktemp("hub")
     tuned = pemnify(bert(num_labels=3), bank="own", task_type="SEQ_CLS", density=0.3)
-    images = models.train(pemnify(resnet(), bank="own", seed=3))
+    images = models.train(pemnify(resnet(), bank="own", selector="topk", seed=3))
     put(cache, "me/bert", bert(num_labels=3).save_pretrained)
     put(cache, "me/images", save_timm)
     put(cache, "timm/images", save_timm)
@@ -292,7 +292,7 @@ def test_merge_with_another_head_than_the_bases(tmp_path, capsys):
         transformers.BertForSequenceClassification.from_pretrained(
             str(tmp_path / "base"), num_labels=3, ignore_mismatched_sizes=True
         ),
-        bank="own", task_type="SEQ_CLS",
+        bank="own", selector="topk", task_type="SEQ_CLS",
     )  # fmt: skip
     tuned.save_pretrained(str(tmp_path / "task"))
     words = ["merge", tmp_path / "task", tmp_path / "base", "--out", tmp_path / "out"]
@@ -333,7 +333,7 @@ def test_a_local_timm_folder(tmp_path, capsys):
     save_timm(tmp_path / "base")
     found = json.loads(run(capsys, "plan", tmp_path / "base", "--json"))
     assert found["totals"] == plan(resnet(), bank="mp").as_dict()["totals"]
-    tuned = models.train(pemnify(resnet(), bank="own"))
+    tuned = models.train(pemnify(resnet(), bank="own", selector="topk"))
     tuned.save_pretrained(str(tmp_path / "task"))
     run(capsys, "merge", tmp_path / "task", tmp_path / "base", "--out", tmp_path / "out")
     plain = resnet()

@@ -23,7 +23,7 @@ def places(tmp_path_factory):
     lora = get_peft_model(models.bert(), LoraConfig(target_modules=["query"], r=2))
     lora.save_pretrained(str(root / "lora"))
     models.bert().save_pretrained(str(root / "base"))
-    pemnify(models.bert(), bank="own").save_pretrained(str(root / "bert"))
+    pemnify(models.bert(), bank="own", selector="topk").save_pretrained(str(root / "bert"))
     task = pemnify(timm.create_model("test_resnet", num_classes=4), bank="rp")
     task.save_pretrained(str(root / "resnet"))
     (root / "file").write_text("no folder")

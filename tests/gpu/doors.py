@@ -30,7 +30,7 @@ BANKS: dict[str, dict[str, Any]] = {
     "rp": {"bank": "rp", "ratio": 0.05},
     "rp, permuted": {"bank": "rp", "ratio": 0.05, "permute": True},
     "one_layer": {"bank": "one_layer"},
-    "own": {"bank": "own"},
+    "own": {"bank": "own", "selector": "topk"},
     "own, threshold, scaled": {"bank": "own", "selector": "threshold", "scale": "sqrt_density"},
 }
 CODINGS = ("bits", "entropy", "context", "base")
@@ -209,7 +209,7 @@ def training(device: torch.device) -> Figures:
 def autocast(device: torch.device) -> Figures:
     """bfloat16 and, with a scaler, float16: scores stay float32 and get finite gradients."""
     for dtype in (torch.bfloat16, torch.float16):
-        model = pemnify(seeded(Net).to(device), bank="own").train()
+        model = pemnify(seeded(Net).to(device), bank="own", selector="topk").train()
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         with torch.autocast(device.type, dtype):
             loss = F.cross_entropy(model(images().to(device)).float(), labels().to(device))
@@ -338,7 +338,7 @@ def unknown_task(device: torch.device) -> Figures:
 
 def kept_weights(device: torch.device) -> Figures:
     """A model that keeps effective weights says what one that keeps none says, after any write."""
-    model = pemnify(seeded(Net).to(device), bank="own")
+    model = pemnify(seeded(Net).to(device), bank="own", selector="topk")
     train(model, device)
     for write in ("nothing", "scores", "weights"):
         says(model, device)
@@ -422,7 +422,7 @@ def torchao(device: torch.device) -> Figures:
 
 
 def _quantised(model: nn.Module, name: str, device: torch.device) -> None:
-    config = PemnConfig(bank="own", target_modules=["0"], modules_to_save=["2"])
+    config = PemnConfig(bank="own", selector="topk", target_modules=["0"], modules_to_save=["2"])
     masked = get_peft_model(model, config).train()
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).to(device)
     masked(x).square().mean().backward()

@@ -202,7 +202,11 @@ def test_models_train_the_same(way, bank, selector, autocast):
 @every_way
 def test_autocast_rounds_what_plain_layers_multiply_with(way):
     """Only there: elsewhere a reader gets the weight's own type."""
-    model = pemnify(nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4)), bank="own")
+    model = pemnify(
+        nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4)),
+        bank="own",
+        selector="topk",
+    )
     layer = model.base_model.model[0]
     with through(way):
         exact = layer.weight.detach().clone()

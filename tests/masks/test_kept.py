@@ -95,7 +95,7 @@ def test_an_averaged_teacher_follows_its_student(bank, mode, training):
 @pytest.mark.parametrize("mode", list(MODES))
 def test_scores_written_between_two_forwards(door, mode):
     """Evolution strategies, hand averaging, SAM: no backward pass in between."""
-    model = pemnify(models.net(), bank="own").eval()
+    model = pemnify(models.net(), bank="own", selector="topk").eval()
     run = DOORS[door]
     said = []
     for seed in range(3):
@@ -112,7 +112,7 @@ def test_scores_written_between_two_forwards(door, mode):
 
 def test_the_base_written_while_it_trains():
     """Joint training, and a teacher of it that holds bits."""
-    model = models.train(pemnify(models.net(), bank="own"))
+    model = models.train(pemnify(models.net(), bank="own", selector="topk"))
     for layer in models.mask_layers(model).values():
         layer.own_weight().requires_grad_(True)
     before = model(X).detach()
@@ -123,7 +123,7 @@ def test_the_base_written_while_it_trains():
 
 
 def test_what_was_kept_in_eval_mode_ends_with_it():
-    model = pemnify(models.net(), bank="own", inference_mode=True)
+    model = pemnify(models.net(), bank="own", selector="topk", inference_mode=True)
     before = models.logits(model)
     model.train()
     for layer in models.mask_layers(model).values():
@@ -176,7 +176,7 @@ def test_an_evaluation_in_the_middle_of_training_makes_weights_once(monkeypatch,
 
 
 def test_a_teacher_in_eval_mode_keeps_what_frozen_scores_make(monkeypatch):
-    teacher = pemnify(models.net(), bank="own").eval().requires_grad_(False)
+    teacher = pemnify(models.net(), bank="own", selector="topk").eval().requires_grad_(False)
     counted = Counted(monkeypatch)
     assert counted.during(lambda: teacher(X)) == 4
     assert counted.during(lambda: teacher(X)) == 0
@@ -202,7 +202,7 @@ def test_a_step_in_eval_mode_ends_what_was_kept(monkeypatch, bank, optimizer):
 
 def test_a_step_keeps_what_bits_made(monkeypatch):
     """A frozen teacher does not pay for its student's steps."""
-    teacher, student = serving("own"), pemnify(models.net(), bank="own")
+    teacher, student = serving("own"), pemnify(models.net(), bank="own", selector="topk")
     counted = Counted(monkeypatch)
     with torch.no_grad():
         teacher(X)
@@ -463,7 +463,7 @@ def test_a_write_that_leaves_a_trace_is_undone():
 
 
 def test_a_masked_weight_reads_like_any_tensor(tmp_path):
-    model = pemnify(models.net(), bank="own")
+    model = pemnify(models.net(), bank="own", selector="topk")
     weight = model.get_base_model().conv2.weight
     for made in (weight * 1, weight.detach(), weight.view(-1), copy.deepcopy(weight.detach())):
         assert type(made) is torch.Tensor
@@ -515,7 +515,7 @@ class Twelve(nn.Module):
 @pytest.mark.parametrize("door", ["peft", "inner"])
 @pytest.mark.parametrize("mode", list(MODES))
 def test_one_forward_makes_a_weight_once(monkeypatch, mode, door):
-    model = DOORS[door](pemnify(Twelve(), bank="own"))
+    model = DOORS[door](pemnify(Twelve(), bank="own", selector="topk"))
     counted = Counted(monkeypatch)
     x = torch.ones(2, 8)
     with MODES[mode]():
@@ -608,7 +608,7 @@ def test_no_other_method_lies_on_masks(config, bank):
 
 def test_transformers_add_no_other_method_to_masks():
     model = models.bert()
-    model.add_adapter(PemnConfig(bank="own"))
+    model.add_adapter(PemnConfig(bank="own", selector="topk"))
     keys = set(model.state_dict())
     with pytest.raises(AlreadyPemnifiedError, match="LORA adapters cannot lie on masks"):
         model.add_adapter(LoraConfig(target_modules=["query"], r=2), adapter_name="lora")

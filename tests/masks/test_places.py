@@ -25,7 +25,7 @@ replicating = importlib.import_module("torch.nn.parallel.replicate")
 BASES = {
     "mp": {"bank": "mp"},
     "rp": {"bank": "rp", "ratio": 0.3},
-    "own": {"bank": "own"},
+    "own": {"bank": "own", "selector": "topk"},
     "own_generated": {"bank": "own", "bank_init": "kaiming_normal"},
 }
 CASES = {

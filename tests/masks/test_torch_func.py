@@ -42,7 +42,7 @@ pytestmark = [
 ]
 
 CASES = {
-    "own": {"bank": "own"},
+    "own": {"bank": "own", "selector": "topk"},
     "own_threshold": {"bank": "own", "selector": "threshold", "score_init": "kaiming_uniform"},
     "own_threshold_scaled": {
         "bank": "own", "selector": "threshold", "score_init": "kaiming_uniform",
@@ -50,7 +50,7 @@ CASES = {
     },
     "mp_scaled": {"bank": "mp", "scale": "sqrt_density", "density": 0.3},
     "rp_tiled": {"bank": "rp", "ratio": 0.1},
-    "two": {"bank": "own", "scale": "sqrt_density"},
+    "two": {"bank": "own", "selector": "topk", "scale": "sqrt_density"},
     "sign_delta": {},
 }  # fmt: skip
 WIDE = {"dtype": torch.float64}
@@ -324,7 +324,7 @@ def test_many_models_at_once(case):
 def with_bits(tmp_path, seed):
     from peft import PeftModel
 
-    model = pemnify(plain(), bank="own", seed=seed)
+    model = pemnify(plain(), bank="own", selector="topk", seed=seed)
     model.save_pretrained(str(tmp_path / str(seed)))
     return PeftModel.from_pretrained(plain(), str(tmp_path / str(seed))).base_model.model.double()
 
@@ -357,7 +357,7 @@ def test_large_masks_of_bits_keep_tangents(monkeypatch):
     """What is done a piece at a time without gradients would drop a tangent."""
     monkeypatch.setattr("pemn_surgery.masks.product._PIECE", 8)
     monkeypatch.setattr("pemn_surgery.masks.sign_delta._PIECE", 8)
-    model = pemnify(plain(), bank="own")
+    model = pemnify(plain(), bank="own", selector="topk")
     model = model.base_model.model.double()
     layer = models.mask_layers(model)["0.weight"]
     mask = layer.pemn_masks["default"].mask()
@@ -376,8 +376,12 @@ def test_large_masks_of_bits_keep_tangents(monkeypatch):
 
 
 def test_mixtures():
-    model = pemnify(models.net(), PemnConfig(bank="own", scale="sqrt_density"), adapter_name="a")
-    model.add_adapter("b", PemnConfig(bank="own", scale="sqrt_density", seed=2))
+    model = pemnify(
+        models.net(),
+        PemnConfig(bank="own", selector="topk", scale="sqrt_density"),
+        adapter_name="a",
+    )
+    model.add_adapter("b", PemnConfig(bank="own", selector="topk", scale="sqrt_density", seed=2))
     layer = models.mask_layers(model)["conv2.weight"]
     fill = layer.fill().detach().double()
     shares = torch.stack([fill * _mask_and_scale(layer, name) for name in ("a", "b")])

@@ -179,7 +179,7 @@ def test_a_small_model_really_runs_where_shapes_do_not_do(monkeypatch):
 def test_a_forward_that_fails_says_so():
     with pytest.raises(TraceError, match="Stuck could not be followed: KeyError: 'no such thing'"):
         trace(Stuck(), {"x": torch.randn(5, 4)})
-    made = plan(Stuck(), bank="own", inputs={"x": torch.randn(5, 4)})
+    made = plan(Stuck(), bank="own", selector="topk", inputs={"x": torch.randn(5, 4)})
     assert "no such thing" in made.untraced
     assert "uses not seen" in str(made)
     assert [target.name for target in made.targets] == ["layer.weight"]
@@ -188,7 +188,7 @@ def test_a_forward_that_fails_says_so():
 def test_raw_parameters_that_multiply_are_masked_and_kept_in_the_configuration(tmp_path):
     model, inputs = Everything(), {"x": torch.randn(5, 4)}
     expected = model(**inputs)
-    made = plan(model, bank="own", inputs=inputs)
+    made = plan(model, bank="own", selector="topk", inputs=inputs)
     names = ["projection", "query", "called.weight", "reader.qkv.weight", "never.weight"]
     assert [target.name for target in made.targets] == names
     uses = {target.name: target.use for target in made.targets}
@@ -217,7 +217,11 @@ def test_raw_parameters_that_multiply_are_masked_and_kept_in_the_configuration(t
 
 def test_named_targets_stay_the_only_ones():
     made = plan(
-        Everything(), bank="own", target_modules=["called"], inputs={"x": torch.randn(5, 4)}
+        Everything(),
+        bank="own",
+        selector="topk",
+        target_modules=["called"],
+        inputs={"x": torch.randn(5, 4)},
     )
     assert [target.name for target in made.targets] == ["called.weight"]
 
@@ -315,7 +319,7 @@ def test_experts_are_found_and_routers_stay():
     )
     torch.manual_seed(0)
     model = MixtralForCausalLM(config).eval()
-    made = plan(model, bank="own")
+    made = plan(model, bank="own", selector="topk")
     assert made.untraced == ""
     kinds = {(target.kind, target.parameter) for target in made.targets}
     assert {("MixtralExperts", "gate_up_proj"), ("MixtralExperts", "down_proj")} <= kinds

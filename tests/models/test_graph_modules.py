@@ -26,7 +26,11 @@ from tests import oracles
 from tests.adapters import models
 
 ONES = {"bank": "own", "selector": "threshold", "threshold": 0.0, "score_init": 1.0}
-BANKS = {"own": {"bank": "own"}, "rp": {"bank": "rp", "ratio": 0.1}, "mp": {"bank": "mp"}}
+BANKS = {
+    "own": {"bank": "own", "selector": "topk"},
+    "rp": {"bank": "rp", "ratio": 0.1},
+    "mp": {"bank": "mp"},
+}
 
 
 # ---- models -----------------------------------------------------------------------------------
@@ -204,7 +208,7 @@ def burnt(name, model):
 @pytest.mark.parametrize("name", ALIKE)
 @pytest.mark.parametrize("rest", ["train", "norms", "stats"])
 def test_a_graph_is_planned_as_the_model_that_it_was_made_of(name, rest):
-    for bank in ({"bank": "own"}, {"bank": "rp"}):
+    for bank in ({"bank": "own", "selector": "topk"}, {"bank": "rp"}):
         found = [plan(model, rest=rest, modules_to_save=[], **bank)
                  for model in (build(name), eager(name))]  # fmt: skip
         targets = [{(t.name, t.shape, t.fan_in) for t in one.targets} for one in found]
@@ -668,7 +672,10 @@ def test_a_buffer_that_a_graph_copies_into_is_the_tasks():
 
 
 def test_modes_that_an_exported_graph_cannot_take_are_refused():
-    in_train, in_eval = pemnify(training(), bank="own"), pemnify(build("exported resnet"))
+    in_train, in_eval = (
+        pemnify(training(), bank="own", selector="topk"),
+        pemnify(build("exported resnet")),
+    )
     for model, wanted, other in ((in_train, "eval", "train"), (in_eval, "train", "eval")):
         getattr(model, other)()
         with pytest.raises(GraphModeError) as error:
@@ -677,10 +684,10 @@ def test_modes_that_an_exported_graph_cannot_take_are_refused():
     base = training()
     held = as_text(base), type(base)
     with pytest.raises(GraphModeError) as error:
-        pemnify(base, bank="own", rest="freeze")
+        pemnify(base, bank="own", selector="topk", rest="freeze")
     models.says(error, 'rest="freeze"', "eval mode", "batch_norm")
     assert (as_text(base), type(base)) == held
-    frozen = pemnify(build("exported resnet"), bank="own", rest="freeze")
+    frozen = pemnify(build("exported resnet"), bank="own", selector="topk", rest="freeze")
     x = sample("exported resnet")
     oracles.assert_same(frozen(x).detach(), burnt("exported resnet", frozen)(x).detach())
 

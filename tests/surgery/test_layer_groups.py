@@ -19,8 +19,8 @@ MODELS = {
 }  # fmt: skip
 OPTIONS = {
     "mp": {"bank": "mp"},
-    "own": {"bank": "own"},
-    "own, all trained": {"bank": "own", "rest": "train"},
+    "own": {"bank": "own", "selector": "topk"},
+    "own, all trained": {"bank": "own", "selector": "topk", "rest": "train"},
 }
 DECAYS = {
     "by layer": {"layer_decay": 0.75, "weight_decay": 0.05},

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
 ]
 
-CASES = {**models.BANKS, "own_all": {"bank": "own", "rest": "train"}}
+CASES = {**models.BANKS, "own_all": {"bank": "own", "selector": "topk", "rest": "train"}}
 
 
 class Plus(nn.Module):

@@ -19,7 +19,7 @@ from tests import oracles
 
 OWN = {"bank": "own", "bank_init": "kaiming_normal"}
 BANKS = {
-    "own, pretrained": {"bank": "own"},
+    "own, pretrained": {"bank": "own", "selector": "topk"},
     "own, drawn": OWN,
     "mp": {"bank": "mp"},
     "rp": {"bank": "rp", "ratio": 0.05},
@@ -124,7 +124,7 @@ def test_the_layer_stays_what_it_was(name):
     original = make()
     before = {key: value.clone() for key, value in original.state_dict().items()}
     held_class, weight = type(original), original.weight
-    layer, _ = rewrite(original, bank="own")
+    layer, _ = rewrite(original, bank="own", selector="topk")
     assert layer is original
     assert type(layer) is not held_class
     assert isinstance(layer, held_class)
@@ -205,7 +205,7 @@ def test_unload_gives_back_the_same_parameter_and_class(name):
     held_class, weight, values = type(original), original.weight, original.weight.detach().clone()
     x = torch.randn(shape)
     before = original(x).detach()
-    layer, model = rewrite(original, bank="own")
+    layer, model = rewrite(original, bank="own", selector="topk")
     restored = model.unload()
     assert restored[0] is layer
     assert type(layer) is held_class
@@ -238,7 +238,7 @@ def test_merge_leaves_a_plain_layer(name, bank):
 def test_merge_into_own_keeps_the_parameter_object():
     held = nn.Linear(6, 5)
     weight = held.weight
-    layer, model = rewrite(held, bank="own")
+    layer, model = rewrite(held, bank="own", selector="topk")
     wanted = effective(find_masked(layer, "weight"))
     model.merge_and_unload()
     assert held.weight is weight
@@ -388,7 +388,7 @@ def test_freeze_keeps_norms_in_eval_mode():
     plain = net()
     plain[1].running_mean.normal_()
     plain[1].running_var.uniform_(0.5, 2)
-    model = pemnify(copy.deepcopy(plain), bank="own", rest="freeze")
+    model = pemnify(copy.deepcopy(plain), bank="own", selector="topk", rest="freeze")
     inner = model.base_model.model
     model.train()
     assert inner[0].training
@@ -411,7 +411,7 @@ def test_freeze_holds_before_anyone_calls_train():
     """A new module is in training mode; so is a loop that never says ``model.train()``."""
     plain = net()
     assert plain[1].training
-    model = pemnify(plain, bank="own", rest="freeze")
+    model = pemnify(plain, bank="own", selector="topk", rest="freeze")
     norm = model.base_model.model[1]
     assert not norm.training
     model(batch())
@@ -429,7 +429,7 @@ def test_freeze_holds_before_anyone_calls_train():
     ],
 )
 def test_what_trains(rest, expected):
-    model = pemnify(net(), bank="own", rest=rest)
+    model = pemnify(net(), bank="own", selector="topk", rest=rest)
     named = [name for name, p in model.named_parameters() if p.requires_grad]
     scores = [name for name in named if name.endswith(".scores")]
     others = {
@@ -478,7 +478,7 @@ def test_swapped_class_is_cached_and_documented():
 
 def test_fsdp_reads_the_raw_parameter():
     """FSDP re-reads parameters with getattr, from its own modules."""
-    layer, _ = rewrite(nn.Linear(6, 5), bank="own")
+    layer, _ = rewrite(nn.Linear(6, 5), bank="own", selector="topk")
     scope = {"__name__": "torch.distributed.fsdp._fully_shard", "layer": layer}
     exec("raw = layer.weight", scope)
     assert scope["raw"] is layer._parameters["weight"]
@@ -488,7 +488,7 @@ def test_fsdp_reads_the_raw_parameter():
 
 
 def test_fsdp_may_set_a_plain_tensor():
-    layer, _ = rewrite(nn.Linear(6, 5), bank="own")
+    layer, _ = rewrite(nn.Linear(6, 5), bank="own", selector="topk")
     child = find_masked(layer, "weight")
     mask = mask_of(child)
     flat = torch.randn(5, 6)
@@ -505,6 +505,6 @@ def test_find_on_a_plain_layer():
     assert find_masked(plain, "weight") is None
     assert find_task(plain) is None
     assert original_class(plain) is nn.Linear
-    layer, _ = rewrite(nn.Linear(2, 2), bank="own")
+    layer, _ = rewrite(nn.Linear(2, 2), bank="own", selector="topk")
     assert type(layer) is not nn.Linear
     assert original_class(layer) is nn.Linear

@@ -409,7 +409,7 @@ def test_a_file_may_bring_what_has_no_initialiser(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"bank": "own"}, {"bank": "own", "bank_init": "signed_constant"}]
+    [{"bank": "own", "selector": "topk"}, {"bank": "own", "bank_init": "signed_constant"}]
     + [{"bank": bank, "bank_init": "model"} for bank in ("mp", "rp", "one_layer")],
     ids=str,
 )

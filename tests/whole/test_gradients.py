@@ -48,7 +48,7 @@ IDLE = ["idle.weight", "before.weight", "zero.weight", "faint.weight"]
 
 
 def test_masks_behind_zeros_and_beside_the_forward_are_listed():
-    model = pemnify(Gated(), bank="own", rest="freeze")
+    model = pemnify(Gated(), bank="own", selector="topk", rest="freeze")
     batch = torch.randn(2, 3, 4, 4), torch.tensor([0, 1])
     assert masks_without_gradient(model) == [
         module.target for module in model.modules() if isinstance(module, MaskedWeight)
@@ -65,7 +65,7 @@ def test_a_drawn_bank_has_no_zeros():
 
 @pytest.mark.parametrize(("most", "steps"), [(3, 3), (12, 10)])
 def test_the_trainer_warns_once(most, steps, tmp_path):
-    model = pemnify(Gated(), bank="own", rest="freeze")
+    model = pemnify(Gated(), bank="own", selector="topk", rest="freeze")
     trainer = watched(model, tmp_path, most)
     with pytest.warns(NoGradientWarning) as caught:
         trainer.train()
@@ -91,7 +91,9 @@ class Opening(Gated):
 
 
 def test_what_opens_after_the_first_step_is_not_warned_of(tmp_path):
-    model = pemnify(Opening(), bank="own", target_modules=["open", "head"], rest="norms")
+    model = pemnify(
+        Opening(), bank="own", selector="topk", target_modules=["open", "head"], rest="norms"
+    )
     trainer = watched(model, tmp_path, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", NoGradientWarning)
@@ -104,7 +106,9 @@ def test_where_every_mask_learns_nothing_is_said(tmp_path):
             logits = self.head(self.open(pixel_values.mean((-2, -1))))
             return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
-    model = pemnify(Plain(), bank="own", target_modules=["open", "head"], rest="freeze")
+    model = pemnify(
+        Plain(), bank="own", selector="topk", target_modules=["open", "head"], rest="freeze"
+    )
     trainer = watched(model, tmp_path, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", NoGradientWarning)
@@ -115,7 +119,7 @@ def test_where_every_mask_learns_nothing_is_said(tmp_path):
 def test_detection_heads_that_start_at_zero(kind):
     """By hand: the masks whose scores have a gradient of zero."""
     model = transformers_models.build(kind)
-    masked = pemnify(model, bank="own").train()
+    masked = pemnify(model, bank="own", selector="topk").train()
     inputs = example_inputs(model)
     output = masked(**inputs)
     (output.logits.square().mean() + output.pred_boxes.square().mean()).backward()

@@ -27,6 +27,7 @@ def timm_model(bank="rp", **options):
 
 
 def bert_model(bank="own", **options):
+    options = {"selector": "topk", **options}
     return pemnify(models.bert(), bank=bank, task_type="SEQ_CLS", **options)
 
 
@@ -197,7 +198,7 @@ def test_evaluation_and_prediction(tmp_path):
 def test_plain_loop_equals_the_equations():
     """One SGD step on one Linear: dL/dS = dL/dW * W * sign(S), done by hand."""
     base = torch.nn.Sequential(torch.nn.Linear(6, 5))
-    model = pemnify(base, bank="own", rest="freeze")
+    model = pemnify(base, bank="own", selector="topk", rest="freeze")
     layer = models.mask_layers(model)["0.weight"]
     weight, scores = base[0].__dict__, layer.mask_of("default").scores
     assert "weight" not in weight

@@ -113,7 +113,7 @@ def test_evaluation_in_bfloat16_before_the_final_save(tmp_path):
 
 def test_a_resume_on_another_base_is_refused(tmp_path):
     train(makers(callback=False)("bert"), tmp_path)
-    other = pemnify(models.bert(1), bank="own", task_type="SEQ_CLS")
+    other = pemnify(models.bert(1), bank="own", selector="topk", task_type="SEQ_CLS")
     _, data = trainers.KINDS["bert"]
     before = {name: value.clone() for name, value in other.state_dict().items()}
     trainer = Trainer(model=other, args=trainers.arguments(tmp_path), train_dataset=data())
@@ -169,7 +169,7 @@ def base(tmp_path):
 
 
 ADAPTERS = {
-    "own": lambda: PemnConfig(bank="own"),
+    "own": lambda: PemnConfig(bank="own", selector="topk"),
     "rp": lambda: PemnConfig(bank="rp", ratio=0.1),
     "lora": lambda: LoraConfig(target_modules=["query"]),
 }
@@ -215,7 +215,7 @@ def test_adapters_within_another_module_resume_exactly(adapter, callback, base, 
 def test_a_peft_model_within_another_module_writes_scores(base, tmp_path):
     """Its checkpoint goes on in a PEFT model that is made anew, and its final save is bits."""
     _, data = trainers.KINDS["bert"]
-    inner = get_peft_model(AutoModel.from_pretrained(base), PemnConfig(bank="own"))
+    inner = get_peft_model(AutoModel.from_pretrained(base), PemnConfig(bank="own", selector="topk"))
     trainer = SentencesTrainer(
         model=Sentences(inner), args=trainers.arguments(tmp_path, max_steps=SAVED),
         train_dataset=data(), callbacks=[PemnCallback()],

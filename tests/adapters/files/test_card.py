@@ -129,7 +129,9 @@ def test_a_timm_base_is_built_by_the_cards_code(case, tmp_path):
 
 
 def test_a_timm_base_with_its_own_weights_names_them(tmp_path):
-    pemnify(timm.create_model("test_resnet"), bank="own").save_pretrained(str(tmp_path))
+    pemnify(timm.create_model("test_resnet"), bank="own", selector="topk").save_pretrained(
+        str(tmp_path)
+    )
     line = (
         'base = timm.create_model("test_resnet.r160_in1k")  # with the weights of the fingerprint'
     )
@@ -374,7 +376,7 @@ def test_a_second_push_keeps_edits_on_the_hub(hub, saved):
 def test_push_of_a_transformers_model_with_an_adapter(hub, tmp_path):
     models.bert().save_pretrained(str(tmp_path / "base"))
     model = AutoModelForSequenceClassification.from_pretrained(str(tmp_path / "base"))
-    model.add_adapter(PemnConfig(bank="own"), adapter_name="task")
+    model.add_adapter(PemnConfig(bank="own", selector="topk"), adapter_name="task")
     model.push_to_hub("me/digits")
     rows = table(read(hub))
     assert "more information needed" not in read(hub).lower()

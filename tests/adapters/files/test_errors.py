@@ -50,7 +50,7 @@ BAD_OPTIONS = [
     ({"bank": "rp", "length": 2.5}, ("length=2.5", "whole number")),
     ({"bank": "rp", "ratio": 0.1, "length": 5}, ("length=5", "ratio=0.1", "give one")),
     ({"bank": "mp", "ratio": 0.1}, ("ratio=0.1", 'bank="rp"', '"mp"')),
-    ({"bank": "own", "length": 9}, ("length=9", 'bank="rp"', '"own"')),
+    ({"bank": "own", "selector": "topk", "length": 9}, ("length=9", 'bank="rp"', '"own"')),
     ({"bank": "one_layer", "permute": True}, ("permute=True", 'bank="rp"', '"one_layer"')),
     ({"bank": "max"}, ("bank='max'", "'mp', 'rp', 'one_layer', 'own'")),
     ({"bank": None}, ("bank=None", "'mp'")),
@@ -251,7 +251,7 @@ def test_masks_beside_lora_in_a_transformers_model():
 
 
 def test_after_unload_a_model_is_fresh():
-    model = pemnify(models.net(), bank="own")
+    model = pemnify(models.net(), bank="own", selector="topk")
     again = pemnify(model.unload(), bank="rp")
     assert len(models.masks(again)) == 4
 
@@ -321,8 +321,8 @@ def test_all_adapters_of_a_bank_have_the_same_targets(bank):
 
 
 def test_adapters_on_own_weights_may_have_other_targets():
-    model = pemnify(models.net(), PemnConfig(bank="own", target_modules=["conv1"]))
-    model.add_adapter("second", PemnConfig(bank="own", target_modules=["conv2"]))
+    model = pemnify(models.net(), PemnConfig(bank="own", selector="topk", target_modules=["conv1"]))
+    model.add_adapter("second", PemnConfig(bank="own", selector="topk", target_modules=["conv2"]))
     layers = models.mask_layers(model)
     assert {name: list(layer.pemn_masks) for name, layer in layers.items()} == {
         "conv1.weight": ["default"],

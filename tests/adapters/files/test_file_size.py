@@ -44,22 +44,33 @@ def mixtral():
 
 
 CASES = [
-    (resnet, {"bank": "own"}),
-    (resnet, {"bank": "own", "rest": "train"}),
+    (resnet, {"bank": "own", "selector": "topk"}),
+    (resnet, {"bank": "own", "selector": "topk", "rest": "train"}),
     (resnet, {"bank": "mp", "seed": 123_456}),
     (resnet, {"bank": "one_layer", "rest": "freeze"}),
-    (resnet, {"bank": "own", "rest": "norms", "modules_to_save": ["fc"]}),
-    (half_resnet, {"bank": "own"}),
+    (resnet, {"bank": "own", "selector": "topk", "rest": "norms", "modules_to_save": ["fc"]}),
+    (half_resnet, {"bank": "own", "selector": "topk"}),
     (half_resnet, {"bank": "rp", "ratio": 0.1}),
-    (half_resnet, {"bank": "own", "rest": "norms", "modules_to_save": ["fc"]}),
+    (half_resnet, {"bank": "own", "selector": "topk", "rest": "norms", "modules_to_save": ["fc"]}),
     (models.net, {"bank": "own", "bank_init": "signed_constant", "scale": "sqrt_density"}),
-    (models.bert, {"bank": "own", "task_type": "SEQ_CLS"}),
+    (models.bert, {"bank": "own", "selector": "topk", "task_type": "SEQ_CLS"}),
     (models.bert, {"bank": "rp", "target_modules": ["query", "value"]}),
-    (models.bert, {"bank": "own", "target_modules": ".*query", "exclude_modules": ["layer.0"]}),
-    (models.bert, {"bank": "own", "target_modules": "all-linear"}),
+    (
+        models.bert,
+        {
+            "bank": "own",
+            "selector": "topk",
+            "target_modules": ".*query",
+            "exclude_modules": ["layer.0"],
+        },
+    ),
+    (models.bert, {"bank": "own", "selector": "topk", "target_modules": "all-linear"}),
     (gpt2, {"bank": "rp"}),
-    (gpt2, {"bank": "own", "tied": "both", "target_modules": ["c_attn", "wte"]}),
-    (gpt2, {"bank": "own", "tied": "untie", "task_type": "CAUSAL_LM"}),
+    (
+        gpt2,
+        {"bank": "own", "selector": "topk", "tied": "both", "target_modules": ["c_attn", "wte"]},
+    ),
+    (gpt2, {"bank": "own", "selector": "topk", "tied": "untie", "task_type": "CAUSAL_LM"}),
     (mixtral, {"bank": "rp"}),
 ]
 
@@ -87,7 +98,7 @@ def test_said_is_saved(make, options, tmp_path):
 def test_said_without_weights_is_saved(tmp_path):
     """A plan of a model on the meta device, and a save of the one with weights."""
     with torch.device("meta"):
-        planned = plan(resnet(), bank="own")
-    pemnify(resnet(), bank="own").save_pretrained(str(tmp_path))
+        planned = plan(resnet(), bank="own", selector="topk")
+    pemnify(resnet(), bank="own", selector="topk").save_pretrained(str(tmp_path))
     names = (models.WEIGHTS_FILE, "adapter_config.json")
     assert planned.file_bytes == sum((tmp_path / name).stat().st_size for name in names)

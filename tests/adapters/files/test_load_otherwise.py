@@ -40,9 +40,9 @@ KINDS = {
     "rp": {"bank": "rp", "ratio": 0.05, "permute": True},
     "one_layer": {"bank": "one_layer"},
     "model_bank": {"bank": "mp", "bank_init": "model"},
-    "own": {"bank": "own"},
-    "own_train": {"bank": "own", "rest": "train"},
-    "entropy": {"bank": "own", "coding": "entropy"},
+    "own": {"bank": "own", "selector": "topk"},
+    "own_train": {"bank": "own", "selector": "topk", "rest": "train"},
+    "entropy": {"bank": "own", "selector": "topk", "coding": "entropy"},
     "context": {"bank": "mp", "coding": "context"},
     "pattern": {"bank": "own", "density": 0.4, "density_pattern": {"conv[23]": 0.1, "head": 1.0}},
     "erk": {"bank": "own", "density": "erk"},
@@ -85,7 +85,7 @@ def test_key_mapping_loads_onto_a_model_with_other_names(kind, door, tmp_path):
 
 
 def test_own_weights_may_come_in_another_order(tmp_path):
-    expected = models.logits(saved(tmp_path / "old", bank="own"))
+    expected = models.logits(saved(tmp_path / "old", bank="own", selector="topk"))
     base = [Renamed(models.net(), order=(3, 1, 2)) for _ in range(2)]
     model = PeftModel.from_pretrained(base[0], tmp_path / "old", key_mapping=MAPPING)
     models.assert_equal(models.logits(model), expected)
@@ -95,7 +95,7 @@ def test_own_weights_may_come_in_another_order(tmp_path):
 
 
 def test_a_models_own_mapping_counts_as_pefts_does(tmp_path):
-    expected = models.logits(saved(tmp_path, bank="own"))
+    expected = models.logits(saved(tmp_path, bank="own", selector="topk"))
     model = renamed()
     model._checkpoint_conversion_mapping = MAPPING
     models.assert_equal(models.logits(PeftModel.from_pretrained(model, tmp_path)), expected)
@@ -111,7 +111,7 @@ def test_lora_does_so(tmp_path):
 
 
 def test_without_it_the_error_names_it(tmp_path):
-    saved(tmp_path, bank="own")
+    saved(tmp_path, bank="own", selector="topk")
     with pytest.raises(ArchitectureError, match="give key_mapping"):
         PeftModel.from_pretrained(renamed(), tmp_path)
 
@@ -126,7 +126,7 @@ def test_another_base_is_refused_under_other_names_too(kind, tmp_path):
 
 
 def test_names_that_meet_are_refused(tmp_path):
-    saved(tmp_path, bank="own")
+    saved(tmp_path, bank="own", selector="topk")
     with pytest.raises(ConfigError, match=r"several tensors of .* one name"):
         PeftModel.from_pretrained(renamed(), tmp_path, key_mapping={r"^conv\d": "features.c1"})
 
@@ -135,12 +135,15 @@ def test_names_that_meet_are_refused(tmp_path):
     ("options", "said"),
     [
         ({"bank": "own", "bank_init": "signed_constant"}, "draws each weight's numbers by its"),
-        ({"bank": "own", "coding": "base"}, 'coding="base"'),
-        ({"bank": "own", "support": 0.2}, "draws the masked weights by their names"),
+        ({"bank": "own", "selector": "topk", "coding": "base"}, 'coding="base"'),
+        (
+            {"bank": "own", "selector": "topk", "support": 0.2},
+            "draws the masked weights by their names",
+        ),
         ({"bank": "mp", "support": 0.2, "support_by": "rows"}, "draws the masked weights"),
         (
             {
-                **{"bank": "own", "support": 0.2, "support_by": "largest"},
+                **{"bank": "own", "selector": "topk", "support": 0.2, "support_by": "largest"},
                 "support_others": "drawn",
             },
             "draws a mask for each weight by its name",
@@ -156,7 +159,7 @@ def test_what_goes_by_names_cannot_be_renamed(options, said, tmp_path):
 
 
 def test_scores_are_renamed_too(tmp_path):
-    model = models.train(pemnify(models.net(), bank="own"))
+    model = models.train(pemnify(models.net(), bank="own", selector="topk"))
     model.peft_config["default"].keep_scores = True
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(renamed(), tmp_path, key_mapping=MAPPING, is_trainable=True)
@@ -169,7 +172,9 @@ def test_scores_are_renamed_too(tmp_path):
 
 
 def test_names_in_full_in_the_configuration_are_renamed(tmp_path):
-    model = models.train(pemnify(models.net(), bank="own", functional_weights=["conv1.weight"]))
+    model = models.train(
+        pemnify(models.net(), bank="own", selector="topk", functional_weights=["conv1.weight"])
+    )
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(renamed(), tmp_path, key_mapping=MAPPING)
     assert loaded.peft_config["default"].functional_weights == ["features.c1.weight"]
@@ -187,7 +192,7 @@ def other_head(classes=7):
     return model
 
 
-HEAD = {"bank": "own", "modules_to_save": ["head"]}
+HEAD = {"bank": "own", "selector": "topk", "modules_to_save": ["head"]}
 
 
 def test_ignore_mismatched_sizes_leaves_a_heads_tensors_as_the_model_has_them(tmp_path):
@@ -233,7 +238,7 @@ def test_load_adapter_ignores_them_too(name, tmp_path):
 
 def test_tensors_of_a_task_may_have_other_sizes(tmp_path):
     """Not masked, and the task's own: a bias of another length keeps the model's value."""
-    options = {"bank": "own", "rest": "train", "exclude_modules": ["head"]}
+    options = {"bank": "own", "selector": "topk", "rest": "train", "exclude_modules": ["head"]}
     model = saved(tmp_path, **options)
     with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
         loaded = PeftModel.from_pretrained(other_head(), tmp_path, ignore_mismatched_sizes=True)
@@ -244,7 +249,7 @@ def test_tensors_of_a_task_may_have_other_sizes(tmp_path):
 
 
 def test_masks_of_other_sizes_are_never_left_out(tmp_path):
-    saved(tmp_path, bank="own")
+    saved(tmp_path, bank="own", selector="topk")
     model = other_head()
     before = models.Snapshot(model)
     with pytest.raises(ArchitectureError) as error:
@@ -254,7 +259,7 @@ def test_masks_of_other_sizes_are_never_left_out(tmp_path):
 
 
 def test_a_tensor_that_is_missing_is_still_refused(tmp_path):
-    saved(tmp_path, bank="own")
+    saved(tmp_path, bank="own", selector="topk")
     model = models.net()
     model.more = nn.BatchNorm2d(3)
     with pytest.raises(ArchitectureError, match=r"more\.running_mean: file none"):

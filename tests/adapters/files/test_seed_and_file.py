@@ -75,7 +75,7 @@ def test_the_plan_lists_them():
         "last.bias",
     }
     assert owned["order"].nbytes == 128
-    assert plan(fresh(0), bank="own", rest="norms").owned == ()
+    assert plan(fresh(0), bank="own", selector="topk", rest="norms").owned == ()
 
 
 class Stateful(nn.Linear):
@@ -89,7 +89,12 @@ class Stateful(nn.Linear):
 def test_state_beside_tensors_is_said():
     with pytest.warns(PemnWarning, match=r"1 modules keep state beside.*first: '1'"):
         pemnify(nn.Sequential(nn.Linear(3, 3), Stateful(3, 3)), bank="rp")
-    pemnify(nn.Sequential(nn.Linear(3, 3), Stateful(3, 3)), bank="own", modules_to_save=[])
+    pemnify(
+        nn.Sequential(nn.Linear(3, 3), Stateful(3, 3)),
+        bank="own",
+        selector="topk",
+        modules_to_save=[],
+    )
 
 
 def test_types_that_a_file_cannot_hold_are_refused():

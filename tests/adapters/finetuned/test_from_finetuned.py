@@ -946,8 +946,11 @@ def test_refused_options(options, said):
 FORM_OPTIONS = [
     ({"bank": "rp"}, ("form='sign_delta'", "bank='rp'")),
     ({"bank": "own", "bank_init": "kaiming_normal"}, ("bank_init='kaiming_normal'",)),
-    ({"bank": "own", "scale": "sqrt_density"}, ("scale='sqrt_density'", "its own scales")),
-    ({"bank": "own"}, ("from_finetuned(base, finetuned", "signs come from")),
+    (
+        {"bank": "own", "selector": "topk", "scale": "sqrt_density"},
+        ("scale='sqrt_density'", "its own scales"),
+    ),
+    ({"bank": "own", "selector": "topk"}, ("from_finetuned(base, finetuned", "signs come from")),
 ]
 
 

@@ -213,7 +213,7 @@ def test_a_model_with_a_scale_a_matrix(tmp_path):
 
 def test_a_scale_belongs_to_its_form():
     with pytest.raises(ConfigError, match=r"scale='matrix'.*belongs to form=\"sign_delta\""):
-        PemnConfig(bank="own", scale="matrix")
+        PemnConfig(bank="own", selector="topk", scale="matrix")
     with pytest.raises(ConfigError, match=r"scale='matrix'.*belongs to form=\"sign_delta\""):
         from_finetuned(models.net(), models.net(1), "mask", scale="matrix")
     with pytest.raises(ConfigError, match=r"scale='sqrt_density'.*its own scales"):

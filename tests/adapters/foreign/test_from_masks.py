@@ -350,7 +350,10 @@ def test_models_that_cannot_be_rewritten_are_refused():
     with pytest.raises(UnsupportedModelError, match="Got int"):
         from_masks(3, masks)
     with pytest.raises(AlreadyPemnifiedError):
-        from_masks(pemnify(models.net(), PemnConfig(bank="own", modules_to_save=[])), masks)
+        from_masks(
+            pemnify(models.net(), PemnConfig(bank="own", selector="topk", modules_to_save=[])),
+            masks,
+        )
     with torch.device("meta"):
         empty = models.Net()
     with pytest.raises(MetaTensorError, match=r"conv2\.weight"):

@@ -223,7 +223,7 @@ def with_one(make, **options):
 
 TRIES = {
     "mp": (small, run_small, fresh(bank="mp")),
-    "own": (small, run_small, fresh(bank="own", rest="freeze")),
+    "own": (small, run_small, fresh(bank="own", selector="topk", rest="freeze")),
     "own, drawn": (small, run_small, through_peft(bank="own", bank_init="kaiming_normal")),
     "rp, bits": (small, run_small, through_peft(bank="rp", ratio=0.1, inference_mode=True)),
     "attention, mp": (attention, run_attention, fresh(bank="mp")),
@@ -238,7 +238,8 @@ TRIES = {
     ),
     "second, mp": (with_one(small, bank="mp"), run_small, second(bank="mp")),
     "second, own": (
-        with_one(attention, bank="own"), run_attention, second(bank="own", rest="train"),
+        with_one(attention, bank="own", selector="topk"), run_attention,
+        second(bank="own", selector="topk", rest="train"),
     ),
     "second, graph": (
         with_one(lambda: symbolic_trace(small()), bank="mp"), run_small, second(bank="mp"),
@@ -308,7 +309,7 @@ def bert_with_one():
     return model
 
 
-OWN = {"bank": "own", "rest": "train"}
+OWN = {"bank": "own", "selector": "topk", "rest": "train"}
 DOORS = {
     "from_pretrained": (
         small, run_small, OWN, lambda m, folder: PeftModel.from_pretrained(m, folder)

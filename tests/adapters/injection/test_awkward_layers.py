@@ -177,8 +177,8 @@ def test_a_layer_that_cannot_carry_masks_is_refused_by_name(kind, bank):
 
 def test_a_refused_layer_can_be_left_out():
     with pytest.raises(UnsupportedModelError, match=r"exclude_modules=\['odd'\]"):
-        pemnify(holding(HasProperty), bank="own")
-    model = pemnify(holding(HasProperty), bank="own", exclude_modules=["odd"])
+        pemnify(holding(HasProperty), bank="own", selector="topk")
+    model = pemnify(holding(HasProperty), bank="own", selector="topk", exclude_modules=["odd"])
     names = [name for name, _ in model.named_parameters() if name.endswith(".scores")]
     assert names == ["base_model.model.first.masked_weight.pemn_masks.default.scores"]
 

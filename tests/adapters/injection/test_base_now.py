@@ -60,7 +60,7 @@ def base_of(model):
 
 @pytest.fixture(params=list(CHANGES))
 def changed(request):
-    model = models.train(pemnify(models.net(), bank="own"))
+    model = models.train(pemnify(models.net(), bank="own", selector="topk"))
     CHANGES[request.param](model)
     return models.train(model)
 
@@ -82,10 +82,10 @@ def test_every_mask_in_the_file_names_the_changed_base(changed, tmp_path):
     """So that masks alone are refused, too, with no configuration beside them."""
     save(changed, tmp_path)
     state = load_file(tmp_path / models.WEIGHTS_FILE)
-    model = pemnify(models.net(), bank="own")
+    model = pemnify(models.net(), bank="own", selector="topk")
     with pytest.raises(FingerprintError):
         set_peft_model_state_dict(model, state)
-    right = pemnify(base_of(changed), bank="own")
+    right = pemnify(base_of(changed), bank="own", selector="topk")
     with pytest.warns(UserWarning, match="bits, not scores"):
         set_peft_model_state_dict(right, state)
     models.assert_same_tensors(models.masks(right), models.masks(changed))
@@ -94,7 +94,9 @@ def test_every_mask_in_the_file_names_the_changed_base(changed, tmp_path):
 @every_change
 def test_loaded_bits_are_saved_with_the_base_that_they_lie_on_now(change, tmp_path):
     """An adapter of bits whose base changes afterwards: headers and configuration agree."""
-    models.train(pemnify(models.net(), bank="own")).save_pretrained(str(tmp_path / "first"))
+    models.train(pemnify(models.net(), bank="own", selector="topk")).save_pretrained(
+        str(tmp_path / "first")
+    )
     model = PeftModel.from_pretrained(models.net(), str(tmp_path / "first"))
     CHANGES[change](model)
     model.save_pretrained(str(tmp_path / "second"))
@@ -102,13 +104,13 @@ def test_loaded_bits_are_saved_with_the_base_that_they_lie_on_now(change, tmp_pa
     models.assert_equal(models.logits(again), models.logits(model))
     with pytest.raises(FingerprintError):
         PeftModel.from_pretrained(models.net(), str(tmp_path / "second"))
-    wrong = pemnify(models.net(), bank="own")
+    wrong = pemnify(models.net(), bank="own", selector="topk")
     with pytest.raises(FingerprintError):
         set_peft_model_state_dict(wrong, get_peft_model_state_dict(model))
 
 
 def test_an_unchanged_base_is_saved_to_the_same_bytes(tmp_path):
-    model = models.train(pemnify(models.net(), bank="own"))
+    model = models.train(pemnify(models.net(), bank="own", selector="topk"))
     for name in ("a", "b"):
         model.save_pretrained(str(tmp_path / name))
     PeftModel.from_pretrained(models.net(), str(tmp_path / "a")).save_pretrained(
@@ -121,7 +123,7 @@ def test_an_unchanged_base_is_saved_to_the_same_bytes(tmp_path):
 
 def test_a_second_adapter_is_asked_for_the_base_as_it_is(changed, tmp_path):
     save(changed, tmp_path / "new")
-    save(pemnify(models.net(), bank="own"), tmp_path / "old")
+    save(pemnify(models.net(), bank="own", selector="topk"), tmp_path / "old")
     changed.load_adapter(str(tmp_path / "new"), "same")
     models.assert_same_tensors(models.masks(changed, "same"), models.masks(changed))
     before = models.Snapshot(changed)
@@ -152,7 +154,10 @@ def by_hotswap(model, folder):
 DOORS = {d.__name__: d for d in (by_load_adapter, as_trainer_resumes, by_state_dict, by_hotswap)}
 every_door = pytest.mark.parametrize("door", list(DOORS))
 OTHERS = {
-    "another base": ((0, {"bank": "own"}), (1, {"bank": "own"})),
+    "another base": (
+        (0, {"bank": "own", "selector": "topk"}),
+        (1, {"bank": "own", "selector": "topk"}),
+    ),
     "another seed": ((0, {"bank": "rp", "seed": 0}), (0, {"bank": "rp", "seed": 1})),
     "another base in the bank": (
         (0, {"bank": "mp", "bank_init": "model"}),
@@ -178,9 +183,9 @@ def test_every_way_in_refuses_masks_of(other, door, kind, tmp_path):
 @every_door
 @pytest.mark.filterwarnings("ignore:The file holds bits")
 def test_every_way_in_takes_masks_of_its_base(door, kind, tmp_path):
-    trained = models.train(pemnify(models.net(), bank="own"))
+    trained = models.train(pemnify(models.net(), bank="own", selector="topk"))
     save(trained, tmp_path, kind)
-    model = models.train(pemnify(models.net(), bank="own"), task=1)
+    model = models.train(pemnify(models.net(), bank="own", selector="topk"), task=1)
     DOORS[door](model, str(tmp_path))
     models.assert_same_tensors(models.masks(model), models.masks(trained))
     if kind == SCORES:
@@ -193,7 +198,7 @@ def test_every_way_in_takes_masks_of_its_base(door, kind, tmp_path):
 @every_door
 @pytest.mark.filterwarnings("ignore:The file holds bits")
 def test_every_way_in_asks_for_the_base_as_it_is(door, kind, change, tmp_path):
-    model = pemnify(models.net(), bank="own")
+    model = pemnify(models.net(), bank="own", selector="topk")
     save(model, tmp_path / "old", kind)
     CHANGES[change](model)
     save(model, tmp_path / "new", kind)
@@ -206,13 +211,13 @@ def test_every_way_in_asks_for_the_base_as_it_is(door, kind, change, tmp_path):
 
 def test_scores_that_say_no_base_are_taken_with_a_warning(tmp_path):
     """Hand-made ones, or those of early versions."""
-    trained = models.train(pemnify(models.net(1), bank="own"))
+    trained = models.train(pemnify(models.net(1), bank="own", selector="topk"))
     state = {
         name.replace(".default", ""): value.clone()
         for name, value in trained.state_dict().items()
         if "pemn_" in name
     }
-    model = pemnify(models.net(0), bank="own")
+    model = pemnify(models.net(0), bank="own", selector="topk")
     with pytest.warns(PemnWarning, match=r"4 masks' scores do not say on which base"):
         set_peft_model_state_dict(model, state)
     models.assert_same_tensors(models.masks(model), models.masks(trained))
@@ -220,13 +225,13 @@ def test_scores_that_say_no_base_are_taken_with_a_warning(tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda v: v[:5], lambda v: v.float()])
 def test_a_base_that_is_no_fingerprint_is_refused_by_name(damage, tmp_path):
-    save(models.train(pemnify(models.net(), bank="own")), tmp_path, SCORES)
+    save(models.train(pemnify(models.net(), bank="own", selector="topk")), tmp_path, SCORES)
     state = load_file(tmp_path / models.WEIGHTS_FILE)
     key = next(key for key in state if key.endswith("conv2.masked_weight.pemn_masks.fingerprint"))
     assert state[key].dtype == torch.uint8
     assert tuple(state[key].shape) == (12,)
     state[key] = damage(state[key])
-    model = pemnify(models.net(), bank="own")
+    model = pemnify(models.net(), bank="own", selector="topk")
     before = models.Snapshot(model)
     with pytest.raises(MaskFormatError, match=r"conv2.*fingerprint.*12 bytes"):
         set_peft_model_state_dict(model, state)
@@ -268,7 +273,7 @@ def test_drawn_weights_that_were_cast_are_still_the_seeds(cast, tmp_path):
 @every_kind
 def test_a_cast_base_is_still_known_in_every_type(cast, kind, tmp_path):
     """It is the rounded one; what is known of it in wider types stays said."""
-    model = models.train(pemnify(models.net(), bank="own"))
+    model = models.train(pemnify(models.net(), bank="own", selector="topk"))
     save(model, tmp_path / "float32", kind)
     whole = dict(model.peft_config["default"].fingerprint)
     save(getattr(model, cast)(), tmp_path / cast, kind)
@@ -280,7 +285,7 @@ def test_a_cast_base_is_still_known_in_every_type(cast, kind, tmp_path):
 
 def test_an_offloaded_base_is_read_where_it_lies():
     """Its weights are on meta between calls, and stay there."""
-    model = pemnify(models.net(), bank="own")
+    model = pemnify(models.net(), bank="own", selector="topk")
     start = fingerprint_now(model, "default")
     edit(model)
     expected = fingerprint_now(model, "default")
@@ -291,7 +296,7 @@ def test_an_offloaded_base_is_read_where_it_lies():
 
 
 def test_masks_onto_an_offloaded_base_are_checked(tmp_path):
-    save(models.train(pemnify(models.net(), bank="own")), tmp_path)
+    save(models.train(pemnify(models.net(), bank="own", selector="topk")), tmp_path)
     wrong = models.net(1)
     cpu_offload(wrong, torch.device("cpu"))
     with pytest.raises(FingerprintError):
@@ -306,7 +311,7 @@ def test_masks_onto_an_offloaded_base_are_checked(tmp_path):
 
 def test_gathered_values_are_taken_from_the_given_state_dict(tmp_path):
     """As FSDP and ZeRO pass them, while the modules hold parts."""
-    model = models.train(pemnify(models.net(), bank="own"))
+    model = models.train(pemnify(models.net(), bank="own", selector="topk"))
     edit(model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     right = base_of(model)
@@ -320,7 +325,7 @@ def test_gathered_values_are_taken_from_the_given_state_dict(tmp_path):
 
 def test_values_that_nobody_has_leave_what_was_known(tmp_path):
     """ZeRO-3 leaves frozen parameters out of what it gathers."""
-    model = models.train(pemnify(models.net(), bank="own"))
+    model = models.train(pemnify(models.net(), bank="own", selector="topk"))
     state = {name: value.clone() for name, value in model.state_dict().items() if "pemn" in name}
     for layer in models.mask_layers(model).values():
         layer.own_weight().data = torch.empty(0)

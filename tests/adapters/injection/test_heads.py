@@ -202,10 +202,12 @@ def test_a_finetuned_head_is_taken_over_whole(method, checkpoints, tmp_path):
 
 def test_a_head_that_the_checkpoint_has_is_masked(checkpoints):
     model = transformers.AutoModelForImageClassification.from_pretrained(checkpoints["vit"])
-    planned = plan(model, bank="own")
+    planned = plan(model, bank="own", selector="topk")
     assert not planned.whole
     assert "classifier.weight" in {target.name for target in planned.targets}
-    assert pemnify(model, bank="own").peft_config["default"].modules_to_save is None
+    assert (
+        pemnify(model, bank="own", selector="topk").peft_config["default"].modules_to_save is None
+    )
 
 
 def test_a_new_table_of_positions_is_saved_with_the_task(checkpoints, tmp_path):
@@ -236,13 +238,18 @@ def test_drawn_numbers_keep_their_heads_masked(checkpoints, tmp_path):
 def test_a_new_head_that_the_user_leaves_out_is_named(given, checkpoints):
     model = image_classifier(checkpoints["vit"], 1)
     with pytest.warns(HeadWarning, match="1 modules came with no checkpoint.*: classifier"):
-        changed = pemnify(model, bank="own", modules_to_save=given)
+        changed = pemnify(model, bank="own", selector="topk", modules_to_save=given)
     assert saved_whole(changed) == given
 
 
 def test_the_line_that_the_warning_gives_mends_it(checkpoints, tmp_path):
     with pytest.warns(HeadWarning) as caught:
-        pemnify(image_classifier(checkpoints["vit"], 1), bank="own", modules_to_save=["layernorm"])
+        pemnify(
+            image_classifier(checkpoints["vit"], 1),
+            bank="own",
+            selector="topk",
+            modules_to_save=["layernorm"],
+        )
     line = str(caught[0].message).partition("modules_to_save=")[2].partition(")")[0]
     assert line == "['layernorm', 'classifier']"
     build = lambda seed: image_classifier(checkpoints["vit"], seed)  # noqa: E731
@@ -272,7 +279,7 @@ def test_what_was_loaded_stays_known_after_masks_are_gone(how, bank, checkpoints
     base = kind.from_pretrained(checkpoints["vit"])
     dense = getattr(pemnify(base, bank=bank), how)()
     assert new_parts(dense).modules == new_parts(dense).tensors == ()
-    assert plan(dense, bank="own").whole == ()
+    assert plan(dense, bank="own", selector="topk").whole == ()
     head = kind.from_pretrained(checkpoints["vit"], num_labels=7, ignore_mismatched_sizes=True)
     dense = getattr(pemnify(head, bank=bank), how)()
     assert new_parts(dense).modules == ("classifier",)
@@ -281,9 +288,9 @@ def test_what_was_loaded_stays_known_after_masks_are_gone(how, bank, checkpoints
 def test_a_head_that_was_untied_is_not_new(checkpoints):
     base = transformers.AutoModelForMaskedLM.from_pretrained(checkpoints["bert"])
     assert base.cls.predictions.decoder.weight is base.bert.embeddings.word_embeddings.weight
-    model = pemnify(base, bank="own", tied="untie")
+    model = pemnify(base, bank="own", selector="topk", tied="untie")
     assert new_parts(model.base_model.model).modules == ()
-    model.add_adapter("b", PemnConfig(bank="own", tied="untie"))
+    model.add_adapter("b", PemnConfig(bank="own", selector="topk", tied="untie"))
     assert model.peft_config["b"].modules_to_save is None
 
 
@@ -303,7 +310,7 @@ def test_a_model_of_which_little_was_loaded_so_is_not_all_new(checkpoints):
     pair.first = transformers.ViTModel.from_pretrained(checkpoints["vit"], add_pooling_layer=False)
     assert new_parts(pair).modules == ()
     with pytest.warns(HeadWarning, match="'text'"):
-        pemnify(pair, bank="own")
+        pemnify(pair, bank="own", selector="topk")
 
 
 # -- timm -----------------------------------------------------------------------------------------
@@ -363,7 +370,9 @@ def vision(seed, classes=7):
 
 @pytest.mark.filterwarnings("default::pemn_surgery.errors.HeadWarning")
 @pytest.mark.parametrize(
-    "config", [PemnConfig.preset("piggyback"), PemnConfig(bank="own")], ids=["piggyback", "own"]
+    "config",
+    [PemnConfig.preset("piggyback"), PemnConfig(bank="own", selector="topk")],
+    ids=["piggyback", "own"],
 )
 def test_a_plain_network_asks_for_its_head(config, tmp_path):
     """The line in the warning is the one that mends it; without it the adapter is refused."""
@@ -415,12 +424,12 @@ def test_piggyback_on_torchvisions_networks(name, head, layer, tmp_path):
 def test_nobody_is_asked_who_has_said_it_or_need_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pemnify(vision(1), bank="own", modules_to_save=[])
-        pemnify(vision(1), bank="own", target_modules=["features.0"])
+        pemnify(vision(1), bank="own", selector="topk", modules_to_save=[])
+        pemnify(vision(1), bank="own", selector="topk", target_modules=["features.0"])
         pemnify(vision(1), bank="rp")
         pemnify(vision(1), PemnConfig.preset("edge_popup"))
-        plan(vision(1), bank="own")
-        pemnify(timm_net(1), bank="own")
+        plan(vision(1), bank="own", selector="topk")
+        pemnify(timm_net(1), bank="own", selector="topk")
 
 
 @pytest.mark.filterwarnings("default::pemn_surgery.errors.HeadWarning")
@@ -435,10 +444,10 @@ def test_a_head_beside_a_pretrained_model_is_asked_for(checkpoints):
             return self.head(self.encoder(x).logits)
 
     with pytest.warns(HeadWarning, match="'head'"):
-        pemnify(Stack(), bank="own")
+        pemnify(Stack(), bank="own", selector="topk")
     with warnings.catch_warnings():
         warnings.simplefilter("error", HeadWarning)
-        pemnify(transformers.LlamaForCausalLM(llama_config()), bank="own")
+        pemnify(transformers.LlamaForCausalLM(llama_config()), bank="own", selector="topk")
 
 
 def llama_config(tokens=40):
@@ -508,7 +517,7 @@ def test_transformers_own_door_takes_heads_of_any_size(checkpoints, tmp_path):
     x, expected = pictures(), {}
     for name, classes in (("seven", 7), ("three", 3)):
         base = image_classifier(checkpoints["vit"], classes, num_labels=classes)
-        model = trained(pemnify(base, bank="own", adapter_name=name), x)
+        model = trained(pemnify(base, bank="own", selector="topk", adapter_name=name), x)
         model.save_pretrained(str(tmp_path))
         expected[name] = answers(model, x)
     base = image_classifier(checkpoints["vit"], 9, num_labels=7)
@@ -522,7 +531,10 @@ def test_transformers_own_door_takes_heads_of_any_size(checkpoints, tmp_path):
 def test_a_merged_model_says_how_many_classes_it_has(checkpoints, tmp_path):
     """What it saves can be loaded as it is."""
     x, kind = pictures(), transformers.AutoModelForImageClassification
-    model = trained(pemnify(image_classifier(checkpoints["vit"], 1, num_labels=3), bank="own"), x)
+    model = trained(
+        pemnify(image_classifier(checkpoints["vit"], 1, num_labels=3), bank="own", selector="topk"),
+        x,
+    )
     model.save_pretrained(str(tmp_path / "three"))
     base = image_classifier(checkpoints["vit"], 2, num_labels=7)
     merged = PeftModel.from_pretrained(base, str(tmp_path / "three")).merge_and_unload()
@@ -531,7 +543,7 @@ def test_a_merged_model_says_how_many_classes_it_has(checkpoints, tmp_path):
     merged.save_pretrained(tmp_path / "dense")
     models.assert_equal(answers(kind.from_pretrained(tmp_path / "dense"), x), answers(model, x))
     net = timm_net(1, classes=3)
-    pemnify(net, bank="own").save_pretrained(str(tmp_path / "timm"))
+    pemnify(net, bank="own", selector="topk").save_pretrained(str(tmp_path / "timm"))
     again = PeftModel.from_pretrained(timm_net(2, classes=7), str(tmp_path / "timm"))
     assert again.merge_and_unload().num_classes == 3
 
@@ -539,7 +551,7 @@ def test_a_merged_model_says_how_many_classes_it_has(checkpoints, tmp_path):
 def test_tensors_that_are_set_by_hand_bring_their_size(tmp_path):
     """PEFT's function alone, as adapters from the hub and resumed runs come in."""
     x, expected = two_sizes(tmp_path, "own")
-    model = pemnify(vision(9, 6), bank="own", modules_to_save=["fc"])
+    model = pemnify(vision(9, 6), bank="own", selector="topk", modules_to_save=["fc"])
     tensors = load_file(tmp_path / "three" / models.WEIGHTS_FILE)
     with pytest.warns(UserWarning, match="holds bits, not scores"):
         set_peft_model_state_dict(model, tensors)
@@ -562,7 +574,12 @@ def test_only_the_number_of_outputs_may_differ(tmp_path):
     wide = vision(1)
     wide.fc = nn.Linear(9, 7)
     wide.features[3] = nn.Conv2d(8, 9, 3)
-    options = {"bank": "own", "target_modules": ["features.0"], "modules_to_save": ["fc"]}
+    options = {
+        "bank": "own",
+        "selector": "topk",
+        "target_modules": ["features.0"],
+        "modules_to_save": ["fc"],
+    }
     pemnify(wide, **options).save_pretrained(str(tmp_path))
     base = vision(1)
     before = {name: value.clone() for name, value in base.state_dict().items()}
@@ -575,7 +592,12 @@ def test_only_the_number_of_outputs_may_differ(tmp_path):
 
 def test_weight_and_bias_of_a_head_have_one_size(tmp_path):
     """A file put together from two heads is refused before anything changes."""
-    options = {"bank": "own", "target_modules": ["features.0"], "modules_to_save": ["fc"]}
+    options = {
+        "bank": "own",
+        "selector": "topk",
+        "target_modules": ["features.0"],
+        "modules_to_save": ["fc"],
+    }
     model = vision(1)
     model.fc.bias = nn.Parameter(torch.zeros(5))
     pemnify(model, **options).save_pretrained(str(tmp_path))
@@ -672,7 +694,12 @@ def test_the_file_holds_every_tensor_once(grown, tmp_path):
 def test_a_grown_head_of_which_nobody_knows_is_bits_alone(grown, tmp_path):
     """A copy has lost transformers' marks: masked on its own numbers, which the file lacks."""
     checkpoint, _ = grown
-    model = pemnify(copy.deepcopy(grown_model(checkpoint, 1)), bank="own", task_type="CAUSAL_LM")
+    model = pemnify(
+        copy.deepcopy(grown_model(checkpoint, 1)),
+        bank="own",
+        selector="topk",
+        task_type="CAUSAL_LM",
+    )
     model.save_pretrained(str(tmp_path))
     tensors = load_file(tmp_path / models.WEIGHTS_FILE)
     keys = [key for key in tensors if "lm_head" in key]

@@ -61,8 +61,8 @@ OWN = {"bank": "own", "selector": "threshold"}
 SETTINGS = {
     "own-threshold": OWN,
     "own-topk": {"bank": "own", "selector": "topk"},
-    "own-untie": {"bank": "own", "tied": "untie"},
-    "own-both": {"bank": "own", "tied": "both"},
+    "own-untie": {"bank": "own", "selector": "topk", "tied": "untie"},
+    "own-both": {"bank": "own", "selector": "topk", "tied": "both"},
     "own-drawn": {"bank": "own", "bank_init": "kaiming_normal"},
     "rp": {"bank": "rp", "ratio": 0.1},
     "mp-stats": {"bank": "mp", "rest": "stats"},

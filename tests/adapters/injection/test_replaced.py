@@ -13,8 +13,8 @@ from pemn_surgery.errors import AdapterError, MaskedWeightError, PemnWarning
 from tests.adapters import models
 
 BANKS = {
-    "own": {"bank": "own"},
-    "own, masked head": {"bank": "own", "modules_to_save": []},
+    "own": {"bank": "own", "selector": "topk"},
+    "own, masked head": {"bank": "own", "selector": "topk", "modules_to_save": []},
     "rp": {"bank": "rp", "ratio": 0.1},
     "mp": {"bank": "mp"},
 }
@@ -107,7 +107,7 @@ def test_a_bank_that_would_be_another_is_refused(tmp_path):
 
 def test_what_was_never_masked_is_no_ones_business(tmp_path):
     """A module that is added later (a teacher, a metric) stays out of the file."""
-    model = train(pemnify(resnet(), bank="own"))
+    model = train(pemnify(resnet(), bank="own", selector="topk"))
     model.save_pretrained(str(tmp_path / "before"))
     model.get_base_model().teacher = resnet()
     model.save_pretrained(str(tmp_path / "after"))
@@ -116,7 +116,7 @@ def test_what_was_never_masked_is_no_ones_business(tmp_path):
 
 
 def test_a_second_adapter_is_saved_as_ever(tmp_path):
-    model = pemnify(resnet(), bank="own")
+    model = pemnify(resnet(), bank="own", selector="topk")
     model.add_adapter("two", model.peft_config["default"].own_copy())
     model.set_adapter("two")
     train(model)

@@ -23,7 +23,7 @@ from tests.adapters import models
 KINDS = {
     "rp": {"bank": "rp"},
     "own_scaled": {"bank": "own", "selector": "threshold", "scale": "sqrt_density"},
-    "head_saved_whole": {"bank": "own", "modules_to_save": ["head"]},
+    "head_saved_whole": {"bank": "own", "selector": "topk", "modules_to_save": ["head"]},
 }
 
 

@@ -454,7 +454,7 @@ def test_own_weights_stay_in_place(bank):
 def test_modules_to_save(tmp_path):
     base = models.net()
     start = base.head.weight.detach().clone()
-    model = models.train(pemnify(base, bank="own", modules_to_save=["head"]))
+    model = models.train(pemnify(base, bank="own", selector="topk", modules_to_save=["head"]))
     assert set(models.mask_layers(model)) == set(NET_TARGETS) - {"head.weight"}
     model.save_pretrained(str(tmp_path))
     stored = load_file(tmp_path / models.WEIGHTS_FILE)
@@ -473,7 +473,7 @@ def test_modules_to_save(tmp_path):
 def test_timm_head_is_trained_whole_on_own_weights(tmp_path):
     base = timm.create_model("test_resnet", num_classes=4)
     copy = models.clone(base)
-    model = models.train(pemnify(base, bank="own"))
+    model = models.train(pemnify(base, bank="own", selector="topk"))
     assert model.peft_config["default"].modules_to_save == ["fc"]
     assert "fc.weight" not in models.mask_layers(model)
     model.save_pretrained(str(tmp_path))
@@ -486,7 +486,7 @@ def test_timm_head_is_trained_whole_on_own_weights(tmp_path):
 
 
 def test_timm_head_is_masked_when_asked_or_drawn():
-    for options in ({"bank": "mp"}, {"bank": "own", "modules_to_save": []}):
+    for options in ({"bank": "mp"}, {"bank": "own", "selector": "topk", "modules_to_save": []}):
         model = pemnify(timm.create_model("test_resnet", num_classes=4), **options)
         assert "fc.weight" in models.mask_layers(model), options
 
@@ -516,7 +516,7 @@ def test_targets(options, wanted):
 @models.ignore_peft_on_transformers
 @pytest.mark.parametrize("layers", [[1], 0, [0, 1]])
 def test_layers_to_transform(layers):
-    model = pemnify(models.bert(), bank="own", layers_to_transform=layers)
+    model = pemnify(models.bert(), bank="own", selector="topk", layers_to_transform=layers)
     wanted = [layers] if isinstance(layers, int) else layers
     blocks = "attention.self.query attention.self.key attention.self.value attention.output.dense"
     names = [*blocks.split(), "intermediate.dense", "output.dense"]

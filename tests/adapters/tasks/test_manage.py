@@ -74,7 +74,7 @@ def test_rename_of_merged_and_several_active_adapters():
 
 
 def test_rename_with_a_module_saved_whole():
-    model = pemnify(models.bert(), bank="own", modules_to_save=["classifier"])
+    model = pemnify(models.bert(), bank="own", selector="topk", modules_to_save=["classifier"])
     ids = models.tokens()
     expected = _bert(model, ids)
     rename_adapter(model, "default", "new")
@@ -91,7 +91,7 @@ def _bert(model, ids):
 
 def test_rename_on_a_transformers_model():
     model = models.bert()
-    model.add_adapter(PemnConfig(bank="own"), adapter_name="a")
+    model.add_adapter(PemnConfig(bank="own", selector="topk"), adapter_name="a")
     expected = _bert(model, models.tokens())
     rename_adapter(model, "a", "b")
     assert model.active_adapters() == ["b"]

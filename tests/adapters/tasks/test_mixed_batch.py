@@ -68,7 +68,7 @@ def test_eight_samples_of_eight_tasks(bank):
 
 
 def test_order_repeats_and_base():
-    model = many(models.net(), 3, bank="own")
+    model = many(models.net(), 3, bank="own", selector="topk")
     x, names = models.images(count=7), ["t2", BASE, "t0", "t2", BASE, "t1", "t2"]
     with torch.no_grad():
         mixed = model(x, adapter_names=names)
@@ -196,7 +196,7 @@ def test_heads_that_are_trained_whole():
 
 
 def test_everything_is_as_before():
-    model = many(models.net(), 3, bank="own")
+    model = many(models.net(), 3, bank="own", selector="topk")
     model.set_adapter("t1")
     before = models.Snapshot(model)
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_everything_is_as_before():
     ],
 )
 def test_wrong_names(names, error, parts):
-    model = many(models.net(), 2, bank="own")
+    model = many(models.net(), 2, bank="own", selector="topk")
     before = models.Snapshot(model)
     with pytest.raises(error) as raised:
         model(models.images(count=2), adapter_names=names)
@@ -227,7 +227,7 @@ def test_wrong_names(names, error, parts):
 
 
 def test_training_and_merged_models_are_refused():
-    model = many(models.net(), 2, bank="own")
+    model = many(models.net(), 2, bank="own", selector="topk")
     x = models.images(count=2)
     with pytest.raises(errors.MixedBatchError) as error:
         model.train()(x, adapter_names=["t0", "t1"])

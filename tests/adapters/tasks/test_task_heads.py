@@ -60,6 +60,11 @@ def test_plan_says_what_is_saved(task, bank, tmp_path):
 
 
 def test_heads_that_are_named_already_are_named_once():
-    options = {"bank": "own", "task_type": "TOKEN_CLS", "modules_to_save": ["classifier"]}
+    options = {
+        "bank": "own",
+        "selector": "topk",
+        "task_type": "TOKEN_CLS",
+        "modules_to_save": ["classifier"],
+    }
     planned = plan(built("TOKEN_CLS"), **options)
     assert [item.name for item in planned.whole] == ["classifier.weight", "classifier.bias"]

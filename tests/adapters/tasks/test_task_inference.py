@@ -125,8 +125,12 @@ def test_of_equal_adapters_the_earlier_is_taken():
 
 
 def test_an_adapter_without_a_mask_of_a_weight_adds_all_of_it():
-    model = pemnify(models.net(), PemnConfig(bank="own", rest="freeze"), adapter_name="a")
-    some = PemnConfig(bank="own", rest="freeze", target_modules=["conv1", "conv2"], seed=4)
+    model = pemnify(
+        models.net(), PemnConfig(bank="own", selector="topk", rest="freeze"), adapter_name="a"
+    )
+    some = PemnConfig(
+        bank="own", selector="topk", rest="freeze", target_modules=["conv1", "conv2"], seed=4
+    )
     model.add_adapter("b", some)
     assert "b" not in models.mask_layers(model)["head.weight"].pemn_masks
     x = models.images(3)
@@ -205,7 +209,7 @@ def test_bits_and_scores_give_the_same_bits(tmp_path):
 
 def whole_heads(names=("a", "b", "c")):
     """Adapters with a head of their own each, trained and saved whole."""
-    options = {"bank": "own", "rest": "stats", "modules_to_save": ["head"]}
+    options = {"bank": "own", "selector": "topk", "rest": "stats", "modules_to_save": ["head"]}
     return tasks(options, names)
 
 
@@ -382,7 +386,7 @@ def test_a_traced_graph_gives_the_same_bits():
 
 def test_an_offloaded_model_gives_the_same_bits():
     accelerate = pytest.importorskip("accelerate")
-    model = tasks({"bank": "own"}, ("a", "b"))
+    model = tasks({"bank": "own", "selector": "topk"}, ("a", "b"))
     expected = infer_task(model, models.images(8), method="binary")
     accelerate.cpu_offload(model.base_model.model, torch.device("cpu"), offload_buffers=True)
     assert model.base_model.model.conv2._parameters["weight"].is_meta
