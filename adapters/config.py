@@ -84,9 +84,10 @@ class PemnConfig(PeftConfig):
         scale_fan: Divide the variance of drawn numbers by ``density`` (edge-popup).
         seed: Seed of the bank and of the initial scores.
         selector: "topk" keeps the ``density`` largest magnitudes of every weight's scores,
-            "threshold" the scores above ``threshold``. Default "threshold" on the weights that a
-            model has (``bank="own"``, not drawn), so that training starts from the model as it is,
-            and "topk" otherwise, or where a density is given.
+            "topk_signed" its largest scores, signs counting, "threshold" the scores above
+            ``threshold``. Default "threshold" on the weights that a model has (``bank="own"``, not
+            drawn), so that training starts from the model as it is, and "topk" otherwise, or where
+            a density is given.
         density: Share of ones of every mask for "topk", 0 < density <= 1. Default .5. "erk": shares
             by the weights' shapes, larger ones sparser, that are ``overall_density`` together:
             Erdos-Renyi-Kernel (docs/methods.md).

@@ -343,7 +343,7 @@ IDLE: tuple[Idle, ...] = (
         Idle(
             name,
             lambda config: config.selector not in TAKES_DENSITY,
-            'it belongs to selector="topk", not selector="{selector}"',
+            'it belongs to selectors of the largest ("topk"), not selector="{selector}"',
         )
         for name in ("overall_density", "density_pattern")
     ),
@@ -383,8 +383,8 @@ IDLE: tuple[Idle, ...] = (
     Idle("threshold", _has_fixed_signs, _SIGNS),
     Idle(
         "score_init",
-        lambda config: config.selector == "topk" and is_number(config.score_init),
-        'a number belongs to selector="threshold"; "topk" needs "kaiming_uniform", as equal scores '
+        lambda config: config.selector in TAKES_DENSITY and is_number(config.score_init),
+        'a number belongs to selector="threshold"; "topk" needs drawn scores, as equal ones '
         "have no order",
         in_files=True,
     ),

@@ -98,7 +98,7 @@ def _warn_of_ones(saved: Mapping[str, Tensor], masks: Mapping[str, AdapterMask])
     stored = {
         path: saved.get(f"{path}.bits")
         for path, mask in masks.items()
-        if mask.scores is not None and not mask.selector.uses_magnitude
+        if mask.scores is not None and mask.selector.has_threshold
     }
     found = [value for value in stored.values() if value is not None]
     if found and len(found) == len(masks) and all(map(_is_all_ones, found)):
@@ -199,15 +199,18 @@ def warn_of_bits(count: int) -> None:
 def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> Tensor:
     """Return scores that choose exactly this mask, to train on from a file of bits.
 
-    With "topk" the ones lie just above the largest initial magnitude, in the order of their own
-    initial ones, and the zeros keep their initial scores: either side's nearest change soonest.
-    With "threshold" every score lies one initial margin above or below it.
+    Where the largest are kept the ones lie just above the largest initial magnitude, in the order
+    of their own initial ones, and the zeros keep their initial scores: either side's nearest change
+    soonest. With "threshold" every score lies one initial margin above or below it.
     """
     shape = mask.shape
     fan_in = max(math.prod(shape) // max(shape[0], 1), 1) if shape else 1
     start = initial_scores(config, mask.target, mask.mask_shape, fan_in).to(chosen.device)
-    if mask.selector.uses_magnitude:
-        away = torch.where(start < 0, -1.01, 1.01) * fan_in**-0.5
+    if not mask.selector.has_threshold:
+        # drawn scores reach 1 / sqrt(fan_in), others as far as they do
+        reach = max(1.01 * fan_in**-0.5, 1.01 * float(start.abs().max()) if start.numel() else 0.0)
+        by_size = mask.selector.uses_magnitude
+        away = reach * (torch.where(start < 0, -1.0, 1.0) if by_size else 2.0)
         return torch.where(chosen, start + away, start)
     threshold = mask.selector.threshold
     margin = (start - threshold).abs().clamp(min=1e-3)

@@ -38,15 +38,16 @@ if TYPE_CHECKING:
     from pemn_surgery.adapters.tasks.inference import TaskGuess, infer_task
     from pemn_surgery.adapters.tasks.manage import rename_adapter, to_trainable
     from pemn_surgery.adapters.tasks.mixed_batch import GroupValues
-    from pemn_surgery.gradients import masks_without_gradient
     from pemn_surgery.masks.masked_weight import keep_weights
     from pemn_surgery.models.forward import Trace, trace
     from pemn_surgery.models.inputs.examples import example_inputs
     from pemn_surgery.models.watcher import Use
-    from pemn_surgery.penalty import pull_back
     from pemn_surgery.planning.blocks import Block, repeated_blocks
     from pemn_surgery.planning.plan import Left, Owned, Plan, Target
-    from pemn_surgery.trainer import PemnCallback, for_trainer
+    from pemn_surgery.training.gradients import masks_without_gradient
+    from pemn_surgery.training.penalty import pull_back
+    from pemn_surgery.training.schedules import SelectionSchedule, set_selection
+    from pemn_surgery.training.trainer import PemnCallback, for_trainer
 
 __version__ = "0.1.0"
 
@@ -74,15 +75,16 @@ _NAMES = {
     "pemn_surgery.adapters.tasks.inference": ["TaskGuess", "infer_task"],
     "pemn_surgery.adapters.tasks.manage": ["rename_adapter", "to_trainable"],
     "pemn_surgery.adapters.tasks.mixed_batch": ["GroupValues"],
-    "pemn_surgery.gradients": ["masks_without_gradient"],
+    "pemn_surgery.training.gradients": ["masks_without_gradient"],
     "pemn_surgery.masks.masked_weight": ["keep_weights"],
     "pemn_surgery.models.forward": ["Trace", "trace"],
     "pemn_surgery.models.inputs.examples": ["example_inputs"],
     "pemn_surgery.models.watcher": ["Use"],
-    "pemn_surgery.penalty": ["pull_back"],
+    "pemn_surgery.training.penalty": ["pull_back"],
     "pemn_surgery.planning.blocks": ["Block", "repeated_blocks"],
     "pemn_surgery.planning.plan": ["Left", "Owned", "Plan", "Target"],
-    "pemn_surgery.trainer": ["PemnCallback", "for_trainer"],
+    "pemn_surgery.training.schedules": ["SelectionSchedule", "set_selection"],
+    "pemn_surgery.training.trainer": ["PemnCallback", "for_trainer"],
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -100,6 +102,7 @@ __all__ = [
     "PemnConfig",
     "PemnModel",
     "Plan",
+    "SelectionSchedule",
     "Target",
     "TaskGuess",
     "Trace",
@@ -133,6 +136,7 @@ __all__ = [
     "recode",
     "rename_adapter",
     "repeated_blocks",
+    "set_selection",
     "take_back_flips",
     "to_trainable",
     "trace",

@@ -46,6 +46,7 @@ class AdapterMask(nn.Module):
         places: Where the weights that it masks lie in the flattened weight, an integer buffer of
             shape (masked weights,), ascending, that no file holds; None: all are masked.
         selector: Chooses the mask from the scores.
+        last_selector: The one that training ends with, while a schedule has another in its place.
         fingerprint: Identifies the base that the mask belongs to, by dtype.
         scaled: Whether the masked weight is multiplied by 1 / sqrt(density of the mask).
         others: Packed bits that are the mask where no place lies, of the whole weight (see `bits`),
@@ -86,7 +87,7 @@ class AdapterMask(nn.Module):
         super().__init__()
         self.target = target
         self.shape = shape
-        self.selector = selector
+        self.selector = self.last_selector = selector
         self.fingerprint = dict(fingerprint or {})
         self.scaled = scaled
         self.start: float | None = None

@@ -157,7 +157,8 @@ class _StraightThrough(torch.autograd.Function):
         ctx.weight, ctx.scores, ctx.selector, ctx.scaled = weight, scores, selector, scaled
         ctx.by_magnitude = selector.uses_magnitude
         ctx.needs_mask = scaled or ctx.needs_input_grad[0]
-        chosen = product.choose(weight, scores, selector.rule(scores.numel()), dtype)
+        rule = selector.rule(scores.numel())
+        chosen = None if rule is None else product.choose(weight, scores, rule, dtype)
         if chosen is not None:
             ctx.mask = chosen.mask() if ctx.needs_mask else None
             scale = float(_scale(torch.tensor(chosen.count()), scores.numel())) if scaled else None

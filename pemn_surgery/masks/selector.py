@@ -12,10 +12,10 @@ from torch import Tensor
 from pemn_surgery.errors import NonFiniteScoresError
 from pemn_surgery.kernels.selection import Rule, keep_largest
 
-SelectorName = Literal["topk", "threshold"]
+SelectorName = Literal["topk", "topk_signed", "threshold"]
 
 # Selectors that are told how many weights to keep.
-TAKES_DENSITY: frozenset[str] = frozenset({"topk"})
+TAKES_DENSITY: frozenset[str] = frozenset({"topk", "topk_signed"})
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Selector:
     """How a mask is chosen from scores.
 
     Attributes:
-        name: "topk" keeps the largest magnitudes, "threshold" every score above a number.
-        density: Share of ones for "topk".
+        name: "topk" keeps the largest magnitudes, "topk_signed" the largest numbers, "threshold"
+            every score above one.
+        density: Share of ones for "topk" and "topk_signed".
         threshold: The number mu for "threshold".
     """
 
@@ -36,18 +37,25 @@ class Selector:
         """Return the bool mask of the scores' shape and device."""
         if self.name == "topk":
             return topk_mask(scores, self.density)
+        if self.name == "topk_signed":
+            return signed_topk_mask(scores, self.density)
         return threshold_mask(scores, self.threshold)
 
-    def rule(self, weights: int) -> Rule:
-        """Return how the kernels choose among so many scores."""
+    def rule(self, weights: int) -> Rule | None:
+        """Return how the kernels choose among so many scores; None where they know no such way."""
         if self.name == "topk":
             return Rule(dropped_count(weights, self.density))
-        return Rule(None, self.threshold)
+        return Rule(None, self.threshold) if self.has_threshold else None
 
     @property
     def uses_magnitude(self) -> bool:
         """Whether the mask depends on |S|, so that the gradient of a score carries sign(S)."""
         return self.name == "topk"
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether every score is compared with one number."""
+        return self.name == "threshold"
 
 
 def dropped_count(weights: int, density: float) -> int:
@@ -69,6 +77,24 @@ def topk_mask(scores: Tensor, density: float) -> Tensor:
         Bool tensor of the scores' shape.
     """
     return keep_largest(scores, dropped_count(scores.numel(), density))
+
+
+def signed_topk_mask(scores: Tensor, density: float) -> Tensor:
+    """Drop the ``int((1 - density) * n)`` smallest scores, signs counting.
+
+    Of equal ones the one with the lower index is dropped first. NaN counts as the largest.
+
+    Args:
+        scores: Float tensor of any shape.
+        density: Share of ones.
+
+    Returns:
+        Bool tensor of the scores' shape.
+    """
+    flat = scores.detach().reshape(-1)
+    dropped = flat.argsort(stable=True)[: dropped_count(flat.numel(), density)]
+    kept = torch.ones_like(flat, dtype=torch.bool)
+    return kept.index_fill(0, dropped, False).view(scores.shape)
 
 
 def threshold_mask(scores: Tensor, threshold: float) -> Tensor:

@@ -185,7 +185,8 @@ def mask_of_layer(layer, adapter):
         return torch.tensor(flat, dtype=torch.bool).view(mask.mask_shape)
     if mask.selector.name == "threshold":
         return mask.scores.detach() > mask.selector.threshold
-    size = mask.scores.detach().abs().flatten()
+    scores = mask.scores.detach().flatten()
+    size = scores.abs() if mask.selector.name == "topk" else scores
     order = torch.argsort(size, stable=True)
     chosen = torch.ones(size.numel(), dtype=torch.bool)
     chosen[order[: int((1 - mask.selector.density) * size.numel())]] = False

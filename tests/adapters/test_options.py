@@ -95,7 +95,7 @@ TAKES = {
     "bank_init": one_of(None, "kaiming_normal", "kaiming_uniform", "signed_constant", "model"),
     "scale_fan": is_a(bool),
     "seed": whole,
-    "selector": one_of(None, "topk", "threshold"),
+    "selector": one_of(None, "topk", "topk_signed", "threshold"),
     "density": any_of(NONE, share, one_of("erk")),
     "overall_density": any_of(NONE, share),
     "density_pattern": any_of(NONE, shares),
@@ -281,6 +281,7 @@ def combinations():
         {"selector": "threshold", "scale": "sqrt_density"},
         {"selector": "threshold", "score_init": "kaiming_uniform"},
         {"selector": "topk", "score_init": "normal"}, {"score_init": "magnitude"},
+        {"selector": "topk_signed"},
     ]  # fmt: skip
     fans = [{}, {"scale_fan": True}]
     for parts in itertools.product(banks, inits, selectors, fans):
@@ -344,7 +345,8 @@ IDLES = [
     ({**SIGNS, "new_rows": 2}, "come from a fine-tuned model"),
     ({"threshold": 0.3}, 'selector="threshold", not selector="topk"'),
     ({**SIGNS, "threshold": 1}, "come from a fine-tuned model"),
-    ({"score_init": 1.0}, "equal scores have no order"),
+    ({"selector": "topk_signed", "score_init": 1.0}, "equal ones have no order"),
+    ({"score_init": 1.0}, "equal ones have no order"),
     ({"score_mean": 0.1}, 'belongs to score_init="normal", not score_init=None'),
     ({"score_init": "magnitude", "score_mean": 0.1}, "not score_init='magnitude'"),
     ({"selector": "threshold", "score_std": 0.1}, 'and "magnitude": say which'),

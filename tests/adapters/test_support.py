@@ -26,6 +26,7 @@ KINDS = {
     "drops on a fifth": OWN | {"support": 0.2},
     "half of a fifth": {"bank": "own", "selector": "topk", "support": 0.2},
     "flips of half": {"bank": "own", "selector": "topk", "form": "flip"},
+    "largest scores, signs counting": {"bank": "own", "selector": "topk_signed", "support": 0.5},
     "rp, flips": {"bank": "rp", "ratio": 0.05, "form": "flip", "support": 0.5},
     "mp, a third": {"bank": "mp", "support": 0.3},
     "rp, partly frozen": {
@@ -305,7 +306,7 @@ def test_flips_are_not_taken_back_on_a_support():
         ({"form": "flip", "scale": "sqrt_density"}, 'it belongs to form="product"'),
         ({"form": "sign_delta", "scale": "row"}, "which has its own scales"),
         ({"support": 0.1, "support_others": "drawn"}, 'selector="topk"'),
-        ({"form": "sign_delta", "support": 0.1}, "signs come from a fine-tuned model"),
+        ({"form": "sign_delta", "score_init": 0.1, "support": 0.1}, "from a fine-tuned model"),
     ],
 )
 def test_what_is_refused(options, said):

@@ -12,6 +12,7 @@ from pemn_surgery.masks import selector
 from pemn_surgery.masks.selector import (
     Selector,
     check_finite,
+    signed_topk_mask,
     threshold_mask,
     topk_mask,
 )
@@ -50,6 +51,16 @@ def test_topk_traced(scores, density):
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         mask = topk_mask(scores, density)
     oracles.assert_same(mask, oracles.topk(scores, density))
+
+
+@given(tensors(st.one_of(TIED, ANY)), DENSITIES)
+def test_topk_with_signs(scores, density):
+    flat = scores.flatten().tolist()
+    by_value = sorted(range(len(flat)), key=lambda place: (flat[place], place))
+    wanted = torch.ones(len(flat), dtype=torch.bool)
+    wanted[by_value[: int((1 - density) * len(flat))]] = False
+    oracles.assert_same(signed_topk_mask(scores, density), wanted.view(scores.shape))
+    assert Selector("topk_signed", density, 0.0).rule(scores.numel()) is None
 
 
 @given(tensors(TIED), DENSITIES)

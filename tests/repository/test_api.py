@@ -11,15 +11,15 @@ from tests.adapters import models
 
 # A name may join; one that goes breaks somebody's program.
 NAMES = {
-    "Block", "Comparison", "ErrorReport", "Flips", "GroupValues", "Left", "MaskedState",
-    "Overlap", "Owned", "PemnCallback", "PemnConfig", "PemnModel", "Plan", "Target",
-    "TaskGuess", "Trace", "Use", "WeightError", "compare_adapters", "complete_card", "errors",
-    "example_inputs", "for_trainer", "from_finetuned", "from_masks", "infer_task",
+    "Block", "Comparison", "ErrorReport", "Flips", "GroupValues", "Left", "MaskedState", "Overlap",
+    "Owned", "PemnCallback", "PemnConfig", "PemnModel", "Plan", "SelectionSchedule", "Target",
+    "TaskGuess", "Trace", "Training", "Use", "WeightError", "compare_adapters", "complete_card",
+    "errors", "example_inputs", "for_trainer", "from_finetuned", "from_masks", "infer_task",
     "keep_weights", "masks_between", "masks_of_hidden_networks", "masks_of_piggyback",
-    "masks_of_piggyback_pack", "masks_of_pruned", "masks_of_self_masking",
-    "masks_without_gradient", "measure_errors", "nearest_mask", "nearest_signs", "pemnify",
-    "plan", "recode", "rename_adapter", "repeated_blocks", "take_back_flips", "to_trainable",
-    "trace", "unprune",
+    "masks_of_piggyback_pack", "masks_of_pruned", "masks_of_self_masking", "masks_without_gradient",
+    "measure_errors", "nearest_mask", "nearest_signs", "param_groups", "pemnify", "plan",
+    "pull_back", "recode", "rename_adapter", "repeated_blocks", "set_selection", "take_back_flips",
+    "to_trainable", "trace", "unprune",
 }  # fmt: skip
 PAGES = [models.ROOT / "README.md", *sorted((models.ROOT / "docs").glob("*.md"))]
 PAGES += sorted((models.ROOT / "recipes").glob("*/README.md"))

@@ -100,7 +100,7 @@ def margin_of(masks: Iterable[AdapterMask]) -> float | None:
     least: list[float] = []
     for mask in masks:
         scores = mask.scores
-        if scores is not None and scores.numel() and not mask.selector.uses_magnitude:
+        if scores is not None and scores.numel() and mask.selector.has_threshold:
             least.append(float((scores.detach() - mask.selector.threshold).abs().min()))
     return min(least, default=None)
 

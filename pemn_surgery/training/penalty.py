@@ -14,7 +14,7 @@ from torch import nn
 
 from pemn_surgery.errors import AdapterError
 from pemn_surgery.masks.adapter_mask import AdapterMask
-from pemn_surgery.rates import group_of, trained_masks
+from pemn_surgery.training.rates import group_of, trained_masks
 
 
 def pull_back(model: nn.Module, amount: float) -> None:

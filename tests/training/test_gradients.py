@@ -11,7 +11,7 @@ from pemn_surgery import PemnCallback, masks_without_gradient, pemnify
 from pemn_surgery.errors import NoGradientWarning
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.models.inputs.examples import example_inputs
-from tests.whole.test_trainer import arguments, pictures
+from tests.training.test_trainer import arguments, pictures
 from tests.zoo import transformers_models
 
 

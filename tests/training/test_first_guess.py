@@ -14,10 +14,10 @@ from pemn_surgery import PemnCallback, PemnConfig, for_trainer, param_groups, pe
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.presets import PRESETS
 from pemn_surgery.errors import AdapterError, ConfigError, PretrainedWarning, TrainingWarning
-from pemn_surgery.movement import MovementWatch
-from pemn_surgery.rates import advice_on_rates, margin_of, trained_masks
+from pemn_surgery.training.movement import MovementWatch
+from pemn_surgery.training.rates import advice_on_rates, margin_of, trained_masks
 from tests.adapters import models
-from tests.whole.test_trainer import arguments, sentences
+from tests.training.test_trainer import arguments, sentences
 
 pytestmark = models.ignore_peft_on_transformers
 

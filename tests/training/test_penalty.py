@@ -10,7 +10,7 @@ from transformers import Trainer
 from pemn_surgery import PemnCallback, pemnify, pull_back
 from pemn_surgery.errors import AdapterError
 from tests.adapters import models
-from tests.whole.test_trainer import arguments, bert_model, sentences
+from tests.training.test_trainer import arguments, bert_model, sentences
 
 pytestmark = models.ignore_peft_on_transformers
 

@@ -14,10 +14,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.errors import TrainingWarning, UnsupportedModelError
-from pemn_surgery.gradients import GradientWatch
-from pemn_surgery.movement import EVERY, Masks, MovementWatch, density, flips, packed_masks
-from pemn_surgery.penalty import pull_back_at_rate
-from pemn_surgery.rates import advice_on_rates
+from pemn_surgery.training.gradients import GradientWatch
+from pemn_surgery.training.movement import EVERY, Masks, MovementWatch, density, flips, packed_masks
+from pemn_surgery.training.penalty import pull_back_at_rate
+from pemn_surgery.training.rates import advice_on_rates
 
 
 class PemnCallback(TrainerCallback):

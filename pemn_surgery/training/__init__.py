@@ -1,0 +1,1 @@
+"""Training masks: what to watch, what rates do, penalties and schedules, transformers' Trainer."""
