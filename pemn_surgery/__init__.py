@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pemn_surgery.adapters.tasks.inference import TaskGuess, infer_task
     from pemn_surgery.adapters.tasks.manage import rename_adapter, to_trainable
     from pemn_surgery.adapters.tasks.mixed_batch import GroupValues
+    from pemn_surgery.adapters.tasks.starting import start_from
     from pemn_surgery.masks.masked_weight import keep_weights
     from pemn_surgery.models.forward import Trace, trace
     from pemn_surgery.models.inputs.examples import example_inputs
@@ -75,6 +76,7 @@ _NAMES = {
     "pemn_surgery.adapters.tasks.inference": ["TaskGuess", "infer_task"],
     "pemn_surgery.adapters.tasks.manage": ["rename_adapter", "to_trainable"],
     "pemn_surgery.adapters.tasks.mixed_batch": ["GroupValues"],
+    "pemn_surgery.adapters.tasks.starting": ["start_from"],
     "pemn_surgery.training.gradients": ["masks_without_gradient"],
     "pemn_surgery.masks.masked_weight": ["keep_weights"],
     "pemn_surgery.models.forward": ["Trace", "trace"],
@@ -137,6 +139,7 @@ __all__ = [
     "rename_adapter",
     "repeated_blocks",
     "set_selection",
+    "start_from",
     "take_back_flips",
     "to_trainable",
     "trace",
