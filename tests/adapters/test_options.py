@@ -340,7 +340,7 @@ IDLES = [
     ({"selector": "threshold", "density": 0.3}, 'selector="topk" (or to scale_fan=True)'),
     ({**SIGNS, "density": 0.3}, "come from a fine-tuned model"),
     ({"overall_density": 0.3}, 'belongs to density="erk"; density=0.5 decides'),
-    ({"selector": "threshold", "density_pattern": {"a": 0.3}}, 'selector="topk"'),
+    ({"selector": "threshold", "density_pattern": {"a": 0.3}}, 'selectors of the largest'),
     ({**SIGNS, "density_pattern": {"a": 0.3}}, "come from a fine-tuned model"),
     ({**SIGNS, "new_rows": 2}, "come from a fine-tuned model"),
     ({"threshold": 0.3}, 'selector="threshold", not selector="topk"'),

@@ -950,12 +950,12 @@ FORM_OPTIONS = [
         {"bank": "own", "selector": "topk", "scale": "sqrt_density"},
         ("scale='sqrt_density'", "its own scales"),
     ),
-    ({"bank": "own", "selector": "topk"}, ("from_finetuned(base, finetuned", "signs come from")),
+    ({"bank": "own", "score_init": 0.5}, ("from_finetuned(base, finetuned", "begin alike")),
 ]
 
 
 @pytest.mark.parametrize(("options", "said"), FORM_OPTIONS, ids=[str(o) for o, _ in FORM_OPTIONS])
-def test_sign_deltas_from_nothing_are_refused(options, said):
+def test_sign_deltas_that_cannot_be_are_refused(options, said):
     model = models.net()
     before = models.Snapshot(model)
     with pytest.raises(ConfigError) as error:
@@ -1061,7 +1061,7 @@ def test_another_base_is_refused(tmp_path):
 
 
 def test_signs_that_never_came_are_an_error_when_used():
-    config = PemnConfig(bank="own", selector="threshold", form="sign_delta", inference_mode=True)
+    config = PemnConfig(bank="own", form="sign_delta", score_init=0.5, inference_mode=True)
     with signs_follow():
         model = pemnify(models.net(), config)
     with pytest.raises(MaskNotLoadedError, match=r"conv1\.weight"):
