@@ -12,7 +12,7 @@ from transformers import AutoModel, BertModel, Trainer, TrainerCallback
 from pemn_surgery import PemnCallback, PemnConfig, pemnify
 from pemn_surgery.errors import FingerprintError
 from tests.adapters import models
-from tests.whole import test_trainer as trainers
+from tests.training import test_trainer as trainers
 
 pytestmark = [
     models.ignore_peft_on_transformers,
