@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     )
     add_model(parser)
     parser.add_argument(
-        "--preset", help="a paper's settings, which options change: pemn, edge_popup, ..."
+        "--preset", help="known settings, which options change: text, image, pemn, piggyback, ..."
     )
     parser.add_argument("--task-type", type=str.upper, help="PEFT's: SEQ_CLS, CAUSAL_LM, ...")
     for group, options in (("numbers", _NUMBERS), ("masks", _MASKS), ("which", _WHICH)):

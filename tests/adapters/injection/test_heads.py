@@ -244,12 +244,7 @@ def test_a_new_head_that_the_user_leaves_out_is_named(given, checkpoints):
 
 def test_the_line_that_the_warning_gives_mends_it(checkpoints, tmp_path):
     with pytest.warns(HeadWarning) as caught:
-        pemnify(
-            image_classifier(checkpoints["vit"], 1),
-            bank="own",
-            selector="topk",
-            modules_to_save=["layernorm"],
-        )
+        pemnify(image_classifier(checkpoints["vit"], 1), bank="own", modules_to_save=["layernorm"])
     line = str(caught[0].message).partition("modules_to_save=")[2].partition(")")[0]
     assert line == "['layernorm', 'classifier']"
     build = lambda seed: image_classifier(checkpoints["vit"], seed)  # noqa: E731
@@ -551,7 +546,7 @@ def test_a_merged_model_says_how_many_classes_it_has(checkpoints, tmp_path):
 def test_tensors_that_are_set_by_hand_bring_their_size(tmp_path):
     """PEFT's function alone, as adapters from the hub and resumed runs come in."""
     x, expected = two_sizes(tmp_path, "own")
-    model = pemnify(vision(9, 6), bank="own", selector="topk", modules_to_save=["fc"])
+    model = pemnify(vision(9, 6), bank="own", modules_to_save=["fc"])
     tensors = load_file(tmp_path / "three" / models.WEIGHTS_FILE)
     with pytest.warns(UserWarning, match="holds bits, not scores"):
         set_peft_model_state_dict(model, tensors)
