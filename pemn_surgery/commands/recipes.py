@@ -49,18 +49,19 @@ def _run_recipe(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from pemn_surgery.recipe import load, summary  # they bring torch
+    from pemn_surgery.recipe import load  # with it comes torch, which only this needs
 
     recipe = load(parsed.recipe)
-    found = summary.gather(recipe, parsed.results or Path(parsed.recipe) / "results")
+    report = recipe.module("__main__").COMMAND.report
+    found = report.gather(recipe, parsed.results or Path(parsed.recipe) / "results")
     if parsed.out:
-        summary.write_page(recipe, found, parsed.out)
+        report.write_page(recipe, found, parsed.out)
     if parsed.json:
         print_json([asdict(b) | {"rows": [asdict(r) for r in rows]} for b, rows in found.items()])
         return 0
     console = Console()
     for budget, rows in found.items():
-        console.print(tables.table(budget.title, summary.COLUMNS, summary.cells(budget, rows)))
+        console.print(tables.table(budget.title, report.COLUMNS, report.cells(budget, rows)))
     if parsed.out:
         console.print(f"written to {parsed.out / 'report.html'}")
     return 0

@@ -15,6 +15,26 @@ Forward = Callable[[Tensor], Tensor]
 TESTED_AT_ONCE = 500
 
 
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Share of int64 labels ``[n]`` that are right, in percent."""
+    return 100 * int((predicted == labels).sum()) / len(labels)
+
+
+def matthews(predicted: Tensor, labels: Tensor) -> float:
+    """Matthews' correlation of int64 labels ``[n]`` times 100: 0 is chance; CoLA's measure."""
+    classes = 1 + int(torch.stack([predicted, labels]).max())
+    table = torch.bincount(labels * classes + predicted, minlength=classes**2).double()
+    table = table.view(classes, classes)
+    truly, said, n = table.sum(1), table.sum(0), len(labels)
+    spread = (n**2 - truly @ truly) * (n**2 - said @ said)
+    return 100 * float((n * table.trace() - truly @ said) / spread.sqrt()) if spread > 0 else 0.0
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    function.__name__: function for function in (accuracy, matthews)
+}
+
+
 def _no_augmentation(name: str, inputs: Tensor) -> Iterator[Tensor]:
     if name != "none":
         message = f"augmentation {name!r} is unknown; this data set has 'none'"
@@ -32,12 +52,20 @@ class Classification:
         prepare: From a batch of inputs, on its device, to what a network takes.
         augment: From a rule's augmentation and an epoch's inputs to those that are trained on, in
             their order, chunk by chunk, with torch's global generator.
+        metric: Key of `METRICS`: what the test split is measured by.
     """
 
     train: Split
     test: Split
     prepare: Callable[[Tensor], Tensor] = lambda inputs: inputs
     augment: Callable[[str, Tensor], Iterator[Tensor]] = _no_augmentation
+    metric: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        """Refuse a metric that is in no table."""
+        if self.metric not in METRICS:
+            message = f"metric {self.metric!r} is unknown; give one of {sorted(METRICS)}"
+            raise RecipeError(message)
 
     def cut(self, limit: int | None) -> "Classification":
         """Return the same with splits of at most ``limit`` rows; None: as they are."""
@@ -77,7 +105,7 @@ class Classification:
 
     @torch.no_grad()
     def accuracy(self, forward: Forward) -> float:
-        """Share of the test split that is classified right, in percent."""
-        pairs = zip(*(part.split(TESTED_AT_ONCE) for part in self.test), strict=True)
-        right = sum((forward(x).argmax(1).to(y.device) == y).sum() for x, y in pairs)
-        return 100 * int(right) / self.sizes["test"]
+        """Measure the labels of the test split's inputs: by default the share right, in percent."""
+        inputs, labels = self.test
+        found = [forward(x).argmax(1).to(labels.device) for x in inputs.split(TESTED_AT_ONCE)]
+        return METRICS[self.metric](torch.cat(found), labels)

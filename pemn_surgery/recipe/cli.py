@@ -3,7 +3,7 @@
 import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe import summary
 from pemn_surgery.recipe.file import Recipe
 from pemn_surgery.recipe.options import add_options, command, from_words
 from pemn_surgery.recipe.stopping import TimeIsUp
@@ -26,7 +27,7 @@ class Verb:
     """What one verb of a recipe's command line does, and a dataclass of its `option`.
 
     ``run`` maps recipe, options and console to names and results, which JSON can hold; they are
-    written as they come, if the verb has any.
+    written as they come, if the verb has any, and one that comes again replaces the earlier.
     """
 
     help: str
@@ -37,12 +38,16 @@ class Verb:
 
 @dataclass(frozen=True)
 class RecipeCommand:
-    """A recipe's command line: ``text`` is its help, ``tabulate`` makes a result a table."""
+    """A recipe's command line: ``text`` is its help, ``tabulate`` makes a result a table.
+
+    ``report`` puts all results together for ``pemn report``: a module with what `summary` has.
+    """
 
     recipe: Recipe
     text: str | None
     verbs: dict[str, Verb]
     tabulate: Callable[[dict[str, Any]], Table]
+    report: Any = summary
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Run the command line.
@@ -84,26 +89,38 @@ class RecipeCommand:
         if given["verb"] == "show":
             self._show(results, console)
             return
-        name, file = given.pop("verb"), given.pop("json", None)
+        verb, file = given.pop("verb"), given.pop("json", None)
         torch.set_num_threads(given.get("threads") or torch.get_num_threads())
-        options = from_words(self.verbs[name].options, given)
-        found, line = [], command(self.recipe.folder.name, name, options)
-        for label, body in self.verbs[name].run(self.recipe, options, console):
-            found.append(self._head(line) | body)
-            whole = found if file and len(found) > 1 else found[-1]
-            trial = options.work if given.get("smoke") else None  # never beside real results
-            self._write(file or (trial or results) / f"{label}.json", whole, console)
-            console.print(self.tabulate(found[-1]))
+        folder = given["work"] if given.get("smoke") else results  # never beside real results
+        options = self._options(verb, given, None if file else folder)
+        head = self._head(command(self.recipe.folder.name, verb, options))
+        found: dict[str, dict[str, Any]] = {}
+        try:
+            for label, body in self.verbs[verb].run(self.recipe, options, console):
+                found[label] = head | body
+                whole = [*found.values()] if file and len(found) > 1 else found[label]
+                self._write(file or folder / f"{label}.json", whole)
+        finally:
+            for label, result in found.items():
+                console.print(f"written to {file or folder / f'{label}.json'}")
+                console.print(self.tabulate(result))
+
+    def _options(self, verb: str, given: dict[str, Any], results: Path | None) -> Any:
+        kind = self.verbs[verb].options
+        takes_results = any(one.name == "results" for one in fields(kind))
+        return from_words(kind, given | ({"results": results} if takes_results else {}))
 
     def _head(self, line: str) -> dict[str, Any]:
         named = {key: getattr(self.recipe, key) for key in ("claim", "paper")}
         head = {"schema": 1, "recipe": self.recipe.name} | named | {"command": line}
         return head | machine.environment()
 
-    def _write(self, file: Path, result: Any, console: Console) -> None:
+    def _write(self, file: Path, result: Any) -> None:
+        """Write under another name, then rename: what a killed run has written is whole."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        console.print(f"written to {file}")
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        partial.replace(file)
 
     def _show(self, results: Path, console: Console) -> None:
         files = sorted(results.glob("*.json"))

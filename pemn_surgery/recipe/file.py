@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe.images import ImageData
 from pemn_surgery.recipe.rules import Rule
+from pemn_surgery.recipe.texts import TextData
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +27,7 @@ else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 Table = dict[str, Any]
+DataKind = TypeVar("DataKind", ImageData, TextData)
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,16 @@ class Recipe:
 
     def images(self, case: str) -> ImageData:
         """Return the data set of a case on images; a RecipeError if its row cannot be read."""
+        return self._data(case, ImageData)
+
+    def texts(self, case: str) -> TextData:
+        """Return the data set of a case on texts; a RecipeError if its row cannot be read."""
+        return self._data(case, TextData)
+
+    def _data(self, case: str, kind: Callable[..., DataKind]) -> DataKind:
         name = self.case(case).data
         try:
-            return ImageData(**self.data[name])
+            return kind(**self.data[name])
         except (KeyError, TypeError) as error:
             message = f"the data set {name!r} of {self.name} cannot be read: {error!r}"
             raise RecipeError(message) from error

@@ -1,7 +1,6 @@
 """Data sets of images, decoded once into uint8 tensors."""
 
 import hashlib
-import importlib.util
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from pemn_surgery.errors import RecipeError
+from pemn_surgery.recipe import sources
 from pemn_surgery.recipe.augmentations import AUGMENTATIONS
 from pemn_surgery.recipe.classification import Classification, Split
 from pemn_surgery.recipe.options import ImageOptions
@@ -34,6 +34,8 @@ class ImageData:
         std: Standard deviation of each channel.
         side: Pixels a side; pictures of other sizes are scaled and cut to their middle square.
         test: Name of the split that is tested with.
+        validation: Name of one that choices are made by; none: it has none.
+        metric: What the test split is measured by.
     """
 
     source: str
@@ -43,9 +45,11 @@ class ImageData:
     std: Sequence[float]
     side: int = 32
     test: str = "test"
+    validation: str = ""
+    metric: str = "accuracy"
 
     def load(self, options: ImageOptions) -> dict[str, Split]:
-        """Return both splits: the options' source or the row's own, decoded once and kept.
+        """Return its splits: the options' source or the row's own, decoded once and kept.
 
         Returns:
             ``{"train": (images, labels), "test": ...}``: uint8 ``[n, 3, side, side]``, int64
@@ -53,12 +57,9 @@ class ImageData:
         """
         if options.smoke:
             return {name: self._random(n) for name, n in _TRIAL.items()}
-        source = options.data or self.source
-        if not source:
-            message = f"the data of {options.case!r} has no source of its own; give --data"
-            raise RecipeError(message)
-        place = str(Path(source).resolve()) if Path(source).exists() else source
+        place = sources.place(options.case, options.data, self.source)
         named = "|".join(map(str, (place, self.image, self.label, self.side, self.test)))
+        named += f"|{self.validation}" if self.validation else ""
         file = options.work / f"decoded-{hashlib.sha256(named.encode()).hexdigest()[:12]}.pt"
         if not file.exists():
             decoded = decode(self, place, options.work)
@@ -76,11 +77,13 @@ class ImageData:
     @property
     def splits(self) -> dict[str, str]:
         """Names of its splits by what they are for."""
-        return {"train": "train", "test": self.test}
+        named = {"train": "train", "validation": self.validation, "test": self.test}
+        return {name: split for name, split in named.items() if split}
 
     def task(self, splits: Mapping[str, Split]) -> Classification:
         """Return what the runner trains on: these splits, this normalisation and augmentation."""
-        return Classification(splits["train"], splits["test"], self.normalise, self.augment)
+        both = splits["train"], splits["test"]
+        return Classification(*both, self.normalise, self.augment, self.metric)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 ``[n, 3, h, w]`` -> float32 of zero mean and unit deviation."""
@@ -104,55 +107,18 @@ class ImageData:
 
 
 def decode(data: ImageData, source: str, work: Path) -> dict[str, Split]:
-    """Read both splits of a hub id or a folder and decode their pictures.
-
-    Without ``datasets``, which caches in ``work``, a folder of parquet files is read, whose names
-    begin with their split's. If a split or column is missing, a RecipeError names those there are.
-    """
-    if importlib.util.find_spec("datasets") is None:
-        return {name: _of_parquet(data, source, split) for name, split in data.splits.items()}
-    import datasets
-
-    given = datasets.load_dataset(source, cache_dir=str(work / "datasets"))
-    missing = sorted({*data.splits.values()} - {*given})
-    if missing:
-        message = f"{source} has the splits {sorted(given)}; {missing} are needed"
-        raise RecipeError(message)
-    splits: dict[str, Split] = {}
-    for name, split in data.splits.items():
-        rows: Any = given[split]
-        _check_columns(data, source, rows.column_names)
-        pictures = (row[data.image] for row in rows)
-        splits[name] = _stacked(data, pictures), torch.tensor(rows[data.label])
-    return splits
-
-
-def _of_parquet(data: ImageData, source: str, split: str) -> Split:
-    """Read one split of a folder of parquet files, as the hub writes them, without ``datasets``."""
-    files = sorted(Path(source).rglob(f"{split}-*.parquet"))
-    if not files:
-        message = f"{source} has no {split}-*.parquet; give a folder that has, or install datasets"
-        raise RecipeError(message)
-    from PIL import Image
-    from pyarrow import concat_tables, parquet
-
-    table = concat_tables([parquet.read_table(file) for file in files])
-    _check_columns(data, source, table.column_names)
-    kept = (picture["bytes"] for picture in table[data.image].to_pylist())
-    pictures = (Image.open(io.BytesIO(one)) for one in kept)
-    return _stacked(data, pictures), torch.tensor(table[data.label].to_pylist())
-
-
-def _check_columns(data: ImageData, source: str, there: Sequence[str]) -> None:
-    missing = {data.image, data.label} - {*there}
-    if missing:
-        message = f"{source} lacks the columns {sorted(missing)}; it has {list(there)}"
-        raise RecipeError(message)
+    """Read the splits of a hub id or a folder (`sources.read`) and decode their pictures."""
+    given = sources.read(source, data.splits, (data.image, data.label), work)
+    return {
+        name: (_stacked(data, columns[data.image]), torch.tensor([*columns[data.label]]))
+        for name, columns in given.items()
+    }
 
 
 def _stacked(data: ImageData, pictures: Iterable[Any]) -> Tensor:
-    """uint8 ``[n, 3, side, side]`` of PIL's pictures."""
+    """uint8 ``[n, 3, side, side]`` of PIL's pictures, or of the bytes of their files."""
     square = (data.side, data.side)
-    fitted = (p if p.size == square else ImageOps.fit(p, square) for p in pictures)
+    read = (Image.open(io.BytesIO(p["bytes"])) if isinstance(p, dict) else p for p in pictures)
+    fitted = (p if p.size == square else ImageOps.fit(p, square) for p in read)
     pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in fitted])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

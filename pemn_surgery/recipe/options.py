@@ -41,6 +41,7 @@ class Options:
     smoke: bool = option("a trial of seconds: little data, an epoch", default=False)
     resume: bool = option("continue from the checkpoints, if any", default=False)
     until: float = field(default=math.inf, compare=False)  # of `time.monotonic`
+    results: Path | None = field(default=None, compare=False)  # where those before this run are
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -137,6 +138,6 @@ def _shown(one: Field[Any], value: Any) -> str:
         return ""
     if isinstance(value, Path):
         return one.name.upper()
-    if one.name == "data" and Path(value).is_dir():
+    if one.name in ("data", "model") and Path(value).is_dir():
         return f".../{Path(value).name}"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

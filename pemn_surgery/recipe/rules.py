@@ -1,6 +1,7 @@
 """How an arm is trained: the papers' optimizers and schedules by name."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -39,6 +40,15 @@ def warm_cosine(lr: float, step: int, steps: int) -> float:
     return lr * (step + 1) / warm if step < warm else cosine(lr, step - warm, steps - warm)
 
 
+def warm_linear(lr: float, step: int, steps: int) -> float:
+    """Rise to ``lr`` over .06 of the run, then a line to 0 (BERT and its descendants).
+
+    Steps count from 0; while rising a step takes the rate of its end, so that the first is above 0.
+    """
+    warm = max(round(0.06 * steps), 1)
+    return lr * (step + 1) / warm if step < warm else lr * (steps - step) / (steps - warm)
+
+
 def one_cycle(lr: float, step: int, steps: int) -> float:
     """Half a cosine from ``lr / 25`` up over .3 of the run, one down to ``lr / 250,000``.
 
@@ -60,13 +70,16 @@ def _made_by(kind: Any, *fields: str) -> MakeOptimizer:
 
 
 SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
-    function.__name__: function for function in (triangle, cosine, warm_cosine, one_cycle)
+    function.__name__: function
+    for function in (triangle, cosine, warm_cosine, warm_linear, one_cycle)
 }
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adamw": _made_by(torch.optim.AdamW, "weight_decay"),
     "adam": _made_by(torch.optim.Adam, "weight_decay"),
     "sgd": _made_by(torch.optim.SGD, "momentum", "weight_decay"),
 }
+# Parts of a model for which a rule can say what is otherwise, by the names of their parameters.
+_PARTS = {"scores": re.compile(r"\.pemn_masks\."), "head": re.compile(r"(^|\.)head\.")}
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,7 @@ class Rule:
         augmentation: What the data set does to an epoch's rows.
         whole_batches: Leave out the rows at an epoch's end that make no whole batch.
         scores: What is otherwise for the scores of masks, by field; None: nothing.
+        head: What is otherwise for a module that is named so, a classifier; None: nothing.
     """
 
     optimizer: str
@@ -94,6 +108,7 @@ class Rule:
     augmentation: str = "none"
     whole_batches: bool | None = None
     scores: dict[str, Any] | None = None
+    head: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse names that are in no table."""
@@ -111,11 +126,13 @@ class Rule:
         return SCHEDULES[self.schedule](self.lr, step, steps)
 
     def optimizers(self, model: nn.Module) -> dict[str, tuple[torch.optim.Optimizer, "Rule"]]:
-        """Return what trains a model, each with its rule: all at once, or scores apart."""
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        scores = [p for name, p in named if self.scores and ".pemn_masks." in name]
-        rest = [p for name, p in named if not (self.scores and ".pemn_masks." in name)]
-        found = {"optimizer": (rest, self)}
-        if self.scores:
-            found["scores"] = (scores, replace(self, scores=None, **self.scores))
+        """Return what trains a model, each with its rule: all at once, or parts apart."""
+        rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parts: dict[str, tuple[list[nn.Parameter], Rule]] = {}
+        for part, pattern in _PARTS.items():
+            if otherwise := getattr(self, part):
+                names = [name for name in rest if pattern.search(name)]
+                own = replace(self, **{**dict.fromkeys(_PARTS), **otherwise})
+                parts[part] = [rest.pop(name) for name in names], own
+        found = {"optimizer": ([*rest.values()], self), **parts}
         return {k: (OPTIMIZERS[r.optimizer](weights, r), r) for k, (weights, r) in found.items()}

@@ -19,6 +19,7 @@ def environment(*more: str) -> dict[str, Any]:
             "cpu": _processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "accelerator": _accelerator(),
         },
         "versions": {"python": platform.python_version()}
         | {package: _version(package) for package in ("pemn-surgery", *libraries, *more)},
@@ -30,6 +31,10 @@ def _processor() -> str:
     lines = facts.read_text().splitlines() if facts.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def _accelerator() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def _version(package: str) -> str | None:

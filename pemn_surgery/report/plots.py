@@ -34,6 +34,41 @@ def scatter(
     _save(axes.figure, path)
 
 
+def tradeoff(
+    path: Path,
+    points: Mapping[str, tuple[float, float, float]],
+    front: Sequence[str],
+    labels: tuple[str, str],
+    title: str,
+) -> None:
+    """Save a plot of named points (x, y, deviation of y), its x axis logarithmic.
+
+    Args:
+        path: Where; the ending decides the format.
+        points: By name; each has a marker of its own.
+        front: Those that no other beats in both, by x: a line of steps joins them.
+        labels: Of both axes.
+        title: Above the plot.
+
+    Raises:
+        ConfigError: If no plot can have this ending.
+        ImportError: If matplotlib is missing.
+    """
+    axes = _axes(5.0, title)
+    best = [points[name] for name in front]
+    axes.step([x for x, _, _ in best], [y for _, y, _ in best], "0.6", where="post", zorder=0)
+    for (name, (x, y, spread)), marker in zip(
+        points.items(), "osD^vP*X" * len(points), strict=False
+    ):
+        axes.errorbar(x, y, spread, fmt=marker, label=name, capsize=2, alpha=0.85)
+    axes.set_xscale("log")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.grid(visible=True, which="major", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(axes.figure, path)
+
+
 def profile(
     path: Path,
     names: Sequence[str],

@@ -22,6 +22,7 @@ from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import Recipe, load
 from pemn_surgery.recipe.arms import Arm, sizes
 from pemn_surgery.recipe.options import SEEDS, ImageOptions, option
+from pemn_surgery.recipe.pretrained import pretrained
 from pemn_surgery.recipe.runner import Runner
 from pemn_surgery.report import machine
 
@@ -71,7 +72,7 @@ def _pretrained(recipe: Recipe, options: Options) -> nn.Sequential:
     if options.weights is None and not options.smoke:
         message = "give --weights, the folder of the published weights; see the recipe's README"
         raise RecipeError(message)
-    return NETWORKS.pretrained(options.case, depth, options.weights)
+    return pretrained(options.case, depth, options.weights)
 
 
 def jobs(recipe: Recipe, options: Options) -> Iterator[Job]:

@@ -66,6 +66,34 @@ def test_run_writes_what_show_tabulates(tmp_path, capsys):
     assert "<43>" in shown
 
 
+def test_a_result_that_comes_again_replaces_the_earlier(tmp_path, capsys):
+    def run(*_):
+        yield from (("one", {"figure": 1}), ("one", {"figure": 2}), ("two", {"figure": 3}))
+
+    assert command(tmp_path, run).main(["run"]) == 0
+    files = {file.name: json.loads(file.read_text()) for file in (tmp_path / "results").iterdir()}
+    assert {name: found["figure"] for name, found in files.items()} == {
+        "one.json": 2,
+        "two.json": 3,
+    }
+    shown = capsys.readouterr().out
+    assert "<1>" not in shown
+    assert shown.index("<2>") < shown.index("<3>")
+    file = tmp_path / "both.json"
+    assert command(tmp_path, run).main(["run", "--json", str(file)]) == 0
+    assert [one["figure"] for one in json.loads(file.read_text())] == [2, 3]
+
+
+def test_results_are_there_after_a_stop(tmp_path, capsys):
+    def run(*_):
+        yield "one", {"figure": 1}
+        raise KeyboardInterrupt
+
+    assert command(tmp_path, run).main(["run"]) == 130
+    assert json.loads((tmp_path / "results/one.json").read_text())["figure"] == 1
+    assert "<1>" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("figures", [[1], [1, 2]])
 def test_results_go_where_json_says(figures, tmp_path):
     def run(*_):
@@ -119,6 +147,8 @@ TRIALS = {
     "below_one_bit": ["--case", "digits", "--lr", "1e-2"],
     "mask_compression": ["--case", "resnet20"],
     "pemn": ["--case", "resnet32", "--arms", "dense", "rp_1e-2", "random_90"],
+    "small_adapters": ["--arms", "probe", "flip_2"],
+    "small_adapters": ["--arms", "probe", "flip_2"],
     "supsup_permuted_digits": [],
 }
 

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import images as pictures
-from pemn_surgery.recipe import load, networks
+from pemn_surgery.recipe import load, networks, sources
 from pemn_surgery.recipe.augmentations import crop_and_flip
 from pemn_surgery.recipe.options import ImageOptions
 
@@ -122,9 +122,9 @@ def test_normalise_is_torchvisions():
 
 def test_parquet_is_read_alike_without_datasets(images, tmp_path, monkeypatch):
     whole = pictures.decode(DATA, str(images), tmp_path)
-    spec = pictures.importlib.util.find_spec
+    spec = sources.importlib.util.find_spec
     monkeypatch.setattr(
-        pictures.importlib.util,
+        sources.importlib.util,
         "find_spec",
         lambda name: None if name == "datasets" else spec(name),
     )

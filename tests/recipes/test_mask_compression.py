@@ -22,6 +22,7 @@ from pemn_surgery.coding import bits, codec
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import load, networks
 from pemn_surgery.recipe.options import ImageOptions
+from pemn_surgery.recipe.pretrained import pretrained
 from pemn_surgery.report.tables import as_markdown
 from tests import reader
 
@@ -320,7 +321,7 @@ def save_published(folder, blocks):
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_published_weights_are_read_as_meant(tmp_path, blocks):
     model, depth = save_published(tmp_path, blocks), 6 * blocks + 2
-    ours = NETWORKS.pretrained(f"resnet{depth}", depth, tmp_path).eval()
+    ours = pretrained(f"resnet{depth}", depth, tmp_path).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), model(x))
@@ -329,10 +330,10 @@ def test_published_weights_are_read_as_meant(tmp_path, blocks):
 
 def test_missing_and_other_weights_are_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"needs one file resnet8-\*\.th; it has \[\]"):
-        NETWORKS.pretrained("resnet8", 8, tmp_path)
+        pretrained("resnet8", 8, tmp_path)
     save_published(tmp_path, 1)
     with pytest.raises(RecipeError, match="does not fit a ResNet of depth 20"):
-        NETWORKS.pretrained("resnet8", 20, tmp_path)
+        pretrained("resnet8", 20, tmp_path)
 
 
 def test_a_new_head_has_no_bias_and_follows_its_seed():

@@ -54,6 +54,24 @@ def test_warm_cosine_is_a_line_before_a_cosine(steps):
     assert min(ours) > 0
 
 
+@pytest.mark.parametrize("steps", [9, 50, 500])
+def test_warm_linear_is_transformers(steps):
+    """Theirs takes the rate of a step's beginning, 0 at first, ours rises a step sooner."""
+    from transformers import get_linear_schedule_with_warmup
+
+    warm = max(round(0.06 * steps), 1)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = get_linear_schedule_with_warmup(optimizer, warm, steps)
+    oracle = []
+    for _ in range(steps):
+        oracle.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    ours = [rules.warm_linear(0.1, i, steps) for i in range(steps)]
+    np.testing.assert_allclose(ours[:warm], oracle[1 : warm + 1], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(ours[warm:], oracle[warm:], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("steps", [2, 4, 5, 21, 500])
 def test_one_cycle_is_torchs(steps):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -81,6 +99,19 @@ def test_scores_are_trained_by_what_is_otherwise_for_them():
     assert all(p.dim() == 1 for p in rest.param_groups[0]["params"])
     assert (type(scores), type(rest)) == (torch.optim.AdamW, torch.optim.SGD)
     assert (rule.rate(0, 9), own.rate(0, 9)) == (0.5, 2.0)
+
+
+def test_a_head_is_trained_by_what_is_otherwise_for_it():
+    model = nn.ModuleDict(
+        {"body": nn.Linear(2, 3), "head": nn.Linear(3, 4), "ahead": nn.Linear(1, 1)}
+    )
+    own = dataclasses.replace(RULE, head={"lr": 2.0}).optimizers(model)
+    (rest, rule), (head, otherwise) = own["optimizer"], own["head"]
+    assert [tuple(p.shape) for p in head.param_groups[0]["params"]] == [(4, 3), (4,)]
+    assert [tuple(p.shape) for p in rest.param_groups[0]["params"]] == [(3, 2), (3,), (1, 1), (1,)]
+    assert (rule.rate(0, 9), otherwise.rate(0, 9), otherwise.head) == (0.5, 2.0, None)
+    (together,) = dataclasses.replace(RULE, head={}).optimizers(model).values()
+    assert len(together[0].param_groups[0]["params"]) == 6
 
 
 def test_fields_that_a_rule_does_not_use_are_not_in_its_settings():
