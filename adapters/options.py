@@ -122,7 +122,7 @@ OPTIONS: dict[str, Option] = {
     "selector": _choice(None, *get_args(SelectorName)),
     "density": _or_none(
         Option(
-            f"{_SHARE.needed}, 'erk'",
+            f"{_SHARE.needed}, or 'erk'",
             lambda value: value == "erk" if _is_text(value) else _is_share(value),
         )
     ),

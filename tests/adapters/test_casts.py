@@ -21,12 +21,12 @@ NARROW = {
     "the inner model alone": lambda model: (model.get_base_model().bfloat16(), model)[1],
 }
 every_cast = pytest.mark.parametrize("cast", list(NARROW))
-SELECTORS = {"topk": {}, "threshold": {"selector": "threshold", "threshold": 0.1}}
+SELECTORS = {"topk": {"selector": "topk"}, "threshold": {"selector": "threshold", "threshold": 0.1}}
 
 
 def trained(bank="own", **options):
     """Scores so close to the border that bfloat16 and float16 turn some of their bits."""
-    model = models.train(pemnify(models.net(), bank=bank, **options))
+    model = models.train(pemnify(models.net(), **{"bank": bank, "selector": "topk", **options}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in models.mask_layers(model).values():

@@ -148,7 +148,6 @@ TRIALS = {
     "mask_compression": ["--case", "resnet20"],
     "pemn": ["--case", "resnet32", "--arms", "dense", "rp_1e-2", "random_90"],
     "small_adapters": ["--arms", "probe", "flip_2"],
-    "small_adapters": ["--arms", "probe", "flip_2"],
     "supsup_permuted_digits": [],
 }
 

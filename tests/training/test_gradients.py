@@ -14,6 +14,9 @@ from pemn_surgery.models.inputs.examples import example_inputs
 from tests.training.test_trainer import arguments, pictures
 from tests.zoo import transformers_models
 
+# A few steps with hardly a gradient change no bit, which is said, too.
+pytestmark = pytest.mark.filterwarnings("ignore:Not one of:pemn_surgery.errors.TrainingWarning")
+
 
 class Gated(nn.Module):
     """A branch that starts at zero, one that never runs, one whose gradient is tiny."""

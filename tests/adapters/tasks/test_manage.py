@@ -19,7 +19,7 @@ pytestmark = models.ignore_peft_on_transformers
 
 
 def pair(**options):
-    changes = {"bank": "own", "rest": "train", **options}
+    changes = {"bank": "own", "selector": "topk", "rest": "train", **options}
     model = pemnify(models.net(), adapter_name="a", **changes)
     model.add_adapter("b", PemnConfig(**{**changes, "seed": 7}))
     return model

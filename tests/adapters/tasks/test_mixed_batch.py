@@ -22,7 +22,7 @@ BASE = "__base__"
 
 def many(model, count, seed=0, **options):
     """A model with ``count`` tasks t0, t1, ... of different masks and different other tensors."""
-    changes = {"density": 0.5, "rest": "train", **options}
+    changes = {"selector": "topk", "rest": "train", **options}
     model = pemnify(model, adapter_name="t0", **changes)
     for task in range(1, count):
         model.add_adapter(f"t{task}", PemnConfig(**changes))
