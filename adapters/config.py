@@ -79,6 +79,8 @@ class Origin:
 
     Attributes:
         file: The adapter's file; None where none was read.
+        lineage: What the adapter was made from, if not by training: "by" says how, "of" has the
+            identities of adapters (docs/bits.md). Filled in by the library.
         fingerprint: Identifies the base that the file names, or that the names in it were turned
             into those of; None of a new adapter.
     """
@@ -214,6 +216,7 @@ class PemnConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: None = None
     coding: CodingName = "bits"
+    lineage: dict[str, Any] | None = None
     fingerprint: dict[str, str] | None = field(default=None, repr=False)
     digest: str | None = field(default=None, repr=False)
 

@@ -114,7 +114,10 @@ def checked_first(load: Callable[..., Any]) -> Callable[..., Any]:
                 _check_agrees(given["adapter_name"], held, checked)
                 _check_base(self, given["adapter_name"], checked)
             with undone_on_error(self, values=tensors_of(self, given["adapter_name"])):
-                return load(*bound.args, **bound.kwargs)
+                loaded = load(*bound.args, **bound.kwargs)
+            if isinstance(held, PemnConfig):  # PEFT keeps the configuration that was there
+                held.lineage = checked.lineage
+            return loaded
 
     return load_adapter
 

@@ -83,6 +83,15 @@ def _is_fingerprint(value: Any) -> bool:
     )
 
 
+def _is_lineage(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"by", "of"} or not _is_text(value["by"]):
+        return False
+    made_from = value["of"]
+    return isinstance(made_from, list) and all(
+        _is_text(one) and _FINGERPRINT.fullmatch(one) for one in made_from
+    )
+
+
 def _or_none(option: Option, *, is_users: bool = True) -> Option:
     needed = f"{option.needed}, or None"
     return Option(needed, lambda value: value is None or option.holds(value), is_users)
@@ -179,6 +188,9 @@ OPTIONS: dict[str, Option] = {
     "peft_type": _internal(Option("'PEMN'", lambda value: value == "PEMN")),
     "auto_mapping": _internal(_DICT),
     "peft_version": _internal(_TEXT),
+    "lineage": _internal(
+        Option('"by" with a string and "of" with a list of 16 hexadecimal digits each', _is_lineage)
+    ),
     "fingerprint": _internal(Option("16 hexadecimal digits by dtype", _is_fingerprint)),
     "digest": _internal(_TEXT),
 }

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
         masks_of_self_masking,
     )
     from pemn_surgery.adapters.foreign.pruned import masks_between, masks_of_pruned, unprune
+    from pemn_surgery.adapters.identity import adapter_identity
     from pemn_surgery.adapters.model import PemnModel
     from pemn_surgery.adapters.tasks.flips import Flips, take_back_flips
     from pemn_surgery.adapters.tasks.inference import TaskGuess, infer_task
     from pemn_surgery.adapters.tasks.manage import rename_adapter, to_trainable
     from pemn_surgery.adapters.tasks.mixed_batch import GroupValues
+    from pemn_surgery.adapters.tasks.salt import cache_salt
     from pemn_surgery.gradients import masks_without_gradient
     from pemn_surgery.masks.masked_weight import keep_weights
     from pemn_surgery.models.forward import Trace, trace
@@ -64,11 +66,13 @@ _NAMES = {
         "masks_of_self_masking",
     ],
     "pemn_surgery.adapters.foreign.pruned": ["masks_between", "masks_of_pruned", "unprune"],
+    "pemn_surgery.adapters.identity": ["adapter_identity"],
     "pemn_surgery.adapters.model": ["PemnModel"],
     "pemn_surgery.adapters.tasks.flips": ["Flips", "take_back_flips"],
     "pemn_surgery.adapters.tasks.inference": ["TaskGuess", "infer_task"],
     "pemn_surgery.adapters.tasks.manage": ["rename_adapter", "to_trainable"],
     "pemn_surgery.adapters.tasks.mixed_batch": ["GroupValues"],
+    "pemn_surgery.adapters.tasks.salt": ["cache_salt"],
     "pemn_surgery.gradients": ["masks_without_gradient"],
     "pemn_surgery.masks.masked_weight": ["keep_weights"],
     "pemn_surgery.models.forward": ["Trace", "trace"],
@@ -100,6 +104,8 @@ __all__ = [
     "Use",
     "WeightError",
     "__version__",
+    "adapter_identity",
+    "cache_salt",
     "compare_adapters",
     "complete_card",
     "errors",

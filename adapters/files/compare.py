@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.base import masked_layers
-from pemn_surgery.adapters.checks import check_adapters_exist
+from pemn_surgery.adapters.checks import adapter_configs, check_adapters_exist
 from pemn_surgery.adapters.config import FormName, PemnConfig
 from pemn_surgery.adapters.files.adapter_file import one_reading, read_decoded
 from pemn_surgery.adapters.files.contents import mask_key
 from pemn_surgery.adapters.files.file_checks import check_without_base
 from pemn_surgery.adapters.files.opening import open_adapter
-from pemn_surgery.adapters.tasks.manage import adapter_configs
 from pemn_surgery.coding import bits
 from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.errors import AdapterError, AdapterFileError, ArchitectureError

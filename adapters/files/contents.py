@@ -14,6 +14,7 @@ from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.header import StoredMask
 from pemn_surgery.errors import AdapterFileError, ConfigError, MaskFormatError
 from pemn_surgery.masks.masked_weight import masked_child_name
+from pemn_surgery.masks.task_tensors import TASK_CHILD
 
 KEY_PREFIX = "base_model.model."
 MASKS = "pemn_masks"
@@ -160,6 +161,12 @@ def parameter_name(key: str) -> str:
     path, _, child = module.rpartition(".")
     parameter = child.removeprefix(masked_child_name(""))
     return f"{path}.{parameter}" if path else parameter
+
+
+def plain_name(key: str) -> str:
+    """Return the model's own name of a tensor that PEFT or a task holds a copy of."""
+    name = key.removeprefix(KEY_PREFIX).replace(".original_module.", ".")
+    return name.replace(f"{TASK_CHILD}.{TENSORS}.", "")
 
 
 def check_room(file: AdapterFile) -> None:

@@ -18,6 +18,7 @@ from pemn_surgery.adapters.base import masked_layers
 from pemn_surgery.adapters.checks import check_fresh, check_model, signs_follow
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.foreign.masked_state import as_mask
+from pemn_surgery.adapters.identity import identity_of_tensors, made_from
 from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, plan_for
 from pemn_surgery.adapters.layer import PemnLayer
@@ -85,6 +86,7 @@ def from_masks(
     with signs_follow():
         made = pemnify(model, config, adapter_name=adapter_name)
     in_force = cast("PemnConfig", made.peft_config[adapter_name])
+    in_force.lineage = made_from("from_masks", [identity_of_tensors(chosen)])
     for layer in masked_layers(made, adapter_name).values():
         _put(layer, by_target[layer.target], in_force, adapter_name)
     return made

@@ -13,7 +13,8 @@ from tests.adapters import models
 NAMES = {
     "Block", "Comparison", "ErrorReport", "Flips", "GroupValues", "Left", "MaskedState",
     "Overlap", "Owned", "PemnCallback", "PemnConfig", "PemnModel", "Plan", "Target",
-    "TaskGuess", "Trace", "Use", "WeightError", "compare_adapters", "complete_card", "errors",
+    "TaskGuess", "Trace", "Use", "WeightError", "adapter_identity", "cache_salt",
+    "compare_adapters", "complete_card", "errors",
     "example_inputs", "for_trainer", "from_finetuned", "from_masks", "infer_task",
     "keep_weights", "masks_between", "masks_of_hidden_networks", "masks_of_piggyback",
     "masks_of_piggyback_pack", "masks_of_pruned", "masks_of_self_masking",
