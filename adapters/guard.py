@@ -30,7 +30,12 @@ from pemn_surgery.adapters.files.adapter_file import (
     put_on_base,
     read_decoded,
 )
-from pemn_surgery.adapters.files.contents import AdapterFile, Wish, is_fingerprint_key
+from pemn_surgery.adapters.files.contents import (
+    BANK_KEY,
+    AdapterFile,
+    Wish,
+    is_fingerprint_key,
+)
 from pemn_surgery.adapters.files.opening import adapter_folder, check_adapter, check_method
 from pemn_surgery.adapters.state import warn_of_bits
 from pemn_surgery.adapters.tasks.manage import to_trainable
@@ -157,7 +162,9 @@ def with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
             options |= {"peft_model_id": str(folder), "peft_config": checked}
             tensors = read_decoded(folder / WEIGHTS).tensors
             options["adapter_state_dict"] = {
-                key: value for key, value in tensors.items() if not is_fingerprint_key(key)
+                key: value
+                for key, value in tensors.items()
+                if not is_fingerprint_key(key) and key != BANK_KEY
             }
             with undone_on_error(self):
                 return _load_as_stored(load, self, options, checked)

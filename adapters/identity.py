@@ -18,7 +18,13 @@ from pemn_surgery.adapters.base import masked_layers
 from pemn_surgery.adapters.checks import adapter_configs, check_adapters_exist
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import one_reading, read_decoded
-from pemn_surgery.adapters.files.contents import AdapterFile, is_mask_key, mask_key, plain_name
+from pemn_surgery.adapters.files.contents import (
+    BANK_KEY,
+    AdapterFile,
+    is_mask_key,
+    mask_key,
+    plain_name,
+)
 from pemn_surgery.adapters.files.file_checks import check_without_base
 from pemn_surgery.adapters.files.opening import open_adapter
 from pemn_surgery.adapters.layer import PemnLayer
@@ -76,7 +82,8 @@ def identity_of_file(config: PemnConfig, file: AdapterFile) -> str:
         name: (tensors[mask_key(name, "bits")], tensors.get(mask_key(name, "row_scale")))
         for name in file.masks
     }
-    others = ((plain_name(k), value) for k, value in tensors.items() if not is_mask_key(k))
+    kept = (key for key in tensors if not is_mask_key(key) and key != BANK_KEY)
+    others = ((plain_name(key), tensors[key]) for key in kept)
     return _identity(config, masks, others)
 
 

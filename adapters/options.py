@@ -275,7 +275,8 @@ class Idle:
 
 
 def _draws_numbers(config: Any) -> bool:
-    return config.bank_init != "model" and (config.bank_init is not None or config.bank != "own")
+    is_open = config.bank_init is None and config.bank != "own"
+    return is_open or config.bank_init not in (None, "model", "stored")
 
 
 def _draws_scores(config: Any) -> bool:
@@ -317,9 +318,15 @@ IDLE: tuple[Idle, ...] = (
         "a vector of ratio=1 is as long as the largest layer, and only a tiled one is permuted",
     ),
     Idle(
+        "permute",
+        lambda config: config.bank_init == "stored",
+        "a stored bank is taken as it is given: permute the values",
+        in_files=True,
+    ),
+    Idle(
         "scale_fan",
         lambda config: not _draws_numbers(config),
-        'it belongs to drawn numbers, and bank_init="model" takes the model\'s own',
+        "it belongs to drawn numbers, not to the model's own or to stored ones",
         in_files=True,
     ),
     Idle(

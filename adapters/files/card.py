@@ -317,6 +317,8 @@ def _numbers(config: PemnConfig) -> str:
     shown = {"bank": spec.bank, "ratio": spec.ratio, "length": spec.length, "bank_init": spec.init}
     made = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
     permuted = ", permuted" if spec.permute else ""
+    if spec.init == "stored":
+        return f"{made}: in this adapter's file, in place of the base's"
     if spec.generated:
         return f"{made}{permuted}, made from seed {spec.seed} in place of the base's"
     return f"{made}{permuted}: the base's own, which must be those of the fingerprint"

@@ -55,7 +55,7 @@ def make_fingerprint(
         "targets": [[name, list(shape)] for name, shape in sorted(targets)],
     }
     start = json.dumps(recipe, sort_keys=True).encode()
-    if spec.generated and as_drawn:
+    if spec.drawn and as_drawn:
         return _digests(start, ())
     key = sums_of(start, values())
     if key is None:
