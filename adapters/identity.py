@@ -98,6 +98,11 @@ def identity_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest_of(lambda: sorted(plain.items()))[:_DIGITS]
 
 
+def others_of(config: PemnConfig) -> list[Any]:
+    """Return what decides how weights without a bit are masked (``support_others="drawn"``)."""
+    return [config.seed, config.density, config.overall_density, config.density_pattern]
+
+
 def payload_digest(stored: Tensor) -> str:
     """Return the digest of a mask's bits, without their header, which names the base."""
     return hashlib.sha256(bytes_of(stored)[HEADER_BYTES:]).hexdigest()
@@ -143,7 +148,7 @@ def _meaning(config: PemnConfig) -> dict[str, Any]:
         seed = None if support.reads_base else support.seed
         meaning["support"] = [support.share, support.by, seed]
     if support is not None and config.support_others == "drawn":
-        meaning["others"] = [config.seed, config.density, config.density_pattern]
+        meaning["others"] = others_of(config)
     return meaning
 
 

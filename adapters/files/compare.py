@@ -18,6 +18,7 @@ from pemn_surgery.adapters.files.adapter_file import one_reading, read_decoded
 from pemn_surgery.adapters.files.contents import mask_key
 from pemn_surgery.adapters.files.file_checks import check_without_base
 from pemn_surgery.adapters.files.opening import open_adapter
+from pemn_surgery.adapters.identity import others_of
 from pemn_surgery.coding import bits
 from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.errors import AdapterError, AdapterFileError, ArchitectureError
@@ -254,8 +255,7 @@ def _told(config: PemnConfig) -> tuple[object, ...]:
     if support is None:
         return ()
     by_seed = () if support.reads_base else (f"seed {support.seed}",)
-    drawn = config.support_others == "drawn"
-    others = (config.seed, config.density, config.density_pattern) if drawn else ()
+    others = others_of(config) if config.support_others == "drawn" else ()
     return (support.share, support.by, *by_seed, *others)
 
 

@@ -43,13 +43,15 @@ _ALIKE: dict[str, Callable[[PemnConfig], Any]] = {
     "have masks of different forms": lambda config: config.form,
     "scale their masks differently": lambda config: config.scale,
     "mask different weights (support)": lambda config: config.support_in_force,
-    "leave out weights differently (support_others)": lambda config: config.support_others,
 }
 # What of an adapter is no mask, so that no algebra makes one adapter of several.
 _NO_MASKS: dict[str, Callable[[PemnConfig], bool]] = {
     "have trained scales beside their masks (scale='row')": lambda config: config.scale == "row",
     "add signs to the weights (form='sign_delta') and keep or drop none of them": lambda config: (
         config.form == "sign_delta"
+    ),
+    "drop weights that have no bit, by their density (support_others='drawn')": lambda config: (
+        config.support_others == "drawn"
     ),
 }
 
