@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from pemn_surgery.adapters.checks import check_fresh, check_model
 from pemn_surgery.adapters.config import PemnConfig
@@ -13,6 +13,7 @@ from pemn_surgery.adapters.files.file_size import frame_bytes
 from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, followed, plan_for
 from pemn_surgery.adapters.injection.pretrained import lost_by
+from pemn_surgery.adapters.injection.stored_bank import giving, with_stored_bank
 from pemn_surgery.adapters.names import check_adapter_name
 from pemn_surgery.adapters.options import check_names, check_values
 from pemn_surgery.errors import ConfigError
@@ -26,6 +27,7 @@ def pemnify(
     *,
     adapter_name: str = "default",
     inputs: Mapping[str, Any] | None = None,
+    bank_values: Tensor | None = None,
     **options: Any,
 ) -> PeftModel:
     """Rewrite a model so that every Linear and Conv weight is frozen numbers x a learned mask.
@@ -40,6 +42,10 @@ def pemnify(
         adapter_name: Name of the first task.
         inputs: Keyword arguments of the model's forward, by which raw parameters that it uses as
             weights are found. None makes them from the model's configuration, if it has one.
+        bank_values: Numbers of the bank that no seed draws, a float tensor that is read row by row:
+            a trained prototype, a bank of other software. Of "mp" as many as the largest masked
+            weight has, of "rp" any number, of "one_layer" those of the first weight of each shape,
+            one behind the other. They are saved in the adapter's file (``bank_init="stored"``).
         **options: Fields of `PemnConfig`, for example ``bank="rp", ratio=1e-2, seed=0``.
 
     Returns:
@@ -52,11 +58,12 @@ def pemnify(
         AlreadyPemnifiedError: If it carries adapters already.
         NothingToMaskError: If no weight would be masked.
     """
-    chosen = make_config(config, options).own_copy()
+    given = with_stored_bank(config, options, bank_values)
+    chosen = make_config(config, given).own_copy()
     check_adapter_name(adapter_name)
     check_model(model)
     check_fresh(model)
-    with undone_on_error(model):
+    with undone_on_error(model), giving(bank_values):
         if inputs is None:
             return get_peft_model(model, chosen, adapter_name=adapter_name)
         with followed(follow_forward(model, chosen, inputs)):

@@ -55,6 +55,8 @@ def fingerprint_now(
     held = _held(layers, state_dict or {})
     known = next(iter(layers.values())).mask_of(adapter_name).fingerprint
     now = fingerprint_of(list(layers.values()), held)
+    if next(iter(layers.values())).spec.init == "stored":
+        return now or known  # the file brings the bank as it is now
     return {**known, **now} if not now or agree(known, now) else now
 
 
@@ -78,7 +80,7 @@ def fingerprint_of(
         if bank is not None:
             return bank.prototypes(lambda name: own[name].dtype)
         found = (by_name[name] for name in sorted(by_name))
-        return (_frozen(layer, given.get(layer.target)) for layer in found)
+        return (frozen_numbers(layer, given.get(layer.target)) for layer in found)
 
     return make_fingerprint(
         first.spec,
@@ -130,6 +132,18 @@ def offloaded(module: nn.Module, parameter: str) -> Tensor | None:
     if not getattr(hook, "offload", False) or parameter not in hook.weights_map:
         return None
     return hook.weights_map[parameter]
+
+
+def frozen_numbers(layer: PemnLayer, given: Tensor | None = None) -> Tensor:
+    """Return a layer's frozen numbers, whole; a meta tensor where nobody here has them."""
+    if given is not None and not given.is_meta and given.numel() == _count(layer):
+        return gathered(given)
+    value = layer.fill()
+    if value.is_meta and layer.quantization_backend is None:
+        moved = offloaded(layer.owner, layer.parameter)
+        value = value if moved is None else _masked_rows(layer, moved)
+    is_whole = value.numel() == _count(layer) and not hasattr(value, "full_tensor")
+    return value if is_whole else torch.empty(layer.shape, device="meta")
 
 
 def guides_of(
@@ -206,23 +220,11 @@ def _masked_rows(layer: PemnLayer, weight: Tensor) -> Tensor:
     return weight[: layer.shape[0]] if is_longer else weight
 
 
-def _frozen(layer: PemnLayer, given: Tensor | None) -> Tensor:
-    """Return a layer's frozen numbers, whole; a meta tensor where nobody here has them."""
-    if given is not None and not given.is_meta and given.numel() == _count(layer):
-        return gathered(given)
-    value = layer.fill()
-    if value.is_meta and layer.quantization_backend is None:
-        moved = offloaded(layer.owner, layer.parameter)
-        value = value if moved is None else _masked_rows(layer, moved)
-    is_whole = value.numel() == _count(layer) and not hasattr(value, "full_tensor")
-    return value if is_whole else torch.empty(layer.shape, device="meta")
-
-
 def _is_no_longer_drawn(layer: PemnLayer, given: Mapping[str, Tensor]) -> bool:
     """Tell whether a weight that the seed drew has changed by more than a cast."""
     if not layer.spec.generated or layer.bank is not None:
         return False
-    value = _frozen(layer, given.get(layer.target)).detach()
+    value = frozen_numbers(layer, given.get(layer.target)).detach()
     if value.is_meta:
         return False
     stream = weight_stream(layer.target)

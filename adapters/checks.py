@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -94,6 +94,11 @@ def check_name_is_free(model: nn.Module, adapter_name: str) -> None:
             "that name would overwrite them. Choose another name, or delete or unload that adapter."
         )
         raise AlreadyPemnifiedError(message)
+
+
+def adapter_configs(model: Any) -> dict[str, PemnConfig]:
+    """Return the configurations of a model's adapters by name."""
+    return cast("dict[str, PemnConfig]", getattr(model, "peft_config", {}))
 
 
 def check_adapters_exist(configs: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -57,6 +57,8 @@ class Origin:
 
     Attributes:
         file: The adapter's file; None where none was read.
+        lineage: What the adapter was made from, if not by training: "by" says how, "of" has the
+            identities of adapters (docs/bits.md). Filled in by the library.
         fingerprint: Identifies the base that the file names, or that the names in it were turned
             into those of; None of a new adapter.
     """
@@ -79,7 +81,8 @@ class PemnConfig(PeftConfig):
         length: For "rp": length of the vector itself; replaces ``ratio``.
         permute: For "rp": permute the tiled vector once.
         bank_init: How the numbers are made: "kaiming_normal", "kaiming_uniform" or
-            "signed_constant" from ``seed``, or "model": the model's own (pretrained) values.
+            "signed_constant" from ``seed``, "model": the model's own (pretrained) values, or
+            "stored": given (``pemnify(bank_values=...)``), and saved in the adapter's file.
             Default "model" for "own", "kaiming_normal" otherwise.
         scale_fan: Divide the variance of drawn numbers by ``density`` (edge-popup).
         seed: Seed of the bank and of the initial scores.
@@ -206,6 +209,7 @@ class PemnConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: None = None
     coding: CodingName = "bits"
+    lineage: dict[str, Any] | None = None
     fingerprint: dict[str, str] | None = field(default=None, repr=False)
     digest: str | None = field(default=None, repr=False)
 
@@ -228,6 +232,7 @@ class PemnConfig(PeftConfig):
         self.origin = Origin(None, self.fingerprint)
         self._fill_in_defaults()
         self._check_form()
+        self._check_stored()
         self._check_targets()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -366,7 +371,7 @@ class PemnConfig(PeftConfig):
     @property
     def bank_spec(self) -> BankSpec:
         """Everything that decides the frozen numbers, but the model."""
-        is_seeded = self.bank_init != "model" or self.permute
+        is_seeded = self.bank_init not in ("model", "stored") or self.permute
         return BankSpec(
             bank=self.bank,
             init=cast("InitName", self.bank_init),
@@ -466,6 +471,10 @@ class PemnConfig(PeftConfig):
         if self.form == "sign_delta" and (self.bank != "own" or self.bank_init != "model"):
             given = f"bank={self.bank!r}, bank_init={self.bank_init!r}"
             refuse("form", self.form, f'bank="own", bank_init="model" beside it, not {given}')
+
+    def _check_stored(self) -> None:
+        if self.bank_init == "stored" and self.bank == "own":
+            refuse("bank_init", "stored", 'bank="mp", "rp" or "one_layer" beside it, not "own"')
 
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):

@@ -30,7 +30,12 @@ from pemn_surgery.adapters.files.adapter_file import (
     put_on_base,
     read_decoded,
 )
-from pemn_surgery.adapters.files.contents import AdapterFile, Wish, is_fingerprint_key
+from pemn_surgery.adapters.files.contents import (
+    BANK_KEY,
+    AdapterFile,
+    Wish,
+    is_fingerprint_key,
+)
 from pemn_surgery.adapters.files.opening import adapter_folder, check_adapter, check_method
 from pemn_surgery.adapters.state import warn_of_bits
 from pemn_surgery.adapters.tasks.manage import to_trainable
@@ -114,7 +119,10 @@ def checked_first(load: Callable[..., Any]) -> Callable[..., Any]:
                 _check_agrees(given["adapter_name"], held, checked)
                 _check_base(self, given["adapter_name"], checked)
             with undone_on_error(self, values=tensors_of(self, given["adapter_name"])):
-                return load(*bound.args, **bound.kwargs)
+                loaded = load(*bound.args, **bound.kwargs)
+            if isinstance(held, PemnConfig):  # PEFT keeps the configuration that was there
+                held.lineage = checked.lineage
+            return loaded
 
     return load_adapter
 
@@ -154,7 +162,9 @@ def with_contents(load: Callable[..., Any]) -> Callable[..., Any]:
             options |= {"peft_model_id": str(folder), "peft_config": checked}
             tensors = read_decoded(folder / WEIGHTS).tensors
             options["adapter_state_dict"] = {
-                key: value for key, value in tensors.items() if not is_fingerprint_key(key)
+                key: value
+                for key, value in tensors.items()
+                if not is_fingerprint_key(key) and key != BANK_KEY
             }
             with undone_on_error(self):
                 return _load_as_stored(load, self, options, checked)

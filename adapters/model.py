@@ -270,6 +270,8 @@ class PemnModel(BaseTuner):
                 take_sizes(model, adapter_name, shapes)
             graphs.rewrite_graphs(model)
             self._added.add(adapter_name)
+            if config.origin.fingerprint is None:
+                config.lineage = None  # that of another adapter, whose settings these are
             config.is_in_force = True
             mark_forward(model)
         tell_sizes(models_with_new_rows(model))

@@ -84,6 +84,15 @@ def _is_fingerprint(value: Any) -> bool:
     )
 
 
+def _is_lineage(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"by", "of"} or not _is_text(value["by"]):
+        return False
+    made_from = value["of"]
+    return isinstance(made_from, list) and all(
+        _is_text(one) and _FINGERPRINT.fullmatch(one) for one in made_from
+    )
+
+
 def _or_none(option: Option, *, is_users: bool = True) -> Option:
     needed = f"{option.needed}, or None"
     return Option(needed, lambda value: value is None or option.holds(value), is_users)
@@ -186,6 +195,9 @@ OPTIONS: dict[str, Option] = {
     "peft_type": _internal(Option("'PEMN'", lambda value: value == "PEMN")),
     "auto_mapping": _internal(_DICT),
     "peft_version": _internal(_TEXT),
+    "lineage": _internal(
+        Option('"by" with a string and "of" with a list of 16 hexadecimal digits each', _is_lineage)
+    ),
     "fingerprint": _internal(Option("16 hexadecimal digits by dtype", _is_fingerprint)),
     "digest": _internal(_TEXT),
 }
@@ -270,7 +282,8 @@ class Idle:
 
 
 def _draws_numbers(config: Any) -> bool:
-    return config.bank_init != "model" and (config.bank_init is not None or config.bank != "own")
+    is_open = config.bank_init is None and config.bank != "own"
+    return is_open or config.bank_init not in (None, "model", "stored")
 
 
 def _draws_scores(config: Any) -> bool:
@@ -318,9 +331,15 @@ IDLE: tuple[Idle, ...] = (
         "a vector of ratio=1 is as long as the largest layer, and only a tiled one is permuted",
     ),
     Idle(
+        "permute",
+        lambda config: config.bank_init == "stored",
+        "a stored bank is taken as it is given: permute the values",
+        in_files=True,
+    ),
+    Idle(
         "scale_fan",
         lambda config: not _draws_numbers(config),
-        'it belongs to drawn numbers, and bank_init="model" takes the model\'s own',
+        "it belongs to drawn numbers, not to the model's own or to stored ones",
         in_files=True,
     ),
     Idle(

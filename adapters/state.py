@@ -22,6 +22,7 @@ from pemn_surgery.adapters.base import (
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import is_reading
 from pemn_surgery.adapters.files.contents import (
+    BANK_KEY,
     FINGERPRINT,
     KEY_PREFIX,
     MASKS,
@@ -69,6 +70,7 @@ def pack_for_file(
     warn_of_trained_draws(model, adapter_name)
     config.fingerprint = fingerprint_now(model, adapter_name, state_dict)
     base = fingerprints.short_form(config.fingerprint)
+    bank = _stored_bank(layers.values())
     config.digest = None  # that of an earlier file, if the adapter was loaded
     if config.modules_to_save is not None:  # PEFT adds a task's heads again at each load
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
@@ -82,13 +84,15 @@ def pack_for_file(
         elif kind == "row_scale":
             saved[key] = whole if are_scores_kept(config) else whole * unit_in(mask)
         elif kind == "bits":
-            saved[key] = _on_base(whole, base)
+            saved[key] = _on_base(whole, base, is_stored=bank is not None)
         elif are_scores_kept(config):
             saved |= {key: whole, f"{path}.{FINGERPRINT}": torch.tensor(list(base), dtype=_BYTE)}
         else:
             check_finite(whole, mask.target)
             saved[f"{path}.bits"] = bits.pack(mask.selector.mask(whole), base)
     _warn_of_ones(saved, masks)
+    if bank is not None:
+        saved[BANK_KEY] = bank
     coded = _coded(saved, layers, masks, config) if config.coding != "bits" else saved
     return AdapterEntries(coded, config.rows_by_name)
 
@@ -158,6 +162,7 @@ def prepare_for_model(
         for kind in _kinds(mask)
     }
     given = {_with_prefix(key): value for key, value in state_dict.items()}
+    given.pop(BANK_KEY, None)  # the model has it since masks were put on it; each mask names it
     named = {key: given.pop(key) for key in [*given] if is_fingerprint_key(key)}
     _check_fit(masks, given)
     actual = fingerprint_now(model, adapter_name)
@@ -267,10 +272,22 @@ def _layers_by_key(model: nn.Module, adapter_name: str) -> dict[str, PemnLayer]:
     return {f"{path}.{MASKS}.{adapter_name}": layer for path, layer in layers.items()}
 
 
-def _on_base(stored: Tensor, base: bytes) -> Tensor:
-    """Return a mask that was loaded as one of the base that it lies on, if that has changed."""
+def _stored_bank(layers: Iterable[PemnLayer]) -> Tensor | None:
+    """Return the numbers under masks that are saved with them, or None."""
+    bank = next((layer.bank for layer in layers if layer.spec.init == "stored"), None)
+    return None if bank is None else bank.values.detach().clone()
+
+
+def _on_base(stored: Tensor, base: bytes, *, is_stored: bool) -> Tensor:
+    """Return a mask that was loaded as one of the base that it lies on, if that has changed.
+
+    A bank that is saved beside it has the digits of its present type alone: what a cast rounded
+    away is in no file.
+    """
     if not bits.is_loaded(stored):
         return stored
+    if is_stored:
+        return bits.with_base(stored, base)
     known = fingerprints.from_short_form(inspect(stored, "the mask").base)
     now = fingerprints.from_short_form(base)
     stays = not now or fingerprints.agree(known, now)

@@ -221,7 +221,7 @@ def new_layers(
     parts = layers[0].mask_of(adapter_name).parts if layers else None
     if parts is None:
         return {}
-    modules = {_path_in_base(path): (path, module) for path, module in model.named_modules()}
+    modules = {path_in_base(path): (path, module) for path, module in model.named_modules()}
     masked = [name for name in parts.masked if name not in {layer.target for layer in layers}]
     paths = {name.rpartition(".")[0] for name in masked} | _no_longer_whole(modules, parts)
     lost = [n for n in parts.owned if n not in _owned(model, adapter_name)]
@@ -259,7 +259,8 @@ def _owned(model: nn.Module, adapter_name: str) -> set[str]:
     return found
 
 
-def _path_in_base(path: str) -> str:
+def path_in_base(path: str) -> str:
+    """Return what the base calls a module of a model with adapters, whatever is wrapped around."""
     path = f"{path}."
     for wrapper in WRAPPED:
         path = path.replace(wrapper, "")

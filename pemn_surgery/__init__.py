@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         masks_of_self_masking,
     )
     from pemn_surgery.adapters.foreign.pruned import masks_between, masks_of_pruned, unprune
+    from pemn_surgery.adapters.identity import adapter_identity
     from pemn_surgery.adapters.model import PemnModel
     from pemn_surgery.adapters.param_groups import param_groups
     from pemn_surgery.adapters.presets import Training
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from pemn_surgery.adapters.tasks.inference import TaskGuess, infer_task
     from pemn_surgery.adapters.tasks.manage import rename_adapter, to_trainable
     from pemn_surgery.adapters.tasks.mixed_batch import GroupValues
+    from pemn_surgery.adapters.tasks.salt import cache_salt
     from pemn_surgery.adapters.tasks.starting import start_from
     from pemn_surgery.masks.masked_weight import keep_weights
     from pemn_surgery.models.forward import Trace, trace
@@ -69,6 +71,7 @@ _NAMES = {
         "masks_of_self_masking",
     ],
     "pemn_surgery.adapters.foreign.pruned": ["masks_between", "masks_of_pruned", "unprune"],
+    "pemn_surgery.adapters.identity": ["adapter_identity"],
     "pemn_surgery.adapters.model": ["PemnModel"],
     "pemn_surgery.adapters.param_groups": ["param_groups"],
     "pemn_surgery.adapters.presets": ["Training"],
@@ -78,6 +81,7 @@ _NAMES = {
     "pemn_surgery.adapters.tasks.mixed_batch": ["GroupValues"],
     "pemn_surgery.adapters.tasks.starting": ["start_from"],
     "pemn_surgery.training.gradients": ["masks_without_gradient"],
+    "pemn_surgery.adapters.tasks.salt": ["cache_salt"],
     "pemn_surgery.masks.masked_weight": ["keep_weights"],
     "pemn_surgery.models.forward": ["Trace", "trace"],
     "pemn_surgery.models.inputs.examples": ["example_inputs"],
@@ -112,6 +116,8 @@ __all__ = [
     "Use",
     "WeightError",
     "__version__",
+    "adapter_identity",
+    "cache_salt",
     "compare_adapters",
     "complete_card",
     "errors",

@@ -35,6 +35,7 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import CONFIG
 from pemn_surgery.adapters.files.atomic import CARD, replace_file, save_whole
 from pemn_surgery.adapters.files.contents import MASKS, TENSORS, AdapterFile
+from pemn_surgery.adapters.identity import holds_bits, identity_of_file
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.adapters.state import are_scores_kept
@@ -282,8 +283,9 @@ def _describe(name: str, config: PemnConfig, imports: str, base: str) -> str:
         "base fingerprint": _fingerprint(config.fingerprint or {}),
         "frozen numbers": _numbers(config),
         "masks chosen by": _selection(config),
+        **({"made from": _lineage(config.lineage)} if config.lineage else {}),
         **({"task type": f"{config.task_type}"} if config.task_type else {}),
-        **(_measured(config.origin.file) if config.origin.file is not None else {}),
+        **(_measured(config, config.origin.file) if config.origin.file is not None else {}),
     }
     subfolder = f', subfolder="{name}"' if name else ""
     loading = _LOADING.format(imports=imports, base=base, subfolder=subfolder)
@@ -315,6 +317,8 @@ def _numbers(config: PemnConfig) -> str:
     shown = {"bank": spec.bank, "ratio": spec.ratio, "length": spec.length, "bank_init": spec.init}
     made = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
     permuted = ", permuted" if spec.permute else ""
+    if spec.init == "stored":
+        return f"{made}: in this adapter's file, in place of the base's"
     if spec.generated:
         return f"{made}{permuted}, made from seed {spec.seed} in place of the base's"
     return f"{made}{permuted}: the base's own, which must be those of the fingerprint"
@@ -347,12 +351,18 @@ def _density(config: PemnConfig) -> str:
     return f"density {config.density}{by_shape}" + "".join(f", {item}" for item in named)
 
 
-def _measured(file: AdapterFile) -> dict[str, str]:
+def _lineage(lineage: dict[str, Any]) -> str:
+    return f"{', '.join(f'`{one}`' for one in lineage['of'])} by `{lineage['by']}`"
+
+
+def _measured(config: PemnConfig, file: AdapterFile) -> dict[str, str]:
     weights, counts = sum(file.sizes.values()), file.ones
     ones = sum(counts.values())
     counted = len(counts) == len(file.masks)  # not scores, nor masks coded beside the base
     density = {"density": f"{ones / weights:.4f} ({ones:,} ones)"} if counted else {}
+    identity = {"identity": f"`{identity_of_file(config, file)}`"} if holds_bits(file) else {}
     return {
+        **identity,
         "masks": f"{len(file.masks):,} of {weights:,} weights",
         **density,
         "other tensors": f"{len(file.others):,}",

@@ -14,10 +14,12 @@ from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.header import StoredMask
 from pemn_surgery.errors import AdapterFileError, ConfigError, MaskFormatError
 from pemn_surgery.masks.masked_weight import masked_child_name
+from pemn_surgery.masks.task_tensors import TASK_CHILD
 
 KEY_PREFIX = "base_model.model."
 MASKS = "pemn_masks"
 TENSORS = "pemn_tensors"
+BANK_KEY = f"{KEY_PREFIX}pemn_bank"  # the numbers under the masks, with bank_init="stored"
 FINGERPRINT = "fingerprint"  # beside scores; bits have it in their header
 
 # A part of a model may be called like one of these: a key is known by its last three parts.
@@ -88,6 +90,7 @@ class AdapterFile:
         sealed: The configuration that the file was saved with, as in ``adapter_config.json``;
             None where the file has no seal.
         wish: What the loading method was asked to see otherwise than it is stored.
+        bank_floats: Size of the bank in it, if it holds the numbers under the masks.
     """
 
     path: Path
@@ -96,6 +99,7 @@ class AdapterFile:
     others: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     sealed: Mapping[str, Any] | None
     wish: Wish = Wish()
+    bank_floats: int | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -162,6 +166,12 @@ def parameter_name(key: str) -> str:
     return f"{path}.{parameter}" if path else parameter
 
 
+def plain_name(key: str) -> str:
+    """Return the model's own name of a tensor that PEFT or a task holds a copy of."""
+    name = key.removeprefix(KEY_PREFIX).replace(".original_module.", ".")
+    return name.replace(f"{TASK_CHILD}.{TENSORS}.", "")
+
+
 def check_room(file: AdapterFile) -> None:
     """Refuse masks that would take far more memory than their file is worth.
 
@@ -205,10 +215,12 @@ def sort_out(
 ) -> AdapterFile:
     """Return what a file holds, from its tensors and the headers of its masks by key."""
     names = _renamed_keys(path, tensors, wish)
-    masks, others = {}, {}
+    masks, others, bank_floats = {}, {}, None
     for key, tensor in tensors.items():
         name = parameter_name(names[key])
-        if not is_mask_key(key):
+        if key == BANK_KEY:
+            bank_floats = tensor.numel()
+        elif not is_mask_key(key):
             others[names[key]] = (tuple(tensor.shape), tensor.dtype)
         elif name in masks and _holds_choice(key):
             _refuse_second(path, name)
@@ -218,7 +230,7 @@ def sort_out(
         name = parameter_name(names[key])
         if name in masks:
             masks[name].row_scales = tensors[key].numel()
-    return AdapterFile(path, nbytes, masks, others, sealed, wish)
+    return AdapterFile(path, nbytes, masks, others, sealed, wish, bank_floats)
 
 
 def _holds_choice(key: str) -> bool:

@@ -5,10 +5,14 @@ from collections.abc import Mapping, Set
 from torch import Tensor
 
 from pemn_surgery.adapters.config import PemnConfig
-from pemn_surgery.adapters.files.contents import KEY_PREFIX, TENSORS, AdapterFile, is_mask_key
+from pemn_surgery.adapters.files.contents import (
+    KEY_PREFIX,
+    AdapterFile,
+    is_mask_key,
+    plain_name,
+)
 from pemn_surgery.adapters.whole_modules import Shape, is_resized
 from pemn_surgery.errors import ArchitectureError, ConfigError, MaskFormatError
-from pemn_surgery.masks.task_tensors import TASK_CHILD
 from pemn_surgery.planning.plan import Owned, Plan
 
 
@@ -21,12 +25,12 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str], sized: 
     masks = {name: _shown_mask(mask.weights, mask.row_scales) for name, mask in file.masks.items()}
     targets = {item.name: _shown_mask(item.bits, item.row_scales) for item in plan.targets}
     others = {
-        _plain(key): _shown(shape, is_float=dtype.is_floating_point or dtype.is_complex)
+        plain_name(key): _shown(shape, is_float=dtype.is_floating_point or dtype.is_complex)
         for key, (shape, dtype) in file.others.items()
     }
-    shapes = {_plain(key): shape for key, (shape, _) in file.others.items()}
+    shapes = {plain_name(key): shape for key, (shape, _) in file.others.items()}
     owned = {
-        _plain(item.name): _shown(_size_of(item, shapes, sized), is_float=item.is_float)
+        plain_name(item.name): _shown(_size_of(item, shapes, sized), is_float=item.is_float)
         for item in (*plan.owned, *plan.whole)
         if item.saved and not item.tied_to
     }
@@ -55,9 +59,9 @@ def check_file_fits(file: AdapterFile, plan: Plan, base_names: Set[str], sized: 
 
 def _size_of(item: Owned, shapes: Mapping[str, Shape], sized: Set[str]) -> Shape:
     """Return a tensor's shape; of a head that is saved whole with as many outputs as the file's."""
-    path, _, _ = _plain(item.name).rpartition(".")
+    path, _, _ = plain_name(item.name).rpartition(".")
     outputs = {shape[:1] for name, shape in shapes.items() if name.rpartition(".")[0] == path}
-    given = shapes.get(_plain(item.name), item.shape)
+    given = shapes.get(plain_name(item.name), item.shape)
     is_free = item.path in sized and len(outputs) == 1 and is_resized(given, item.shape)
     return given if is_free else item.shape
 
@@ -169,12 +173,6 @@ def _differences(given: Mapping[str, str], wanted: Mapping[str, str], none: str)
         for name in sorted({*given, *wanted})
         if given.get(name) != wanted.get(name)
     ]
-
-
-def _plain(key: str) -> str:
-    """Return the model's own name of a tensor that PEFT or a task holds a copy of."""
-    name = key.removeprefix(KEY_PREFIX).replace(".original_module.", ".")
-    return name.replace(f"{TASK_CHILD}.{TENSORS}.", "")
 
 
 def _shown_mask(weights: int, row_scales: int) -> str:

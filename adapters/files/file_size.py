@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.atomic import config_text, header_bytes, sealed_metadata
-from pemn_surgery.adapters.files.contents import KEY_PREFIX, TENSORS, mask_key
+from pemn_surgery.adapters.files.contents import BANK_KEY, KEY_PREFIX, TENSORS, mask_key
 from pemn_surgery.coding import bits
 from pemn_surgery.masks.task_tensors import TASK_CHILD
-from pemn_surgery.numbers.bank import Shape
+from pemn_surgery.numbers.bank import Shape, common_dtype
 from pemn_surgery.numbers.fingerprint import types_of
 from pemn_surgery.planning.plan import Owned, Plan
 
@@ -44,15 +44,17 @@ _ORDER = list(_TYPES.values())
 
 
 def frame_bytes(plan: Plan, model: nn.Module, config: PemnConfig) -> int:
-    """Return the bytes of a task's two files that are not its tensors'.
+    """Return the bytes of a task's two files that are neither masks nor the task's other tensors.
 
     Returns:
-        Size of the weights' header, with the seal in it, and of ``adapter_config.json``. It is
-        exact, unless PEFT shortens ``target_modules``, as it does with twenty names or more.
+        Size of the weights' header, with the seal in it, of ``adapter_config.json``, and of a bank
+        that is stored with them. It is exact, unless PEFT shortens ``target_modules``, as it does
+        with twenty names or more.
     """
     settings = _settings(plan, model, config)
     header = header_bytes(_header(plan, model), sealed_metadata(settings))
-    return len(header) + len(config_text(settings).encode())
+    bank = sum(nbytes for _, _, _, nbytes in _bank_entry(plan, model))
+    return len(header) + len(config_text(settings).encode()) + bank
 
 
 def _settings(plan: Plan, model: nn.Module, config: PemnConfig) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def _settings(plan: Plan, model: nn.Module, config: PemnConfig) -> dict[str, Any
 
 
 def _known_types(plan: Plan, model: nn.Module) -> list[str]:
-    if plan.spec.generated:
+    if plan.spec.drawn:
         return types_of([])
     tensors = _tensors(model)
     return types_of([tensors[item.name].dtype for item in plan.targets if item.name in tensors])
@@ -92,6 +94,7 @@ def _header(plan: Plan, model: nn.Module) -> dict[str, Any]:
 
 def _entries(plan: Plan, model: nn.Module) -> Iterator[tuple[str, str, Shape, int]]:
     """Yield the key, type, shape and bytes of each tensor in the file."""
+    yield from _bank_entry(plan, model)
     for target in plan.targets:
         size = bits.packed_bytes(target.bits)
         yield mask_key(target.name, "bits"), "U8", (size,), size
@@ -106,6 +109,14 @@ def _entries(plan: Plan, model: nn.Module) -> Iterator[tuple[str, str, Shape, in
                 prefix = f"{KEY_PREFIX}{item.path}." if item.path else KEY_PREFIX
                 key = f"{prefix}{within}{item.tensor}"
                 yield key, _type_of(item, tensors), item.shape, item.nbytes
+
+
+def _bank_entry(plan: Plan, model: nn.Module) -> Iterator[tuple[str, str, Shape, int]]:
+    """Yield what a bank that is stored with the masks is in the file."""
+    if plan.spec.init == "stored":
+        tensors = _tensors(model)
+        dtype = common_dtype(tensors[target.name].dtype for target in plan.targets)
+        yield BANK_KEY, _TYPES[dtype], (plan.bank_floats,), plan.bank_floats * dtype.itemsize
 
 
 def _type_of(item: Owned, tensors: Mapping[str, Tensor]) -> str:

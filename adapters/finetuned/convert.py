@@ -40,6 +40,7 @@ from pemn_surgery.adapters.finetuned.pair import (
     state_of,
     with_ties,
 )
+from pemn_surgery.adapters.identity import identity_of_tensors, made_from
 from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, plan_for
 from pemn_surgery.adapters.injection.new_rows import untied_heads
@@ -126,6 +127,8 @@ def from_finetuned(
     with signs_follow():
         model = pemnify(base, config, adapter_name=adapter_name)
     set_peft_model_state_dict(model, dict(_entries(model, state, adapter_name)), adapter_name)
+    in_force = cast("PemnConfig", model.peft_config[adapter_name])
+    in_force.lineage = made_from("from_finetuned", [identity_of_tensors(state)])
     return model
 
 

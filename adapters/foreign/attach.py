@@ -18,8 +18,10 @@ from pemn_surgery.adapters.base import masked_layers
 from pemn_surgery.adapters.checks import check_fresh, check_model, signs_follow
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.foreign.masked_state import as_mask
+from pemn_surgery.adapters.identity import identity_of_tensors, made_from
 from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, plan_for
+from pemn_surgery.adapters.injection.stored_bank import with_stored_bank
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.coding import bits
@@ -32,7 +34,7 @@ Masks = dict[str, Tensor]
 
 # Fields of PemnConfig that follow from the masks.
 _DECIDED = (
-    *("bank", "bank_init", "selector", "form", "inference_mode", "carried", "target_modules"),
+    *("bank_init", "selector", "inference_mode", "carried", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
     *("functional_weights", "density", "overall_density", "density_pattern"),
 )
@@ -45,21 +47,26 @@ def from_masks(
     adapter_name: str = "default",
     is_trainable: bool = False,
     inputs: Mapping[str, Any] | None = None,
+    bank_values: Tensor | None = None,
     **options: Any,
 ) -> PeftModel:
-    """Give a model an adapter whose masks on the model's own weights are exactly the given ones.
+    """Give a model an adapter whose masks are exactly the given ones.
 
     The model is rewritten in place, as by `pemnify`. It computes with W * M, merges to that, and
-    its file has a bit a weight; every other tensor stays the model's.
+    its file has a bit a weight. W are the model's own weights, and every other tensor stays the
+    model's; or they are a bank's, which is saved in the file with all other tensors.
 
     Args:
         model: A model with its own, dense weights.
         masks: By a weight's name in the model (``"layer1.0.conv1.weight"``) a tensor of its shape,
-            bool or of zeros and ones alone; one is kept. These weights are masked, no others.
+            bool or of zeros and ones alone; one is kept, zero is dropped, or with ``form="flip"``
+            changes its sign. These weights are masked, no others.
         adapter_name: Name of the task.
         is_trainable: Whether to train on, from scores that choose the same masks.
         inputs: As in `pemnify`.
-        **options: Fields of `PemnConfig` that do not follow from the masks: ``scale``
+        bank_values: Numbers that the masks lie on in place of the model's own, as in `pemnify`; how
+            they are spread says ``bank``, "mp" by default.
+        **options: Fields of `PemnConfig` that do not follow from the masks: ``form``, ``scale``
             ("sqrt_density" for Self-Masking Networks), ``rest``, ``tied``, ``modules_to_save``,
             ``coding``...
 
@@ -78,13 +85,14 @@ def from_masks(
     check_fresh(model)
     _check_names(model, masks)
     chosen = {name: as_mask(mask, name) for name, mask in masks.items()}
-    config = _config(model, chosen, options, is_trainable=is_trainable)
+    config = _config(model, chosen, options, bank_values, is_trainable=is_trainable)
     _settle_heads(config, model, chosen)
     plan = plan_for(model, config, follow_forward(model, config, inputs))
     by_target = _by_target(plan, chosen)
     with signs_follow():
-        made = pemnify(model, config, adapter_name=adapter_name)
+        made = pemnify(model, config, adapter_name=adapter_name, bank_values=bank_values)
     in_force = cast("PemnConfig", made.peft_config[adapter_name])
+    in_force.lineage = made_from("from_masks", [identity_of_tensors(chosen)])
     for layer in masked_layers(made, adapter_name).values():
         _put(layer, by_target[layer.target], in_force, adapter_name)
     return made
@@ -115,27 +123,41 @@ def _check_names(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def _config(
-    model: nn.Module, masks: Masks, options: Mapping[str, Any], *, is_trainable: bool
+    model: nn.Module,
+    masks: Masks,
+    options: Mapping[str, Any],
+    bank_values: Tensor | None,
+    *,
+    is_trainable: bool,
 ) -> PemnConfig:
     """Return the configuration that masks these weights and no others."""
-    decided = [name for name in _DECIDED if name in options]
-    if decided:
-        given = ", ".join(f"{name}={options[name]!r}" for name in decided)
-        message = f"from_masks got {given}; that follows from the masks. Leave it out."
-        raise ConfigError(message)
+    _check_options(options, has_bank=bank_values is not None)
+    bank = "own" if bank_values is None else options.get("bank", "mp")
     modules = dict(base_modules(model))
     paths = dict.fromkeys(name.rpartition(".")[0] for name in masks)
     return make_config(
         None,
         {
-            **options,
-            "bank": "own",
+            **with_stored_bank(None, {**options, "bank": bank}, bank_values),
             "selector": "threshold",
             "inference_mode": not is_trainable,
             "target_modules": "|".join(re.escape(path) for path in paths),
             "functional_weights": [name for name in masks if _is_raw(name, modules)],
         },
     )
+
+
+def _check_options(options: Mapping[str, Any], *, has_bank: bool) -> None:
+    decided = [name for name in _DECIDED if name in options]
+    decided += ["bank"] * ("bank" in options and not has_bank)
+    decided += ["form"] * (options.get("form") == "sign_delta")
+    if decided:
+        given = ", ".join(f"{name}={options[name]!r}" for name in decided)
+        message = (
+            f"from_masks got {given}; that follows from the masks (a bank: from bank_values=). "
+            "Leave it out."
+        )
+        raise ConfigError(message)
 
 
 def _is_raw(name: str, modules: Mapping[str, nn.Module]) -> bool:

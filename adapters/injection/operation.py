@@ -21,6 +21,7 @@ from pemn_surgery.adapters.files.adapter_file import decode_held, put_on_base
 from pemn_surgery.adapters.files.contents import AdapterFile
 from pemn_surgery.adapters.files.file_checks import check_can_rename, check_file_fits
 from pemn_surgery.adapters.injection.layer_checks import check_layers
+from pemn_surgery.adapters.injection.stored_bank import stored_values
 from pemn_surgery.adapters.layer import PemnLayer, weight_stream
 from pemn_surgery.adapters.quantised import dequantised, find_requantiser, resolve_backend
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
@@ -151,6 +152,8 @@ class Operation:
         weight = self._weight(largest.name)
         device = self.device if weight.is_meta else weight.device
         dtype = banks.common_dtype(self._dtype(target.name) for target in self.plan.targets)
+        if spec.init == "stored":
+            return Bank(layout, stored_values(self.config, layout).to(device=device, dtype=dtype))
         shapes = {target.name: target.shape for target in self.plan.targets}
         return banks.build(
             layout, lambda name: _first_rows(self._weight(name), shapes[name]), dtype, device

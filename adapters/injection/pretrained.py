@@ -24,8 +24,9 @@ def lost_by(config: PemnConfig, model: nn.Module, plan: Plan) -> str:
     weights = f"{len(plan.targets)} weights ({plan.masked_weights:,} numbers)"
     keep = 'pemnify(model, bank="own") masks what the model has learned'
     if config.bank_spec.generated:
+        numbers = "drawn numbers" if config.bank_spec.drawn else "those of bank_values"
         return (
-            f'bank="{config.bank}" replaces {weights} of a trained model with drawn numbers: it '
+            f'bank="{config.bank}" replaces {weights} of a trained model with {numbers}: it '
             f"begins anew; {keep}"
         )
     shares = [1.0 if item.density is None else item.density for item in plan.targets]

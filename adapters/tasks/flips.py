@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.base import is_guessed, masked_layers
-from pemn_surgery.adapters.checks import check_adapters_exist
+from pemn_surgery.adapters.checks import adapter_configs, check_adapters_exist
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.layer import PemnLayer, initial_scores
 from pemn_surgery.adapters.state import scores_from_mask
-from pemn_surgery.adapters.tasks.manage import adapter_configs
 from pemn_surgery.errors import AdapterError, ConfigError
 
 

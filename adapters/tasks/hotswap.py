@@ -18,14 +18,13 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.base import fingerprint_now
-from pemn_surgery.adapters.checks import check_not_merged
+from pemn_surgery.adapters.checks import adapter_configs, check_not_merged
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.files.adapter_file import one_reading
 from pemn_surgery.adapters.files.file_checks import check_swap_fits
 from pemn_surgery.adapters.files.opening import adapter_folder, check_adapter
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.names import without_name
-from pemn_surgery.adapters.tasks.manage import adapter_configs
 from pemn_surgery.errors import AdapterFileError, ArchitectureError
 from pemn_surgery.numbers import fingerprint as fingerprints
 
@@ -51,6 +50,7 @@ def swap_masks(
     base = fingerprint_now(inner, adapter_name)
     fingerprints.check_fingerprint(config.origin.fingerprint or {}, base, "the given model")
     set_peft_model_state_dict(inner, given, adapter_name=adapter_name)
+    adapter_configs(inner)[adapter_name].lineage = config.lineage
 
 
 class SavedTensors(dict[str, Tensor]):

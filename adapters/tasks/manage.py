@@ -17,8 +17,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.base import fingerprint_of
-from pemn_surgery.adapters.checks import check_adapters_exist, check_name_is_free
+from pemn_surgery.adapters.checks import (
+    adapter_configs,
+    check_adapters_exist,
+    check_name_is_free,
+)
 from pemn_surgery.adapters.config import PemnConfig
+from pemn_surgery.adapters.identity import adapter_identity, made_from
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.names import check_adapter_name, saved_whole
 from pemn_surgery.adapters.state import scores_from_mask
@@ -38,13 +43,15 @@ _ALIKE: dict[str, Callable[[PemnConfig], Any]] = {
     "have masks of different forms": lambda config: config.form,
     "scale their masks differently": lambda config: config.scale,
     "mask different weights (support)": lambda config: config.support_in_force,
-    "leave out weights differently (support_others)": lambda config: config.support_others,
 }
 # What of an adapter is no mask, so that no algebra makes one adapter of several.
 _NO_MASKS: dict[str, Callable[[PemnConfig], bool]] = {
     "have trained scales beside their masks (scale='row')": lambda config: config.scale == "row",
     "add signs to the weights (form='sign_delta') and keep or drop none of them": lambda config: (
         config.form == "sign_delta"
+    ),
+    "drop weights that have no bit, by their density (support_others='drawn')": lambda config: (
+        config.support_others == "drawn"
     ),
 }
 
@@ -134,6 +141,7 @@ def add_combination(
         The new adapter's configuration.
     """
     _check_combination(model, configs, adapters, weights, adapter_name, combination)
+    lineage = made_from(combination, [adapter_identity(name, model) for name in adapters])
     shares = torch.tensor(weights, dtype=torch.float64)
     shares = shares / shares.sum()
     masked = [module for module in model.modules() if isinstance(module, PemnLayer)]
@@ -149,7 +157,9 @@ def add_combination(
         source = wrapper.modules_to_save[_holders(wrapper, adapters)[0]]
         wrapper.modules_to_save[adapter_name] = copy.deepcopy(source).requires_grad_(False)
         wrapper._adapters.add(adapter_name)
-    return _combined_config([configs[name] for name in adapters], adapters, layers)
+    config = _combined_config([configs[name] for name in adapters], adapters, layers)
+    config.lineage = lineage
+    return config
 
 
 def combined_mask(
@@ -170,11 +180,6 @@ def combined_mask(
         return (~stacked).sum(dim=0) % 2 == 0
     kept = torch.as_tensor(shares, dtype=torch.float64, device=stacked.device)
     return torch.einsum("m...,m->...", stacked.to(torch.float64), kept) > kept.sum() / 2
-
-
-def adapter_configs(model: Any) -> dict[str, PemnConfig]:
-    """Return the configurations of a model's adapters by name."""
-    return cast("dict[str, PemnConfig]", getattr(model, "peft_config", {}))
 
 
 def _rename_within(module: Any, old: str, new: str) -> None:

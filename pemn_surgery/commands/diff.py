@@ -20,7 +20,10 @@ from pemn_surgery.report import plots, tables
 if TYPE_CHECKING:
     from pemn_surgery.adapters.files.compare import Comparison, Overlap
 
-_COLUMNS = ("weight", "weights", "first", "second", "Jaccard", "chance", "alike")
+_COLUMNS = (
+    *("weight", "weights", "first", "second", "Jaccard", "chance", "alike"),
+    *("both change", "disagree"),
+)
 
 
 def add(commands: Any) -> None:
@@ -29,7 +32,7 @@ def add(commands: Any) -> None:
         commands,
         "diff",
         _run,
-        "Compare two tasks: which weights both keep, by layer.",
+        "Compare two tasks: which weights both keep, which both change, by layer.",
         "pemn diff quickstart/masks/digit quickstart/masks/parity --plot overlap.png",
     )
     for word in ("first", "second"):
@@ -58,7 +61,8 @@ def _table(found: "Comparison", title: str) -> Table:
     bases = "the same base" if found.same_base else "DIFFERENT bases"
     shown.caption = (
         "first, second: densities; Jaccard: share of the weights kept by either that both keep; "
-        "chance: that of independent masks; alike: share of equal bits\n"
+        "chance: that of independent masks; alike: share of equal bits; both change: weights that "
+        "neither leaves as it is; disagree: different bits\n"
         f"{alone}second; trained on {bases}"
     )
     return shown
@@ -67,7 +71,8 @@ def _table(found: "Comparison", title: str) -> Table:
 def _cells(overlap: "Overlap") -> tuple[str, ...]:
     densities = (ones / max(overlap.weights, 1) for ones in (overlap.first, overlap.second))
     shares = (*densities, overlap.jaccard, overlap.chance, overlap.agreement)
-    return (overlap.name, f"{overlap.weights:,}", *(f"{share:.4f}" for share in shares))
+    counts = (f"{count:,}" for count in (overlap.changed_by_both, overlap.disagreeing))
+    return (overlap.name, f"{overlap.weights:,}", *(f"{share:.4f}" for share in shares), *counts)
 
 
 def _as_dict(found: "Comparison") -> dict[str, Any]:
@@ -77,11 +82,13 @@ def _as_dict(found: "Comparison") -> dict[str, Any]:
         "only_first": found.only_first,
         "only_second": found.only_second,
         "same_base": found.same_base,
+        "form": found.form,
     }
 
 
 def _row(overlap: "Overlap") -> dict[str, Any]:
-    kinds = ("name", "weights", "first", "second", "both", "jaccard", "chance", "agreement")
+    counts = ("weights", "first", "second", "both", "changed_by_both", "disagreeing")
+    kinds = ("name", *counts, "jaccard", "chance", "agreement")
     return {kind: getattr(overlap, kind) for kind in kinds}
 
 

@@ -33,7 +33,10 @@ def add(commands: Any) -> None:
 
 def _run(parsed: argparse.Namespace) -> int:
     config, file = read_adapter(parsed.adapter)
+    from pemn_surgery.adapters.identity import holds_bits, identity_of_file
+
     ones = file.ones
+    identity = identity_of_file(config, file) if holds_bits(file) else None
     masks = [
         {
             "name": name,
@@ -49,7 +52,8 @@ def _run(parsed: argparse.Namespace) -> int:
         plots.profile(parsed.plot, [*file.masks], series, "share of ones", "densities by layer")
     if parsed.json:
         settings = config.to_dict()
-        print_json({"config": settings, "bytes": file.nbytes, "masks": masks}, default=sorted)
+        found = {"config": settings, "identity": identity, "bytes": file.nbytes, "masks": masks}
+        print_json(found, default=sorted)
         return 0
     columns = ("weight", "weights", "density", "coding")
     rows = [
@@ -61,7 +65,9 @@ def _run(parsed: argparse.Namespace) -> int:
     shown.caption = (
         f"bank {config.bank}, {config.bank_init}, seed {config.seed}; {len(masks)} masks of "
         f"{total:,} weights, {len(file.others)} other tensors, {file.nbytes:,} bytes; "
-        f"fingerprint {_shown_fingerprint(config.fingerprint)}"
+        f"fingerprint {_shown_fingerprint(config.fingerprint)}\n"
+        f"identity {identity or 'unknown: its file alone does not tell the masks'}"
+        f"{_shown_lineage(config.lineage)}"
     )
     Console().print(shown)
     return 0
@@ -75,3 +81,7 @@ def _shown_density(mask: dict[str, Any]) -> str:
 
 def _shown_fingerprint(fingerprint: dict[str, str] | None) -> str:
     return next(iter(fingerprint.values())) if fingerprint else "unknown"
+
+
+def _shown_lineage(lineage: dict[str, Any] | None) -> str:
+    return f"; made by {lineage['by']} from {', '.join(lineage['of'])}" if lineage else ""

@@ -151,6 +151,24 @@ class AdapterMask(nn.Module):
         self._verify(stored)
         return bits.unpack(stored, self.mask_shape)
 
+    @property
+    def saved_scale(self) -> Tensor | None:
+        """The scales as a file has them beside bits."""
+        return self.row_scale
+
+    def as_bits(self) -> Tensor:
+        """Return the mask packed (see `bits`), uint8, whether it is held as scores or as bits.
+
+        Raises:
+            MaskNotLoadedError: If the adapter was prepared for loading and never loaded.
+            MaskFormatError: If the stored mask is damaged.
+        """
+        if self.scores is not None:
+            return bits.pack(self.selector.mask(gathered(self.scores.detach())))
+        stored = cast("Tensor", self.bits)
+        self._verify(stored)
+        return stored
+
     def forward(
         self, weight: Tensor, *, is_scratch: bool = False, dtype: torch.dtype | None = None
     ) -> Tensor:

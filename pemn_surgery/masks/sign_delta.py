@@ -75,6 +75,11 @@ class SignDelta(AdapterMask):
         changed = _straight_through(part, scores, mask, spread, self.selector.uses_magnitude)
         return weight.reshape(-1).index_put((places,), changed)
 
+    @property
+    def saved_scale(self) -> Tensor | None:
+        """The scales themselves, not as multiples."""
+        return self._scale()
+
     def _scale(self) -> Tensor:
         scale = cast("Tensor", self.row_scale)
         return scale if self.unit == 1 else scale * self.unit

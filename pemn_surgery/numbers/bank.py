@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pemn_surgery.numbers import rng
 
 BankName = Literal["mp", "rp", "one_layer", "own"]
-InitName = Literal["kaiming_normal", "kaiming_uniform", "signed_constant", "model"]
+InitName = Literal["kaiming_normal", "kaiming_uniform", "signed_constant", "model", "stored"]
 
 Shape = tuple[int, ...]
 
@@ -35,7 +35,8 @@ class BankSpec:
 
     Attributes:
         bank: "mp", "rp", "one_layer" or "own".
-        init: Where prototypes come from: drawn from ``seed``, or the model's own weights.
+        init: Where prototypes come from: drawn from ``seed``, the model's own weights, or given
+            ("stored": they lie in the adapter's file).
         seed: Seed of the drawn numbers.
         ratio: For "rp", the prototype's length as a share of the largest layer's.
         length: For "rp", the prototype's length itself; wins over ``ratio``.
@@ -55,8 +56,13 @@ class BankSpec:
 
     @property
     def generated(self) -> bool:
-        """Whether the numbers are drawn from the seed rather than taken from the model."""
+        """Whether the numbers are others than the model's own, so that it needs none."""
         return self.init != "model"
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the seed makes the numbers."""
+        return self.init not in ("model", "stored")
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class Layout:
         None where the numbers are not drawn, or not in the stream's order (``permute``).
         """
         prototype = self.find(shape)
-        if prototype is None or not self.spec.generated or prototype.length > prototype.period:
+        if prototype is None or not self.spec.drawn or prototype.length > prototype.period:
             return None
         return _stream(() if () in dict(self.by_shape) else shape), prototype.period
 
@@ -159,7 +165,7 @@ def draw(spec: BankSpec, stream: str, fan_in: int, count: int) -> np.ndarray:
     section 4.4).
 
     Args:
-        spec: What decides the numbers; its ``init`` is not "model".
+        spec: What decides the numbers; they are drawn.
         stream: Name of the sequence.
         fan_in: Inputs that one output sums over.
         count: How many values.
@@ -179,7 +185,7 @@ def draw(spec: BankSpec, stream: str, fan_in: int, count: int) -> np.ndarray:
 def build(
     layout: Layout, weight_of: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device
 ) -> "Bank":
-    """Make a bank's numbers.
+    """Make a bank's numbers, drawn or taken from weights; given ones make a `Bank` at once.
 
     Returns:
         The bank.
@@ -319,7 +325,7 @@ def _stream(shape: Shape) -> str:
 def _values(
     spec: BankSpec, shape: Shape, prototype: Prototype, weight_of: Callable[[str], Tensor]
 ) -> Tensor:
-    if spec.generated:
+    if spec.drawn:
         drawn = draw(spec, _stream(shape), prototype.fan_in, prototype.period)
         values = torch.from_numpy(drawn)
     else:

@@ -9,22 +9,19 @@ that they can be rounded to, and two fingerprints agree if they agree wherever b
 import hashlib
 import json
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pemn_surgery.errors import FingerprintError, PemnWarning
 from pemn_surgery.numbers.bank import BankSpec, Layout, Shape
+from pemn_surgery.numbers.digest import bytes_of, sums_of
 
 Fingerprint = dict[str, str]
 
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHORT_BYTES = 4
-_ROW = 1024  # words of eight bytes
 
 # Fingerprints of this process by the sums of the values: a second adapter of the same base, whose
 # values are as they were, need not wait for SHA-256 of three types.
@@ -58,9 +55,9 @@ def make_fingerprint(
         "targets": [[name, list(shape)] for name, shape in sorted(targets)],
     }
     start = json.dumps(recipe, sort_keys=True).encode()
-    if spec.generated and as_drawn:
+    if spec.drawn and as_drawn:
         return _digests(start, ())
-    key = _sums(start, values())
+    key = sums_of(start, values())
     if key is None:
         return {}
     if key not in _known:
@@ -75,27 +72,8 @@ def _digests(start: bytes, values: Iterable[Tensor]) -> Fingerprint:
     for value in values:
         digests = {n: digest for n, digest in digests.items() if _rounds_to(value.dtype, _TYPES[n])}
         for name, digest in digests.items():
-            digest.update(_bytes(value.to(_TYPES[name])))
+            digest.update(bytes_of(value.to(_TYPES[name])))
     return {name: digest.hexdigest()[:16] for name, digest in digests.items()}
-
-
-def _sums(start: bytes, values: Iterable[Tensor]) -> str | None:
-    """Return what changes with any change of a value but a contrived one, at memory's speed.
-
-    The sums of rows and of columns of 64-bit words: a row's or column's place counts, too. None if
-    values are on the meta device.
-    """
-    digest = hashlib.sha256(start)
-    for value in values:
-        if value.is_meta:
-            return None
-        content: Any = np.asarray(_bytes(value))
-        whole = content.size - content.size % (8 * _ROW)
-        words = content[:whole].view(np.uint64).reshape(-1, _ROW)
-        digest.update(f"{value.dtype} {zlib.crc32(content[whole:])}".encode())
-        digest.update(words.sum(axis=0).tobytes())
-        digest.update(words.sum(axis=1).tobytes())
-    return digest.hexdigest()
 
 
 def check_fingerprint(expected: Mapping[str, str], actual: Mapping[str, str], base: str) -> None:
@@ -161,8 +139,3 @@ def types_of(held: Sequence[torch.dtype]) -> list[str]:
 def _rounds_to(held: torch.dtype, dtype: torch.dtype) -> bool:
     """Tell whether values of one type, rounded to ``dtype``, are what a cast model holds."""
     return held in (dtype, torch.float32, torch.float64)
-
-
-def _bytes(value: Tensor) -> memoryview:
-    flat = value.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data

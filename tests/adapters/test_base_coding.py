@@ -5,7 +5,7 @@ import torch
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from pemn_surgery import compare_adapters, from_finetuned, pemnify, recode
+from pemn_surgery import adapter_identity, compare_adapters, from_finetuned, pemnify, recode
 from pemn_surgery.adapters import state
 from pemn_surgery.adapters.base import base_sizes
 from pemn_surgery.adapters.files.adapter_file import read_adapter_file
@@ -143,7 +143,9 @@ def test_sizes_are_those_of_frozen_numbers_that_no_seed_draws():
     assert sizes(bank="rp")[1] is None
 
 
-@pytest.mark.parametrize("act", [lambda a, b: recode(a, "bits"), compare_adapters])
+@pytest.mark.parametrize(
+    "act", [lambda a, b: recode(a, "bits"), compare_adapters, lambda a, b: adapter_identity(b)]
+)
 def test_files_alone_are_refused_by_name(act, tmp_path):
     save(tmp_path / "a")
     save(tmp_path / "b")

@@ -7,7 +7,14 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from pemn_surgery import PemnConfig, from_finetuned, pemnify, to_trainable
+from pemn_surgery import (
+    PemnConfig,
+    adapter_identity,
+    cache_salt,
+    from_finetuned,
+    pemnify,
+    to_trainable,
+)
 from pemn_surgery.errors import ConfigError
 from tests.adapters import models
 
@@ -119,6 +126,16 @@ def test_a_state_dict_of_bits_goes_into_a_model_with_scores():
     with pytest.warns(Warning, match="holds bits, not scores"):
         set_peft_model_state_dict(other, get_peft_model_state_dict(model))
     models.assert_equal(models.logits(other), models.logits(model))
+
+
+@every_kind
+def test_trained_or_loaded_it_has_one_name(kind, tmp_path):
+    model = trained(kind)
+    model.save_pretrained(str(tmp_path))
+    loaded = load(tmp_path)
+    assert adapter_identity("default", model) == adapter_identity("default", loaded)
+    assert adapter_identity("default", model) == adapter_identity(str(tmp_path))
+    assert cache_salt(model) == cache_salt(loaded) != cache_salt(pemnify(models.net(), **SIGNS))
 
 
 def test_mixed_with_another_adapter():

@@ -77,6 +77,10 @@ def shares(value):
     return type(value) is dict and all(type(key) is str and share(value[key]) for key in value)
 
 
+def lineage(value):
+    return type(value) is dict and value.keys() == {"by", "of"}
+
+
 def rows(value):
     return type(value) is dict and all(
         type(key) is str and whole(value[key]) and value[key] > 0 for key in value
@@ -127,6 +131,7 @@ TAKES = {
     "coding": one_of("bits", "entropy", "context", "base"),
     "fingerprint": any_of(NONE, one_of({}, {"float32": "0" * 16})),
     "digest": any_of(NONE, is_a(str)),
+    "lineage": any_of(NONE, lineage),
     "task_type": one_of(None, "SEQ_CLS", "CAUSAL_LM"),
     "inference_mode": is_a(bool),
     "revision": any_of(NONE, is_a(str)),
@@ -219,7 +224,7 @@ def test_values_of_a_pemnify_call_are_refused_before_the_model_changes():
 
 def test_unknown_options_are_answered_with_what_users_give():
     internal = {
-        "fingerprint", "digest", "carried", "peft_type", "peft_version", "auto_mapping",
+        "fingerprint", "digest", "lineage", "carried", "peft_type", "peft_version", "auto_mapping",
         "base_model_name_or_path", "trainable_token_indices", "origin", "keep_scores",
         "is_in_force",
     }  # fmt: skip

@@ -250,6 +250,17 @@ def test_scaled_rows_are_not_combined():
         model.base_model.add_weighted_adapter(["default", "same"], [1, 1], "made", "union")
 
 
+def test_what_the_seed_drops_is_not_combined(tmp_path):
+    """A combination has bits alone, and no density by which a seed would drop the others again."""
+    options = {"bank": "own", "support": 0.2, "support_others": "drawn", "rest": "freeze"}
+    model = pemnify(models.net(), modules_to_save=[], **options)
+    model.add_adapter("same", PemnConfig(modules_to_save=[], **options))
+    before = models.Snapshot(model)
+    with pytest.raises(AdapterError, match=r"default, same drop weights .*'drawn'.*activate sev"):
+        model.base_model.add_weighted_adapter(["default", "same"], [1, 1], "made", "union")
+    before.assert_unchanged()
+
+
 def test_flips_are_a_group(tmp_path):
     """Xor of two is both applied in turn; with one of them again it is the other."""
     model = trained("flips on a tenth", rest="freeze")

@@ -13,13 +13,14 @@ from tests.adapters import models
 NAMES = {
     "Block", "Comparison", "ErrorReport", "Flips", "GroupValues", "Left", "MaskedState", "Overlap",
     "Owned", "PemnCallback", "PemnConfig", "PemnModel", "Plan", "SelectionSchedule", "Target",
-    "TaskGuess", "Trace", "Training", "Use", "WeightError", "compare_adapters", "complete_card",
-    "errors", "example_inputs", "for_trainer", "from_finetuned", "from_masks", "infer_task",
-    "keep_weights", "masks_between", "masks_of_hidden_networks", "masks_of_piggyback",
-    "masks_of_piggyback_pack", "masks_of_pruned", "masks_of_self_masking", "masks_without_gradient",
-    "measure_errors", "nearest_mask", "nearest_signs", "param_groups", "pemnify", "plan",
-    "pull_back", "recode", "rename_adapter", "repeated_blocks", "set_selection", "start_from",
-    "take_back_flips", "to_trainable", "trace", "unprune",
+    "TaskGuess", "Trace", "Training", "Use", "WeightError", "adapter_identity", "cache_salt",
+    "compare_adapters", "complete_card", "errors", "example_inputs", "for_trainer",
+    "from_finetuned", "from_masks", "infer_task", "keep_weights", "masks_between",
+    "masks_of_hidden_networks", "masks_of_piggyback", "masks_of_piggyback_pack", "masks_of_pruned",
+    "masks_of_self_masking", "masks_without_gradient", "measure_errors", "nearest_mask",
+    "nearest_signs", "param_groups", "pemnify", "plan", "pull_back", "recode", "rename_adapter",
+    "repeated_blocks", "set_selection", "start_from", "take_back_flips", "to_trainable", "trace",
+    "unprune",
 }  # fmt: skip
 PAGES = [models.ROOT / "README.md", *sorted((models.ROOT / "docs").glob("*.md"))]
 PAGES += sorted((models.ROOT / "recipes").glob("*/README.md"))

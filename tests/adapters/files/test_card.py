@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from pemn_surgery import PemnCallback, PemnConfig, pemnify, recode
+from pemn_surgery import PemnCallback, PemnConfig, adapter_identity, pemnify, recode
 from pemn_surgery.adapters.files.card import complete_card, without_form
 from tests.adapters import models
 
@@ -64,6 +64,7 @@ def test_what_the_card_says(saved):
         "frozen numbers": "bank rp, ratio 0.1, bank_init kaiming_normal, "
         "made from seed 4 in place of the base's",
         "masks chosen by": "topk, density 0.3",
+        "identity": f"`{adapter_identity('default', model)}`",
         "masks": "4 of 1,400 weights",
         "density": f"{ones / weights:.4f} ({ones:,} ones)",
         "other tensors": "14",  # two biases, three norms of four

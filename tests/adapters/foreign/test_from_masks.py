@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from operator import attrgetter
 
 import pytest
@@ -332,7 +333,32 @@ def test_weights_that_cannot_be_masked_are_refused_with_the_plans_reason():
         from_masks(nn.Linear(8, 4), {"weight": ONES})
 
 
-DECIDED = [{"bank": "rp"}, {"target_modules": ["head"]}, {"selector": "topk", "density": 0.5}]
+def test_masks_of_flipped_signs(tmp_path):
+    base, masks = models.net(), net_masks()
+    flipped = copy.deepcopy(base)
+    with torch.no_grad():
+        flipped.conv2.weight.view(-1)[:4] = torch.tensor([0.0, -0.0, math.inf, math.nan])
+        base.load_state_dict(flipped.state_dict())
+        for name, mask in masks.items():
+            weight = flipped.get_parameter(name)
+            weight.copy_(torch.where(mask, weight, -weight))
+    made = from_masks(copy.deepcopy(base), masks, form="flip")
+    for name, layer in models.mask_layers(made).items():
+        models.assert_equal(layer(), flipped.state_dict()[name], name)
+    made.save_pretrained(tmp_path)
+    merged = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).merge_and_unload()
+    models.assert_same_tensors(merged.state_dict(), flipped.state_dict())
+    again = from_masks(merged, masks, form="flip").merge_and_unload()
+    for name, value in base.state_dict().items():
+        assert value.numpy().tobytes() == again.state_dict()[name].numpy().tobytes(), name
+
+
+DECIDED = [
+    {"bank": "rp"},
+    {"form": "sign_delta"},
+    {"target_modules": ["head"]},
+    {"selector": "topk", "density": 0.5},
+]
 
 
 @pytest.mark.parametrize("options", DECIDED, ids=str)
