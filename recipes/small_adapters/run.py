@@ -118,7 +118,8 @@ class Bench:
         model = Path(options.model).name if Path(options.model).is_dir() else options.model
         pictured = [f"{key} {value}" for key, value in self.case.arguments.items()]
         named = model if is_text else ", ".join([self.case.factory, *pictured])
-        rows = self.task.chosen.sizes
+        chosen, tested = self.task.chosen.sizes, self.task.tested.sizes
+        rows = {"train": chosen["train"], "validation": chosen["test"], "test": tested["test"]}
         return {
             "case": options.case,
             "data": self.case.data,
@@ -129,8 +130,7 @@ class Bench:
             "limit": options.limit,
             "search_seeds": options.search_seeds,
             "rule": self.case.rule,
-            "rows": {"train": rows["train"], "validation": rows["test"]}
-            | {"test": self.task.tested.sizes["test"]},
+            "rows": rows,
             "tokens": self.task.tokens,
             "longest": self.recipe.data[self.case.data].get("tokens", 0),
             "arms": self.rows,
