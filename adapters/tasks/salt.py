@@ -46,7 +46,7 @@ def cache_salt(model: nn.Module, adapters: str | Sequence[str] | None = None) ->
     scales and tensors. Adapters' names, codings of files, and whether an adapter is merged, was
     loaded or was trained in place make no difference. With no adapter in force, it is the base's.
 
-    Every number of the base is read once (docs/bits.md has times), so keep the salt until something
+    Every number of the base is read once, so keep the salt until something
     is trained, loaded or switched. What is no number - the architecture, settings like dropped
     layers or the scaling of rotary embeddings - is not in it: have the model's name in the key too.
 
