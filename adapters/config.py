@@ -438,7 +438,8 @@ class PemnConfig(PeftConfig):
 
     def _settle_selector(self) -> None:
         """Choose by what is given beside it; what is idle is told by the selector."""
-        asks_density = any((self.density, self.overall_density, self.density_pattern))
+        by_density = self.support_others == "drawn"
+        asks_density = by_density or any((self.density, self.overall_density, self.density_pattern))
         if self.selector is None:
             keeps_model = self.bank == "own" and self.bank_init in (None, "model")
             self.selector = "threshold" if keeps_model and not asks_density else "topk"

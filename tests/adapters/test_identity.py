@@ -18,9 +18,9 @@ pytestmark = models.ignore_peft_on_transformers
 
 KINDS = {
     **models.BANKS,
-    "norms": {"bank": "own", "rest": "norms"},
+    "norms": {"bank": "own", "selector": "topk", "rest": "norms"},
     "flips": {"bank": "own", "form": "flip", "selector": "threshold", "support": 0.2},
-    "rows": {"bank": "own", "scale": "row"},
+    "rows": {"bank": "own", "selector": "topk", "scale": "row"},
 }
 
 
@@ -51,7 +51,9 @@ def test_an_adapter_is_one_in_a_model_in_a_file_and_loaded(kind, tmp_path):
 def test_a_base_is_no_part_of_it(tmp_path):
     identities = set()
     for seed in (0, 1):
-        made = pemnify(models.net(seed), bank="own", modules_to_save=[], rest="freeze")
+        made = pemnify(
+            models.net(seed), bank="own", selector="topk", modules_to_save=[], rest="freeze"
+        )
         identities.add(adapter_identity("default", made))
     assert len(identities) == 1
 
@@ -69,7 +71,7 @@ def test_a_wide_copy_of_a_narrow_base(tmp_path):
 
 
 def test_modules_that_are_saved_whole_count(tmp_path):
-    made = pemnify(models.bert(), bank="own", modules_to_save=["classifier"])
+    made = pemnify(models.bert(), bank="own", selector="topk", modules_to_save=["classifier"])
     made.save_pretrained(tmp_path)
     expected = adapter_identity("default", made)
     assert adapter_identity(tmp_path) == expected
@@ -110,7 +112,7 @@ def test_signs_and_their_scales_count(tmp_path):
 
 
 def test_what_has_no_identity_is_refused(tmp_path):
-    model = trained(bank="own")
+    model = trained(bank="own", selector="topk")
     with pytest.raises(AdapterError, match="no adapter 'x'; the model has a"):
         adapter_identity("x", model)
     model.peft_config["a"].keep_scores = True

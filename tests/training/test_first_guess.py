@@ -58,6 +58,7 @@ def said_by(call):
         ({"bank": "own", "density": 0.3}, "topk", 0.3),
         ({"bank": "own", "density": "erk"}, "topk", "erk"),
         ({"bank": "own", "density_pattern": {"fc": 0.1}}, "topk", 0.5),
+        ({"bank": "own", "support": 0.3, "support_others": "drawn"}, "topk", 0.5),
         ({"selector": "threshold"}, "threshold", 0.5),
     ],
 )

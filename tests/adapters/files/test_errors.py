@@ -66,7 +66,7 @@ BAD_OPTIONS = [
     ({"score_init": 1.0}, ("score_init=1.0", "drawn scores", "no order")),
     ({"selector": "threshold", "threshold": math.nan}, ("threshold=nan", "finite number")),
     ({"selector": "threshold", "score_init": math.inf}, ("score_init=inf", "finite number")),
-    ({"bank": "own", "scale_fan": True}, ("scale_fan=True", 'bank_init="model"')),
+    ({"bank": "own", "scale_fan": True}, ("scale_fan=True", "belongs to drawn numbers")),
     ({"target_modules": "conv("}, ("target_modules='conv('", "regular expression")),
     ({"exclude_modules": "*x"}, ("exclude_modules='*x'", "regular expression")),
     ({"target_modules": "a", "layers_to_transform": [1]}, ("layers_to_transform=[1]", "a list")),

@@ -46,7 +46,13 @@ KINDS = {
     "context": {"bank": "mp", "coding": "context"},
     "pattern": {"bank": "own", "density": 0.4, "density_pattern": {"conv[23]": 0.1, "head": 1.0}},
     "erk": {"bank": "own", "density": "erk"},
-    "largest": {"bank": "own", "form": "flip", "support": 0.2, "support_by": "largest"},
+    "largest": {
+        "bank": "own",
+        "selector": "topk",
+        "form": "flip",
+        "support": 0.2,
+        "support_by": "largest",
+    },
 }
 
 

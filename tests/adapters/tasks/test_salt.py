@@ -19,10 +19,10 @@ pytestmark = [
 
 KINDS = {
     **models.BANKS,
-    "norms": {"bank": "own", "rest": "norms"},
+    "norms": {"bank": "own", "selector": "topk", "rest": "norms"},
     "flips": {"bank": "own", "form": "flip", "selector": "threshold", "support": 0.2},
-    "drawn others": {"bank": "own", "support": 0.2, "support_others": "drawn"},
-    "rows": {"bank": "own", "scale": "row"},
+    "drawn others": {"bank": "own", "selector": "topk", "support": 0.2, "support_others": "drawn"},
+    "rows": {"bank": "own", "selector": "topk", "scale": "row"},
 }
 
 
@@ -89,7 +89,13 @@ def test_a_step_that_flips_a_bit_or_moves_a_saved_float_changes_it(kind):
 
 
 def test_one_number_of_the_base_changes_it_wherever_it_lies():
-    model = pemnify(models.net(), bank="own", target_modules=["conv1", "conv2"], modules_to_save=[])
+    model = pemnify(
+        models.net(),
+        bank="own",
+        selector="topk",
+        target_modules=["conv1", "conv2"],
+        modules_to_save=[],
+    )
     inner, salts = model.base_model.model, [cache_salt(model)]
     stored = {
         "masked": inner.conv1._parameters["weight"],
@@ -111,7 +117,7 @@ def test_what_is_not_in_force_does_not_count(tmp_path):
     model = trained("own")
     salt = cache_salt(model)
     model.save_pretrained(tmp_path)
-    model.add_adapter("b", PemnConfig(bank="own", seed=1))
+    model.add_adapter("b", PemnConfig(bank="own", selector="topk", seed=1))
     assert cache_salt(model) == salt
     model.set_adapter("b")
     models.train(model)
@@ -128,17 +134,26 @@ def test_what_is_not_in_force_does_not_count(tmp_path):
 
 
 def test_masks_have_no_order_and_tensors_have():
-    model = pemnify(models.net(), adapter_name="a", bank="own", rest="freeze", modules_to_save=[])
-    model.add_adapter("b", PemnConfig(bank="own", rest="freeze", seed=1, modules_to_save=[]))
+    model = pemnify(
+        models.net(),
+        adapter_name="a",
+        bank="own",
+        selector="topk",
+        rest="freeze",
+        modules_to_save=[],
+    )
+    model.add_adapter(
+        "b", PemnConfig(bank="own", selector="topk", rest="freeze", seed=1, modules_to_save=[])
+    )
     assert cache_salt(model, ["a", "b"]) == cache_salt(model, ["b", "a"]) != cache_salt(model, "a")
     model = trained("own")
-    model.add_adapter("b", PemnConfig(bank="own", seed=1))
+    model.add_adapter("b", PemnConfig(bank="own", selector="topk", seed=1))
     assert cache_salt(model, ["a", "b"]) != cache_salt(model, ["b", "a"])
 
 
 def test_a_mixed_batch_has_the_salts_of_its_adapters(tmp_path):
     model = trained("own")
-    model.add_adapter("b", PemnConfig(bank="own", seed=1))
+    model.add_adapter("b", PemnConfig(bank="own", selector="topk", seed=1))
     x, names = models.images(3, count=3), ["a", "__base__", "b"]
     model.eval()
     with torch.no_grad():
@@ -159,7 +174,7 @@ def test_a_mixed_batch_has_the_salts_of_its_adapters(tmp_path):
 
 def test_a_new_head_of_the_base_that_the_task_replaces(tmp_path):
     """transformers makes a new random head each time; the task has its own."""
-    model = pemnify(models.bert(), bank="own", modules_to_save=["classifier"])
+    model = pemnify(models.bert(), bank="own", selector="topk", modules_to_save=["classifier"])
     salt = cache_salt(model)
     model.save_pretrained(tmp_path)
     base = models.bert()
@@ -177,8 +192,8 @@ def test_a_new_head_of_the_base_that_the_task_replaces(tmp_path):
 def test_transformers_own_way_to_add_an_adapter():
     model = models.bert()
     bare = cache_salt(model)
-    model.add_adapter(PemnConfig(bank="own", modules_to_save=[]), "a")
-    made = pemnify(models.bert(), bank="own", modules_to_save=[])
+    model.add_adapter(PemnConfig(bank="own", selector="topk", modules_to_save=[]), "a")
+    made = pemnify(models.bert(), bank="own", selector="topk", modules_to_save=[])
     assert cache_salt(model) == cache_salt(made) != bare
     model.disable_adapters()
     assert cache_salt(model) == bare
@@ -196,7 +211,7 @@ class Tied(nn.Module):
 
 def test_tied_weights():
     base = Tied()
-    model = pemnify(copy.deepcopy(base), bank="own", modules_to_save=[])
+    model = pemnify(copy.deepcopy(base), bank="own", selector="topk", modules_to_save=[])
     salt = cache_salt(model)
     assert cache_salt(model, "__base__") == cache_salt(pemnify(
         copy.deepcopy(base), bank="own", modules_to_save=[], form="flip", selector="threshold",
@@ -223,7 +238,9 @@ def test_an_offloaded_base_is_read_where_it_lies():
 def test_rows_of_added_tokens(tmp_path):
     base = models.bert(kind="BertForMaskedLM")
     base.resize_token_embeddings(44)
-    model = pemnify(base, bank="own", new_rows={"bert.embeddings.word_embeddings.weight": 4})
+    model = pemnify(
+        base, bank="own", selector="topk", new_rows={"bert.embeddings.word_embeddings.weight": 4}
+    )
     salt = cache_salt(model)
     model.save_pretrained(tmp_path)
     again = models.bert(kind="BertForMaskedLM")
