@@ -321,6 +321,15 @@ def test_a_run_that_is_stopped_at_every_step_ends_with_the_same_numbers(small, t
     assert not list(tmp_path.rglob("*.pt"))
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """As a program that a shell has started in the foreground; in the background it ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_keeps_finished_cells_and_the_step_under_way(small, tmp_path, monkeypatch):
     adapter = METHODS.Adapter
     built = []
