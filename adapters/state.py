@@ -38,7 +38,7 @@ from pemn_surgery.coding.header import UNKNOWN_BASE, StoredMask, inspect, refuse
 from pemn_surgery.errors import ArchitectureError, PemnWarning, TrainingWarning
 from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.selector import check_finite
-from pemn_surgery.masks.sign_delta import SignDelta, unit_of
+from pemn_surgery.masks.sign_delta import SignDelta
 from pemn_surgery.numbers import fingerprint as fingerprints
 from pemn_surgery.surgery.layer_groups import base_name
 from pemn_surgery.transforms import gathered
@@ -82,7 +82,7 @@ def pack_for_file(
         if mask is None:
             saved[key] = whole
         elif kind == "row_scale":
-            saved[key] = whole if are_scores_kept(config) else whole * unit_in(mask)
+            saved[key] = whole * unit_in(mask)
         elif kind == "bits":
             saved[key] = _on_base(whole, base, is_stored=bank is not None)
         elif are_scores_kept(config):
@@ -180,8 +180,7 @@ def prepare_for_model(
             numbers = partial(base_sizes, layers[mask.target], mask.places)
             value = codec.decode(value, key, numbers)
         if kind == "row_scale":
-            beside_scores = mask_key(mask.target, "scores") in given
-            loaded[key] = _scale_as_held(value, mask, layers[mask.target], beside_scores)
+            loaded[key] = value / unit_in(mask)
             continue
         held = "scores" if mask.scores is not None else "bits"
         lossy += held == "scores" and kind == "bits"
@@ -376,20 +375,11 @@ def _check_size(key: str, kind: str, count: int, mask: AdapterMask) -> None:
 
 
 def unit_in(mask: AdapterMask) -> float:
-    """Return what a mask's scales are multiples of, a power of two."""
-    return mask.unit if isinstance(mask, SignDelta) else 1.0
+    """Return what a mask's scales are multiples of while they train; files hold the scales.
 
-
-def _scale_as_held(
-    value: Tensor, mask: AdapterMask, layer: PemnLayer, beside_scores: bool
-) -> Tensor:
-    """Return scales of a file, which are multiples of a unit beside scores, as a model holds them.
-
-    Units are powers of two, so that nothing is rounded.
+    It is a power of two, so that nothing is rounded on the way.
     """
-    learns = isinstance(mask, SignDelta) and mask.learns
-    of_file = unit_of(layer.fan_in) if learns and beside_scores else 1.0
-    return value * (of_file / unit_in(mask))
+    return mask.unit if isinstance(mask, SignDelta) else 1.0
 
 
 def _make_wide_enough(mask: AdapterMask, value: Tensor) -> None:

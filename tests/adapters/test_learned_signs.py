@@ -13,6 +13,7 @@ from pemn_surgery import (
     cache_salt,
     from_finetuned,
     pemnify,
+    recode,
     to_trainable,
 )
 from pemn_surgery.errors import ConfigError
@@ -119,6 +120,15 @@ def test_scores_in_a_file_go_on_exactly(kind, tmp_path):
     final = load(tmp_path)
     assert all(one.mask_of("default").scores is None for one in models.mask_layers(final).values())
     models.assert_equal(models.logits(final), models.logits(model))
+
+
+@every_kind
+def test_a_checkpoint_of_scores_becomes_bits_without_its_base(kind, tmp_path):
+    model = trained(kind)
+    model.peft_config["default"].keep_scores = True
+    model.save_pretrained(str(tmp_path / "scores"))
+    recode(str(tmp_path / "scores"), "entropy", out=str(tmp_path / "bits"))
+    models.assert_equal(models.logits(load(tmp_path / "bits")), models.logits(model))
 
 
 def test_a_state_dict_of_bits_goes_into_a_model_with_scores():
