@@ -34,9 +34,11 @@ BANKS = (
     {"bank": "mp"},
     {"bank": "rp", "ratio": 0.2},
     {"bank": "own", "selector": "topk"},
-    {"bank": "own", "form": "flip", "support": 0.4},
+    {"bank": "own", "selector": "topk", "form": "flip", "support": 0.4},
     {"bank": "mp", "support": 0.4, "support_others": "drawn"},
-    {"bank": "own", "form": "flip", "scale": "row"},
+    {"bank": "own", "selector": "topk", "form": "flip", "scale": "row"},
+    {"bank": "own", "selector": "topk", "form": "sign_delta"},
+    {"bank": "own", "selector": "topk_signed", "form": "sign_delta", "support": 0.4},
 )
 
 
