@@ -148,7 +148,7 @@ def config_text(configuration: Mapping[str, Any]) -> str:
 
 def sealed_metadata(configuration: Mapping[str, Any]) -> dict[str, str]:
     """Return the metadata of an adapter's weights: the configuration, its digest filled in."""
-    return {"format": "pt", SEAL: json.dumps(configuration, sort_keys=True)}
+    return {"format": "pt", SEAL: json.dumps(configuration, sort_keys=True, separators=(",", ":"))}
 
 
 def header_bytes(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
