@@ -38,11 +38,11 @@ from pemn_surgery.numbers.fingerprint import Fingerprint
 
 CombinationName = Literal["intersection", "union", "majority", "difference", "xor"]
 
-# What adapters that are made one have in common.
-_ALIKE: dict[str, Callable[[PemnConfig], Any]] = {
-    "have masks of different forms": lambda config: config.form,
-    "scale their masks differently": lambda config: config.scale,
-    "mask different weights (support)": lambda config: config.support_in_force,
+# What masks have in common where the bits of one mean the same in another.
+ALIKE: dict[str, Callable[[PemnConfig], Any]] = {
+    "form": lambda config: config.form,
+    "scale": lambda config: config.scale,
+    "support": lambda config: config.support_in_force,
 }
 # What of an adapter is no mask, so that no algebra makes one adapter of several.
 _NO_MASKS: dict[str, Callable[[PemnConfig], bool]] = {
@@ -239,10 +239,10 @@ def _check_combination(
                 "apply in turn."
             )
             raise AdapterError(message)
-    for of_what, told in _ALIKE.items():
+    for what, told in ALIKE.items():
         found = {name: told(configs[name]) for name in adapters}
         if len(set(found.values())) > 1:
-            message = f"The adapters {of_what} ({found}), so they cannot be one."
+            message = f"The adapters differ in {what} ({found}), so they cannot be one."
             raise AdapterError(message)
     for wrapper in _whole_modules(model, adapters):
         holders = _holders(wrapper, adapters)

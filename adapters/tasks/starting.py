@@ -11,20 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from pemn_surgery.adapters.base import masked_layers
-from pemn_surgery.adapters.checks import check_adapters_exist
+from pemn_surgery.adapters.checks import adapter_configs, check_adapters_exist
 from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.adapters.state import scores_from_mask, unit_in
-from pemn_surgery.adapters.tasks.manage import adapter_configs
+from pemn_surgery.adapters.tasks.manage import ALIKE
 from pemn_surgery.errors import AdapterError
 from pemn_surgery.masks.adapter_mask import AdapterMask
 
 # What adapters have in common where the scores of one mean something to the other.
 _ALIKE: dict[str, Callable[[PemnConfig], Any]] = {
+    **ALIKE,
     "selector": lambda config: config.selector,
     "threshold": lambda config: config.threshold,
-    "form": lambda config: config.form,
-    "scale": lambda config: config.scale,
-    "support": lambda config: config.support_in_force,
     "fixed signs": lambda config: config.has_fixed_signs,
 }
 

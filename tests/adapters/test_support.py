@@ -211,9 +211,9 @@ def test_adapters_of_other_weights_are_not_combined(tmp_path):
     model.add_adapter("same", PemnConfig(**KINDS["flips on a tenth"], rest="freeze"))
     model.add_adapter("seed", PemnConfig(**{**KINDS["flips on a tenth"], "seed": 4}, rest="freeze"))
     model.add_adapter("drops", PemnConfig(**KINDS["drops on a fifth"], rest="freeze"))
-    with pytest.raises(AdapterError, match="mask different weights"):
+    with pytest.raises(AdapterError, match="differ in support"):
         model.base_model.add_weighted_adapter(["default", "seed"], [1, 1], "made", "union")
-    with pytest.raises(AdapterError, match="different forms"):
+    with pytest.raises(AdapterError, match="differ in form"):
         model.base_model.add_weighted_adapter(["default", "drops"], [1, 1], "made", "union")
     model.base_model.add_weighted_adapter(["default", "same"], [1, 1], "made", "intersection")
     made, alone = models.masks(model, "made"), models.masks(model)
