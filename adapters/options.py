@@ -240,6 +240,16 @@ def check_names(options: Mapping[str, Any]) -> None:
         raise ConfigError(message)
 
 
+def refuse_decided(
+    verb: str, options: Mapping[str, Any], decided: Iterable[str], follows_from: str
+) -> None:
+    """Refuse options of a verb that settles these itself (`ConfigError`)."""
+    given = [f"{name}={shown(options[name])}" for name in decided if name in options]
+    if given:
+        message = f"{verb} got {', '.join(given)}; that follows from {follows_from}. Leave it out."
+        raise ConfigError(message)
+
+
 def check_pattern(name: str, value: Any) -> None:
     """Refuse a string that is no regular expression (`ConfigError`)."""
     if isinstance(value, str):

@@ -45,6 +45,7 @@ from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, plan_for
 from pemn_surgery.adapters.injection.new_rows import untied_heads
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.options import refuse_decided
 from pemn_surgery.adapters.quantised import quantised_weights
 from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.adapters.task_layer import PemnTaskLayer
@@ -174,14 +175,7 @@ def _config(method: str, options: Mapping[str, Any], *, is_trainable: bool) -> P
     if method not in get_args(MethodName):
         message = f"from_finetuned got method={method!r}; it needs 'mask' or 'sign_delta'."
         raise ConfigError(message)
-    decided = [name for name in _DECIDED if name in options]
-    if decided:
-        given = ", ".join(f"{name}={options[name]!r}" for name in decided)
-        message = (
-            f"from_finetuned got {given}; that follows from the method (and is_trainable). Leave "
-            "it out."
-        )
-        raise ConfigError(message)
+    refuse_decided("from_finetuned", options, _DECIDED, "the method (and is_trainable)")
     return make_config(
         None,
         {

@@ -23,9 +23,10 @@ from pemn_surgery.adapters.injection.heads import settle_heads
 from pemn_surgery.adapters.injection.matching import follow_forward, plan_for
 from pemn_surgery.adapters.injection.stored_bank import with_stored_bank
 from pemn_surgery.adapters.layer import PemnLayer
+from pemn_surgery.adapters.options import refuse_decided
 from pemn_surgery.adapters.state import scores_from_mask
 from pemn_surgery.coding import bits
-from pemn_surgery.errors import ConfigError, ForeignMaskError
+from pemn_surgery.errors import ForeignMaskError
 from pemn_surgery.numbers import fingerprint as fingerprints
 from pemn_surgery.planning.plan import Plan, Target
 from pemn_surgery.planning.roles import base_modules, is_table, is_weight
@@ -148,16 +149,9 @@ def _config(
 
 
 def _check_options(options: Mapping[str, Any], *, has_bank: bool) -> None:
-    decided = [name for name in _DECIDED if name in options]
-    decided += ["bank"] * ("bank" in options and not has_bank)
-    decided += ["form"] * (options.get("form") == "sign_delta")
-    if decided:
-        given = ", ".join(f"{name}={options[name]!r}" for name in decided)
-        message = (
-            f"from_masks got {given}; that follows from the masks (a bank: from bank_values=). "
-            "Leave it out."
-        )
-        raise ConfigError(message)
+    decided = [*_DECIDED, *(() if has_bank else ("bank",))]
+    decided += ["form"] if options.get("form") == "sign_delta" else []
+    refuse_decided("from_masks", options, decided, "the masks (a bank: from bank_values=)")
 
 
 def _is_raw(name: str, modules: Mapping[str, nn.Module]) -> bool:
