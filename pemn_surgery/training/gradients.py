@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.errors import NoGradientWarning
+from pemn_surgery.masks.adapter_mask import AdapterMask
 
 # A gradient this much smaller than the largest of all masks moves nothing that rounding would not.
 _UNUSABLE = 1e-12
@@ -34,7 +35,7 @@ def masks_without_gradient(model: nn.Module) -> list[str]:
     Returns:
         Names of their weights: no gradient, or one below 1e-12 of the largest of any mask.
     """
-    sizes = {target: _size(scores) for target, scores in _trained_scores(model)}
+    sizes = {mask.target: _size(scores) for mask, scores in trained_masks(model)}
     largest = max(sizes.values(), default=0.0)
     return [target for target, size in sizes.items() if size <= _UNUSABLE * largest]
 
@@ -61,28 +62,30 @@ class GradientWatch:
 
     def warn(self, model: nn.Module) -> None:
         """Warn of masks that got no usable gradient in any step so far; once."""
-        idle = [target for target, _ in _trained_scores(model) if target in (self._idle or ())]
+        targets = [mask.target for mask, _ in trained_masks(model)]
+        idle = [target for target in targets if target in (self._idle or ())]
         self._idle = set()
         if idle:
-            trained = len(list(_trained_scores(model)))
             more = f" and {len(idle) - _LISTED} more" if len(idle) > _LISTED else ""
             warnings.warn(
-                f"{len(idle)} of {trained} masks got no usable gradient in the first {self._steps} "
-                f"steps: {', '.join(idle[:_LISTED])}{more}. Either no forward used their weights, "
-                "or frozen zeros stand in the way, there or behind. exclude_modules leaves them "
+                f"{len(idle)} of {len(targets)} masks got no usable gradient in the first "
+                f"{self._steps} steps: {', '.join(idle[:_LISTED])}{more}. Either no forward used "
+                "their weights, or frozen zeros stand in the way, there or behind. exclude_modules leaves them "
                 "unmasked, modules_to_save trains them whole.",
                 NoGradientWarning,
                 stacklevel=2,
             )
 
 
-def _trained_scores(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def trained_masks(model: nn.Module) -> Iterator[tuple[AdapterMask, nn.Parameter]]:
+    """Yield the masks in use whose scores are trained, but for those that ZeRO-3 has spread."""
     for module in model.modules():
         if isinstance(module, PemnLayer):
             for name in module.names_in_use():
-                scores = module.mask_of(name).scores
+                mask = module.mask_of(name)
+                scores = mask.scores
                 if scores is not None and scores.requires_grad and not hasattr(scores, "ds_id"):
-                    yield module.target, scores
+                    yield mask, scores
 
 
 def _size(scores: Tensor) -> float:

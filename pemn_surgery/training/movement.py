@@ -1,8 +1,7 @@
 """How masks move while they train: shares of ones, changed bits, and when something is wrong."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.coding import bits
-from pemn_surgery.coding.header import HEADER_BYTES
+from pemn_surgery.coding.header import HEADER_BYTES, inspect
 from pemn_surgery.masks.adapter_mask import AdapterMask
 
 Masks = dict[str, Tensor]
@@ -27,7 +26,12 @@ _FLIPPED = 0.4
 _LISTED = 3
 
 
-def active_masks(model: nn.Module) -> Iterator[tuple[str, AdapterMask, Tensor]]:
+def packed_masks(model: nn.Module) -> Masks:
+    """Return the masks in use, a bit a weight (see `bits`), by weight and adapter."""
+    return {name: bits.pack(mask) for name, _, mask in _active_masks(model)}
+
+
+def _active_masks(model: nn.Module) -> Iterator[tuple[str, AdapterMask, Tensor]]:
     """Yield name, holder and bool mask of every mask in use."""
     for module in model.modules():
         if isinstance(module, PemnLayer):
@@ -46,15 +50,10 @@ def _gathered(store: Tensor) -> AbstractContextManager[Any]:
     return zero.GatheredParameters([store])
 
 
-def packed_masks(model: nn.Module) -> Masks:
-    """Return the masks in use, a bit a weight."""
-    return {name: bits.pack(mask) for name, _, mask in active_masks(model)}
-
-
-def density(model: nn.Module) -> float:
-    """Return the share of ones of all masks in use; 0 without masks."""
-    counts = [(int(mask.sum()), mask.numel()) for _, _, mask in active_masks(model)]
-    return sum(ones for ones, _ in counts) / max(sum(weights for _, weights in counts), 1)
+def density(masks: Masks) -> float:
+    """Return the share of ones of all masks together; 0 without masks."""
+    weights = sum(inspect(mask, name).weights for name, mask in masks.items())
+    return sum(map(bits.count_ones, masks.values())) / max(weights, 1)
 
 
 def flips(before: Masks, now: Masks) -> int:
@@ -65,15 +64,6 @@ def flips(before: Masks, now: Masks) -> int:
 
 def _unpacked(mask: Tensor) -> Tensor:
     return bits.unpack(mask, (8 * (mask.numel() - HEADER_BYTES),))
-
-
-@dataclass(frozen=True)
-class _Count:
-    """What one mask is: its ones, its weights, and whether zeros drop weights or flip signs."""
-
-    ones: int
-    weights: int
-    drops: bool
 
 
 class MovementWatch:
@@ -87,7 +77,12 @@ class MovementWatch:
     def __init__(self, model: nn.Module, step: int = 0) -> None:
         self._step = step
         self._first = packed_masks(model)
-        self._counts = _counts(model)
+        self._ones = {name: bits.count_ones(mask) for name, mask in self._first.items()}
+        # What zeros do: signs that are added (None) are neither kept nor lost.
+        self._drops = {
+            name: None if held.adds else held.drops for name, held, _ in _active_masks(model)
+        }
+        self._has_moved = False
         self._said: set[str] = set()
 
     def look(self, model: nn.Module, step: int, *, is_last: bool = False) -> list[str]:
@@ -95,57 +90,48 @@ class MovementWatch:
         steps = step - self._step
         if not self._first or steps <= 0:
             return []
+        now = packed_masks(model)
+        self._has_moved = self._has_moved or flips(self._first, now) > 0
+        is_late = is_last or steps >= _STANDSTILL
         found = {
-            "lost": self._lost(model),
-            "still": self._still(model, steps) if is_last or steps >= _STANDSTILL else "",
+            "lost": self._lost({name: bits.count_ones(mask) for name, mask in now.items()}),
+            "still": self._still(steps) if is_late and not self._has_moved else "",
         }
         new = {kind: said for kind, said in found.items() if said and kind not in self._said}
         self._said |= set(new)
         return list(new.values())
 
-    def _still(self, model: nn.Module, steps: int) -> str:
-        if "moved" in self._said:
-            return ""
-        if flips(self._first, packed_masks(model)):
-            self._said.add("moved")
-            return ""
-        weights = sum(count.weights for count in self._counts.values())
+    def _still(self, steps: int) -> str:
+        weights = sum(inspect(mask, name).weights for name, mask in self._first.items())
         return (
             f"Not one of {weights:,} mask bits has changed in {steps:,} steps, so that the adapter "
             "does nothing yet. Raise the learning rate of the scores (param_groups), or let them "
             "begin nearer to the threshold (score_init)."
         )
 
-    def _lost(self, model: nn.Module) -> str:
-        now = _counts(model)
-        dropped = [n for n, c in now.items() if c.drops and c.weights and not c.ones]
-        empty = [name for name in dropped if self._ones_before([name])]
+    def _lost(self, ones: Mapping[str, int]) -> str:
+        empty = [
+            name for name in self._like(ones, drops=True) if self._ones[name] and not ones[name]
+        ]
         if empty:
             more = f" and {len(empty) - _LISTED} more" if len(empty) > _LISTED else ""
             return (
-                f"{len(empty)} of {len(now)} masks drop every weight: "
-                f"{', '.join(empty[:_LISTED])}{more}. Go back to an earlier "
-                "checkpoint, and lower the learning rate of the scores or begin further "
-                "from the threshold (score_init)."
+                f"{len(empty)} of {len(ones)} masks drop every weight: "
+                f"{', '.join(empty[:_LISTED])}{more}. Go back to an earlier checkpoint, and lower "
+                "the learning rate of the scores or begin further from the threshold (score_init)."
             )
         for drops, least in ((True, _LEFT), (False, 1 - _FLIPPED)):
-            names = [name for name, count in now.items() if count.drops == drops]
-            before, ones = self._ones_before(names), sum(now[name].ones for name in names)
-            if ones < least * before:
+            names = self._like(ones, drops=drops)
+            before, left = (sum(of[name] for name in names) for of in (self._ones, ones))
+            if left < least * before:
                 what = "are dropped" if drops else "have another sign"
                 return (
-                    f"{1 - ones / before:.0%} of the weights that were kept as they are when "
+                    f"{1 - left / before:.0%} of the weights that were kept as they are when "
                     f"training began {what} now: little is left of the model. Lower the learning "
                     "rate of the scores, or begin further from the threshold (score_init)."
                 )
         return ""
 
-    def _ones_before(self, names: list[str]) -> int:
-        return sum(self._counts[name].ones for name in names if name in self._counts)
-
-
-def _counts(model: nn.Module) -> dict[str, _Count]:
-    return {
-        name: _Count(int(mask.sum()), mask.numel(), held.drops)
-        for name, held, mask in active_masks(model)
-    }
+    def _like(self, ones: Mapping[str, int], *, drops: bool) -> list[str]:
+        """Return the masks in use since the beginning whose zeros drop weights, or flip signs."""
+        return [name for name in ones if self._drops.get(name) is drops]

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from pemn_surgery.errors import AdapterError
-from pemn_surgery.masks.adapter_mask import AdapterMask
-from pemn_surgery.training.rates import group_of, trained_masks
+from pemn_surgery.training.gradients import trained_masks
+from pemn_surgery.training.rates import group_of
 
 
 def pull_back(model: nn.Module, amount: float) -> None:
@@ -29,34 +29,41 @@ def pull_back(model: nn.Module, amount: float) -> None:
     Raises:
         AdapterError: If no scores are trained, or those of a mask did not begin at one number.
     """
-    for mask, start in _beginnings(model):
-        scores = mask.scores
-        if scores is not None:
-            with torch.no_grad():
-                scores.add_((start - scores).clamp_(0.0, amount))
+    for scores, start in beginnings(model):
+        _pull(scores, start, amount)
 
 
-def pull_back_at_rate(model: nn.Module, optimizer: Any, penalty: float) -> None:
-    """Do as `pull_back`, by the rate that an optimizer has for the scores just now."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    first = next(iter(trained_masks(model)), None)
-    found = None if first is None else group_of(optimizer, first.scores)
-    if found is not None:
-        pull_back(model, penalty * float(found[1]["lr"]))
+def pull_back_at_rates(model: nn.Module, optimizer: Any, penalty: float) -> None:
+    """Do as `pull_back`, each mask by the rate that its optimizer has for it just now."""
+    for scores, start in beginnings(model):
+        found = group_of(optimizer, scores)
+        if found is not None:
+            _pull(scores, start, penalty * float(found[1]["lr"]))
 
 
-def _beginnings(model: nn.Module) -> list[tuple[AdapterMask, float]]:
+def _pull(scores: nn.Parameter, start: float, amount: float) -> None:
+    with torch.no_grad():
+        scores.add_((start - scores).clamp_(0.0, amount))
+
+
+def beginnings(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
+    """Return the scores that are trained, and where those of each mask began.
+
+    Raises:
+        AdapterError: If there are none, or those of a mask did not begin at one number.
+    """
     masks = list(trained_masks(model))
-    unknown = [mask.target for mask in masks if mask.start is None]
-    if unknown or not masks:
+    found = [(scores, mask.start) for mask, scores in masks if mask.start is not None]
+    if masks and len(found) == len(masks):
+        return found
+    unknown = [mask.target for mask, _ in masks if mask.start is None]
+    fault = f"no scores of this {type(model).__name__} are trained"
+    if unknown:
         fault = (
             f"{len(unknown)} of {len(masks)} masks (first: {unknown[0]}) began with drawn scores"
-            if unknown
-            else f"no scores of this {type(model).__name__} are trained"
         )
-        message = (
-            f"A penalty on flips draws scores back to the one number where they began, but {fault}."
-            ' It belongs to selector="threshold" with a number as score_init. Nothing was changed.'
-        )
-        raise AdapterError(message)
-    return [(mask, mask.start) for mask in masks if mask.start is not None]
+    message = (
+        f"A penalty on flips draws scores back to the one number where they began, but {fault}. It "
+        'belongs to selector="threshold" with a number as score_init. Nothing was changed.'
+    )
+    raise AdapterError(message)

@@ -4,30 +4,18 @@ What a rate can do follows from where the scores begin: Adam and its kin move a 
 rate in a step, whatever the gradient's size; SGD by the gradient.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.masks.adapter_mask import AdapterMask
+from pemn_surgery.training.gradients import trained_masks
 
-# The sum of a training's rates, in margins, from which masks are known to learn: small ones on all
-# weights (2.5), and larger ones on a share of them (27 to 80); see docs/which_way.md.
-_USUAL_REACH = 10
-
-
-def trained_masks(model: nn.Module) -> Iterator[AdapterMask]:
-    """Yield the masks in use whose scores are trained, but for those that ZeRO-3 has spread."""
-    for module in model.modules():
-        if isinstance(module, PemnLayer):
-            for name in module.names_in_use():
-                mask = module.mask_of(name)
-                scores = mask.scores
-                if scores is not None and scores.requires_grad and not hasattr(scores, "ds_id"):
-                    yield mask
+# What is named in place of rates that reach no threshold lets a score cross its margin so often.
+_REACH = 10
 
 
 def advice_on_rates(
@@ -42,7 +30,7 @@ def advice_on_rates(
         steps: Optimizer steps of the whole training.
         max_grad_norm: Norm to which gradients are clipped; 0 or None if they are not.
     """
-    masks = list(trained_masks(model))
+    masks = [mask for mask, _ in trained_masks(model)]
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if not masks or not isinstance(optimizer, Optimizer):
         return []
@@ -86,7 +74,7 @@ def _advice_on_reach(
     reach = _sum_of_rates(scheduler, index, rate, steps)
     if reach >= margin or not rate:
         return []
-    better = rate * _USUAL_REACH * margin / reach
+    better = rate * _REACH * margin / reach
     return [
         f"Hardly a mask bit can change: scores begin {margin:.2g} from the threshold, "
         f"{type(optimizer).__name__} moves them by about its rate in a step, and the rates of all "
@@ -105,8 +93,8 @@ def margin_of(masks: Iterable[AdapterMask]) -> float | None:
     return min(least, default=None)
 
 
-def group_of(optimizer: Optimizer, score: Tensor | None) -> tuple[int, dict[str, Any]] | None:
-    """Return an optimizer's group with this parameter, and its place."""
+def group_of(optimizer: Any, score: Tensor | None) -> tuple[int, dict[str, Any]] | None:
+    """Return an optimizer's group with this parameter, and its place; None where it is in none."""
     for index, group in enumerate(optimizer.param_groups):
         if any(one is score for one in group["params"]):
             return index, group

@@ -90,6 +90,9 @@ def _between(last: float, first: float, left: float) -> float:
 class SelectionSchedule(TrainerCallback):
     """Moves the density or threshold of masks in a ``Trainer`` (`set_selection`).
 
+    A checkpoint from before the end that is loaded again (``load_best_model_at_end``) has the
+    adapter's own density or threshold, not that with which it was evaluated.
+
     Args:
         density: Share of ones at the beginning, of selectors that take one ("topk").
         threshold: Number at the beginning, for "threshold".

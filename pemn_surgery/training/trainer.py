@@ -16,7 +16,7 @@ from pemn_surgery.adapters.config import PemnConfig
 from pemn_surgery.errors import TrainingWarning, UnsupportedModelError
 from pemn_surgery.training.gradients import GradientWatch
 from pemn_surgery.training.movement import EVERY, Masks, MovementWatch, density, flips, packed_masks
-from pemn_surgery.training.penalty import pull_back_at_rate
+from pemn_surgery.training.penalty import beginnings, pull_back_at_rates
 from pemn_surgery.training.rates import advice_on_rates
 
 
@@ -38,6 +38,9 @@ class PemnCallback(TrainerCallback):
         flip_penalty: Draws scores back to where they began, so that fewer bits change and a coded
             file is smaller (`pull_back`); 0 to 1 with Adam.
 
+    Raises:
+        AdapterError: When training begins, if scores with a penalty did not begin at one number.
+
     Example:
         >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[PemnCallback()]).train()
     """
@@ -53,6 +56,8 @@ class PemnCallback(TrainerCallback):
     ) -> None:
         """Remember the first masks; keep scores; compare the rates with the way they have to go."""
         model = kwargs["model"]
+        if self._penalty:
+            beginnings(model)  # or the first step would find that there are none
         _keep_scores(model, keep=True)
         self._before = packed_masks(model)
         self._gradients = GradientWatch()
@@ -71,7 +76,7 @@ class PemnCallback(TrainerCallback):
     ) -> None:
         """Draw scores back, where flips have a penalty."""
         if self._penalty:
-            pull_back_at_rate(kwargs["model"], kwargs["optimizer"], self._penalty)
+            pull_back_at_rates(kwargs["model"], kwargs["optimizer"], self._penalty)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -89,7 +94,7 @@ class PemnCallback(TrainerCallback):
             return
         now = packed_masks(kwargs["model"])
         figures = {
-            "pemn_density": density(kwargs["model"]),
+            "pemn_density": density(now),
             "pemn_flips": flips(self._before, now),
         }
         self._before = now

@@ -14,8 +14,9 @@ from pemn_surgery import PemnCallback, PemnConfig, for_trainer, param_groups, pe
 from pemn_surgery.adapters.layer import PemnLayer
 from pemn_surgery.adapters.presets import PRESETS
 from pemn_surgery.errors import AdapterError, ConfigError, PretrainedWarning, TrainingWarning
+from pemn_surgery.training.gradients import trained_masks
 from pemn_surgery.training.movement import MovementWatch
-from pemn_surgery.training.rates import advice_on_rates, margin_of, trained_masks
+from pemn_surgery.training.rates import advice_on_rates, margin_of
 from tests.adapters import models
 from tests.training.test_trainer import arguments, sentences
 
@@ -203,7 +204,7 @@ def test_the_guesses_begin_at_the_model_and_move():
         inner = next(m for m in model.modules() if isinstance(m, PemnLayer))
         models.assert_equal(inner.owner.weight.detach(), inner.fill().detach())
         training = PemnConfig.training(name)
-        assert training.lr > margin_of(trained_masks(model)) / 10
+        assert training.lr > margin_of(mask for mask, _ in trained_masks(model)) / 10
 
 
 # ---- rates that cannot work ----------------------------------------------------------------------
@@ -318,6 +319,13 @@ def test_a_model_of_which_little_is_left_is_named():
             assert len(said) == (least == share)
         assert what in said[0]
         assert f"{share:.0%} of the weights" in said[0]
+
+
+def test_signs_that_are_added_are_neither_dropped_nor_flipped():
+    model = bert(form="sign_delta")
+    watch = MovementWatch(model)
+    set_scores(model, -1.0)
+    assert watch.look(model, 100) == []
 
 
 def test_saving_what_nothing_changed_is_named(tmp_path):

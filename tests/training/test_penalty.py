@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from pemn_surgery import PemnCallback, pemnify, pull_back
 from pemn_surgery.errors import AdapterError
+from pemn_surgery.training.penalty import pull_back_at_rates
 from tests.adapters import models
 from tests.training.test_trainer import arguments, bert_model, sentences
 
@@ -48,6 +49,33 @@ def test_masks_without_one_beginning_are_refused(options, said):
         pull_back(model, 0.1)
     models.says(error, said, 'selector="threshold"', "Nothing was changed")
     models.assert_same_tensors(model.state_dict(), before)
+
+
+def test_each_mask_is_drawn_back_at_its_own_rate():
+    model = pemnify(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), bank="own", modules_to_save=[])
+    first, second = (
+        layer.mask_of("default").scores for layer in models.mask_layers(model).values()
+    )
+    with torch.no_grad():
+        first.fill_(-1.0)
+        second.fill_(-1.0)
+    groups = [{"params": [first], "lr": 0.5}, {"params": [second], "lr": 0.25}]
+    pull_back_at_rates(model, torch.optim.AdamW(groups), 0.4)
+    assert first.flatten().tolist() == pytest.approx([-0.8] * 12)
+    assert second.flatten().tolist() == pytest.approx([-0.9] * 8)
+
+
+def test_a_penalty_that_would_draw_nowhere_is_refused_before_the_first_step(tmp_path):
+    model = bert_model(selector="topk")
+    before = models.masks(model)
+    driver = Trainer(
+        model=model, args=arguments(tmp_path, save_strategy="no"),
+        train_dataset=sentences(), callbacks=[PemnCallback(flip_penalty=0.1)],
+    )  # fmt: skip
+    with pytest.raises(AdapterError, match="began with drawn scores"):
+        driver.train()
+    models.assert_same_tensors(models.masks(model), before)
+    assert driver.state.global_step == 0
 
 
 def flips_with(penalty, folder):
