@@ -270,7 +270,7 @@ class PemnConfig(PeftConfig):
 
     @classmethod
     def preset(cls, name: PresetName, **changes: Any) -> "PemnConfig":
-        """Return settings that are known to work; `training` has the rates that belong to them.
+        """Return settings to begin with; `training` has the rates that belong to them.
 
         Args:
             name: A paper's: "pemn" (Bai et al. 2022), "edge_popup" (Ramanujan et al. 2020),
