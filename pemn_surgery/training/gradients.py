@@ -70,8 +70,8 @@ class GradientWatch:
             warnings.warn(
                 f"{len(idle)} of {len(targets)} masks got no usable gradient in the first "
                 f"{self._steps} steps: {', '.join(idle[:_LISTED])}{more}. Either no forward used "
-                "their weights, or frozen zeros stand in the way, there or behind. exclude_modules leaves them "
-                "unmasked, modules_to_save trains them whole.",
+                "their weights, or frozen zeros stand in the way, there or behind. exclude_modules "
+                "leaves them unmasked, modules_to_save trains them whole.",
                 NoGradientWarning,
                 stacklevel=2,
             )
