@@ -177,7 +177,7 @@ def drawn_guides(layer: PemnLayer, config: PemnConfig, places: Tensor | None) ->
     weights = _count(layer) if places is None else places.numel()
     scores = _drawn(config.seed, scores_stream(layer.target), weights, weights)
     fill = _fill_stream(layer, weights)
-    if fill is None or places is not None or layer.spec.init == "signed_constant":
+    if fill is None or places is not None or layer.spec.init in banks.CONSTANT:
         return (scores,)
     of_fill = _drawn(layer.spec.seed, *fill, weights)
     return scores, of_fill._replace(log2=_LOOK_AT_WEIGHTS)
@@ -228,7 +228,7 @@ def _is_no_longer_drawn(layer: PemnLayer, given: Mapping[str, Tensor]) -> bool:
     if value.is_meta:
         return False
     stream = weight_stream(layer.target)
-    numbers = torch.from_numpy(banks.draw(layer.spec, stream, layer.fan_in, _count(layer)))
+    numbers = torch.from_numpy(banks.draw(layer.spec, stream, layer.fan, _count(layer)))
     drawn, value = numbers.view(layer.shape), value.cpu()
     return not any(
         torch.equal(drawn.to(dtype), value.to(dtype))

@@ -37,7 +37,7 @@ from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.masks.selector import TAKES_DENSITY, Selector, SelectorName
-from pemn_surgery.numbers.bank import BankName, BankSpec, InitName, Shape
+from pemn_surgery.numbers.bank import BankName, BankSpec, FanMode, InitName, Shape
 from pemn_surgery.numbers.support import OthersName, Support, SupportName
 from pemn_surgery.planning.densities import ErkName, densities_by_name, erdos_renyi_kernel
 from pemn_surgery.planning.request import NewRows, RestName, TiedName
@@ -46,6 +46,8 @@ ScoreInitName = Literal["kaiming_uniform", "normal", "magnitude", "magnitude_shu
 ScaleName = Literal["sqrt_density", "row", "matrix"]
 FormName = Literal["product", "flip", "sign_delta"]
 
+# How far above the threshold all scores begin: of "threshold", and of "sample" (chances of .98).
+_MARGIN, _SURE = 0.01, 4.0
 
 # Initial scores that are made of the frozen numbers.
 FROM_WEIGHTS = ("magnitude", "magnitude_shuffled")
@@ -80,17 +82,23 @@ class PemnConfig(PeftConfig):
             Default .01.
         length: For "rp": length of the vector itself; replaces ``ratio``.
         permute: For "rp": permute the tiled vector once.
-        bank_init: How the numbers are made: "kaiming_normal", "kaiming_uniform" or
-            "signed_constant" from ``seed``, "model": the model's own (pretrained) values, or
-            "stored": given (``pemnify(bank_values=...)``), and saved in the adapter's file.
-            Default "model" for "own", "kaiming_normal" otherwise.
+        bank_init: How the numbers are made. From ``seed``: "kaiming_normal", "kaiming_uniform",
+            "xavier_normal", "signed_constant" or "xavier_constant"; without one
+            "unsigned_constant"; "model": the model's own (pretrained) values; or "stored": given
+            (``pemnify(bank_values=...)``), and saved in the adapter's file. Default "model" for
+            "own", "kaiming_normal" otherwise.
         scale_fan: Divide the variance of drawn numbers by ``density`` (edge-popup).
+        fan_mode: What the variance of drawn numbers is 2 divided by: "fan_in", inputs that an
+            output sums over, or "fan_out", outputs that an input goes to; of "xavier_normal" and
+            "xavier_constant" it is their sum.
         seed: Seed of the bank and of the initial scores.
         selector: "topk" keeps the ``density`` largest magnitudes of every weight's scores,
             "topk_signed" its largest scores, signs counting, "threshold" the scores above
-            ``threshold``. Default "threshold" on the weights that a model has (``bank="own"``, not
-            drawn), so that training starts from the model as it is, and "topk" otherwise, or where
-            a density is given.
+            ``threshold``; "sample" draws masks while it trains, each weight kept with the chance
+            sigmoid(score - ``threshold``), and keeps those whose chance is above one half in
+            evaluation and in files. Default "threshold" on the weights that a model has
+            (``bank="own"``, not drawn), so that training starts from the model as it is, and "topk"
+            otherwise, or where a density is given.
         density: Share of ones of every mask for "topk", 0 < density <= 1. Default .5. "erk": shares
             by the weights' shapes, larger ones sparser, that are ``overall_density`` together:
             Erdos-Renyi-Kernel (docs/methods.md).
@@ -98,12 +106,13 @@ class PemnConfig(PeftConfig):
         density_pattern: Shares of ones by regular expressions, for weights that differ from
             ``density``: {"layer4.*conv1": .2}. They match the end of a module's path, as PEFT's
             ``rank_pattern``, or of a weight's name; the first that fits counts.
-        threshold: For "threshold".
+        threshold: For "threshold" and "sample".
         score_init: Where scores begin. A number; "kaiming_uniform", default of "topk"; "normal",
             from ``score_mean`` and ``score_std``; "magnitude", the sizes of the frozen numbers, or
             "magnitude_shuffled", the same in another order of each weight. Default of "threshold":
-            ``threshold`` + .01, so that training starts with all ones; of ``form="sign_delta"``
-            "normal" around the threshold.
+            ``threshold`` + .01, so that training starts with all ones; of "sample" likewise
+            ``threshold`` + 4, chances of .98, or "kaiming_uniform" for drawn numbers; of
+            ``form="sign_delta"`` "normal" around the threshold.
         score_mean: For "normal". Default ``threshold`` for ``form="sign_delta"``, and otherwise
             four ``score_std`` above it.
         score_std: For "normal", default .01; for "magnitude" that of normal noise on top, default
@@ -180,6 +189,7 @@ class PemnConfig(PeftConfig):
     permute: bool = False
     bank_init: InitName | None = None
     scale_fan: bool = False
+    fan_mode: FanMode = "fan_in"
     seed: int = 0
     selector: SelectorName | None = None
     density: float | ErkName | None = None
@@ -371,7 +381,7 @@ class PemnConfig(PeftConfig):
     @property
     def bank_spec(self) -> BankSpec:
         """Everything that decides the frozen numbers, but the model."""
-        is_seeded = self.bank_init not in ("model", "stored") or self.permute
+        is_seeded = self.bank_init not in ("model", "stored", "unsigned_constant") or self.permute
         return BankSpec(
             bank=self.bank,
             init=cast("InitName", self.bank_init),
@@ -380,6 +390,7 @@ class PemnConfig(PeftConfig):
             length=self.length,
             permute=self.permute,
             scale_fan=self.scale_fan,
+            fan_mode=self.fan_mode,
             density=self._overall if self.scale_fan else 0.5,
         )
 
@@ -459,14 +470,18 @@ class PemnConfig(PeftConfig):
 
     def _fill_in_scores(self) -> None:
         learns_signs = self.form == "sign_delta"
-        if self.score_init is None and self.selector in TAKES_DENSITY:
-            self.score_init = "kaiming_uniform"
-        elif self.score_init is None:
-            self.score_init = "normal" if learns_signs else self.threshold + 0.01
+        if self.score_init is None:
+            self.score_init = "normal" if learns_signs else self._first_scores()
         if self.score_init == "normal":
             self.score_std = 0.01 if self.score_std is None else self.score_std
             if self.score_mean is None:
                 self.score_mean = self.threshold + (0.0 if learns_signs else 4 * self.score_std)
+
+    def _first_scores(self) -> float | ScoreInitName:
+        draws = self.selector == "sample"
+        if self.selector in TAKES_DENSITY or (draws and self.bank_init not in ("model", "stored")):
+            return "kaiming_uniform"
+        return self.threshold + (_SURE if draws else _MARGIN)
 
     def _check_form(self) -> None:
         if self.form == "sign_delta" and (self.bank != "own" or self.bank_init != "model"):

@@ -94,6 +94,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
 
     Attributes:
         spec: What decided the frozen numbers under the masks.
+        fan: What the variance of numbers that are drawn for it is divided by.
         quantization_backend: Reads and writes the layer's weight if it is stored quantised, else
             None. PEFT's name.
     """
@@ -114,6 +115,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         )
         PemnTunerLayer.__init__(self)
         self.spec = spec
+        self.fan = spec.fan(target.fan_in, target.fan_out)
         self.quantization_backend = backend
 
     @property
@@ -203,6 +205,7 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         )
         if not isinstance(config.score_init, str):
             mask.start = config.score_init
+        mask.train(self.owner.training)  # masks that are drawn in training are so from now on
         if isinstance(mask, SignDelta):
             self._scale_signs(mask, config)
         elif config.scale == "row":

@@ -16,8 +16,8 @@ from peft.utils import TaskType
 
 from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
-from pemn_surgery.masks.selector import TAKES_DENSITY, SelectorName
-from pemn_surgery.numbers.bank import BankName, InitName
+from pemn_surgery.masks.selector import HAS_THRESHOLD, TAKES_DENSITY, SelectorName
+from pemn_surgery.numbers.bank import XAVIER, BankName, FanMode, InitName
 from pemn_surgery.numbers.support import OthersName, SupportName
 from pemn_surgery.planning.request import RestName, TiedName
 
@@ -127,6 +127,7 @@ OPTIONS: dict[str, Option] = {
     "permute": _FLAG,
     "bank_init": _choice(None, *get_args(InitName)),
     "scale_fan": _FLAG,
+    "fan_mode": _choice(*get_args(FanMode)),
     "seed": _WHOLE,
     "selector": _choice(None, *get_args(SelectorName)),
     "density": _or_none(
@@ -296,9 +297,15 @@ def _draws_numbers(config: Any) -> bool:
     return is_open or config.bank_init not in (None, "model", "stored")
 
 
+def _draws_by_seed(config: Any) -> bool:
+    return _draws_numbers(config) and config.bank_init != "unsigned_constant"
+
+
 def _draws_scores(config: Any) -> bool:
     if config.score_init is None:
-        return config.selector != "threshold" or config.form == "sign_delta"
+        is_drawn = config.selector == "sample" and _draws_numbers(config)
+        is_drawn = is_drawn or config.selector in TAKES_DENSITY
+        return is_drawn or config.form == "sign_delta"
     is_exact = config.score_init == "magnitude" and not config.score_std
     return not is_number(config.score_init) and not is_exact
 
@@ -320,7 +327,7 @@ def _has_fixed_signs(config: Any) -> bool:
 
 
 def _is_normal(config: Any) -> bool:
-    by_default = config.form == "sign_delta" and config.selector == "threshold"
+    by_default = config.form == "sign_delta" and config.selector in HAS_THRESHOLD
     return config.score_init == "normal" or (config.score_init is None and by_default)
 
 
@@ -342,25 +349,42 @@ IDLE: tuple[Idle, ...] = (
     ),
     Idle(
         "permute",
+        lambda config: config.bank_init == "unsigned_constant",
+        "numbers that are all one have no order",
+    ),
+    Idle(
+        "permute",
         lambda config: config.bank_init == "stored",
         "a stored bank is taken as it is given: permute the values",
         in_files=True,
     ),
-    Idle(
-        "scale_fan",
-        lambda config: not _draws_numbers(config),
-        "it belongs to drawn numbers, not to the model's own or to stored ones",
-        in_files=True,
+    *(
+        Idle(
+            name,
+            lambda config: not _draws_numbers(config),
+            "it belongs to drawn numbers, not to the model's own or to stored ones",
+            in_files=True,
+        )
+        for name in ("scale_fan", "fan_mode")
+    ),
+    *(
+        Idle(
+            name,
+            lambda config: config.bank_init in XAVIER,
+            "the variance of bank_init={bank_init!r} is by inputs and outputs together",
+            in_files=True,
+        )
+        for name in ("scale_fan", "fan_mode")
     ),
     Idle(
         "seed",
         lambda config: (
             not any(
                 draws(config)
-                for draws in (_draws_numbers, _draws_scores, _draws_support, _permutes)
+                for draws in (_draws_by_seed, _draws_scores, _draws_support, _permutes)
             )
         ),
-        "frozen numbers are the model's own and no initial score is drawn; batches and new heads "
+        "no frozen number and no initial score is drawn from it; batches and new heads "
         "follow torch.manual_seed",
     ),
     Idle(
@@ -406,8 +430,8 @@ IDLE: tuple[Idle, ...] = (
     Idle("density", _has_fixed_signs, _SIGNS),
     Idle(
         "threshold",
-        lambda config: config.selector != "threshold",
-        'it belongs to selector="threshold", not selector="{selector}"',
+        lambda config: config.selector not in HAS_THRESHOLD,
+        'it belongs to selector="threshold" or "sample", not selector="{selector}"',
     ),
     Idle("threshold", _has_fixed_signs, _SIGNS),
     Idle(

@@ -298,7 +298,7 @@ def _check_same_bank(layers: list[PemnLayer], paths: Collection[str]) -> None:
     bank = layers[0].bank
     if bank is None:
         return
-    weights = [(layer.target, tuple(layer.shape), layer.fan_in) for layer in layers]
+    weights = [(layer.target, tuple(layer.shape), layer.fan) for layer in layers]
     if banks.lay_out(layers[0].spec, weights) != bank.layout:
         message = (
             f"{', '.join(sorted(paths))} was replaced after masks were put on the model, and "

@@ -109,7 +109,9 @@ class Operation:
         """Give a layer its own numbers from the seed (``bank="own"``)."""
         weight = cast("nn.Parameter", module._parameters[target.parameter])
         stream = weight_stream(target.name)
-        drawn = banks.draw(self.config.bank_spec, stream, target.fan_in, target.weights)
+        spec = self.config.bank_spec
+        fan = spec.fan(target.fan_in, target.fan_out)
+        drawn = banks.draw(spec, stream, fan, target.weights)
         values = torch.from_numpy(drawn).view(target.shape).to(weight.device, weight.dtype)
         rows = weight.data[len(values) :] if values.dim() else weight.data[:0]
         weight.data = torch.cat([values, rows]) if len(rows) else values

@@ -139,7 +139,7 @@ class AdapterMask(nn.Module):
         return scores is None or not (scores.requires_grad and torch.is_grad_enabled())
 
     def mask(self) -> Tensor:
-        """Return the bool mask of ``mask_shape``.
+        """Return the bool mask of ``mask_shape``, that of evaluation where training draws others.
 
         Raises:
             MaskNotLoadedError: If the adapter was prepared for loading and never loaded.
@@ -155,6 +155,11 @@ class AdapterMask(nn.Module):
     def saved_scale(self) -> Tensor | None:
         """The scales as a file has them beside bits."""
         return self.row_scale
+
+    @property
+    def training_selector(self) -> Selector:
+        """How a forward chooses the mask: in training it may be drawn."""
+        return self.selector.drawing() if self.training else self.selector
 
     def as_bits(self) -> Tensor:
         """Return the mask packed (see `bits`), uint8, whether it is held as scores or as bits.
@@ -210,7 +215,7 @@ class AdapterMask(nn.Module):
 
     def _by_scores(self, weight: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
         return masked_straight_through(
-            weight, scores, self.selector, scaled=self.scaled, dtype=dtype
+            weight, scores, self.training_selector, scaled=self.scaled, dtype=dtype
         )
 
     def _by_bits(self, weight: Tensor, *, is_scratch: bool, dtype: torch.dtype) -> Tensor:

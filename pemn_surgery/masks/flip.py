@@ -25,7 +25,7 @@ class FlipMask(AdapterMask):
 
     def _by_scores(self, weight: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
         whole = spread(weight, self.mask_shape)
-        return flipped_straight_through(whole, scores, self.selector).to(dtype)
+        return flipped_straight_through(whole, scores, self.training_selector).to(dtype)
 
 
 def flipped(weight: Tensor, mask: Tensor) -> Tensor:
@@ -44,27 +44,25 @@ def flipped_straight_through(weight: Tensor, scores: Tensor, selector: Selector)
     Args:
         weight: Float tensor W.
         scores: Float tensor S of the same shape.
-        selector: Chooses the mask M. With M' = 2M - 1, dL/dS = dL/dM', times sign(S) where the
-            mask is chosen by magnitude.
+        selector: Chooses the mask M. With M' = 2M - 1, dL/dS is `Selector.score_grad` of dL/dM'.
 
     Returns:
         Tensor like ``weight``.
     """
     mask = selector.mask(scores)
     apply = _Flips.apply if takes_functions() else _flipped_in_the_open
-    return cast("Tensor", apply(weight, scores, mask, selector.uses_magnitude))
+    return cast("Tensor", apply(weight, scores, mask, selector))
 
 
 def _flipped_in_the_open(
-    weight: Tensor, scores: Tensor, mask: Tensor, by_magnitude: bool
+    weight: Tensor, scores: Tensor, mask: Tensor, selector: Selector
 ) -> Tensor:
     """Return what `_Flips` returns, of operations that torch itself can transform.
 
     The signs get a zero whose gradient is that of what they were chosen from. Scores that are not
     finite choose as ever, but get no gradient.
     """
-    finite = scores.nan_to_num()
-    chosen_from = finite.abs() if by_magnitude else finite
+    chosen_from = selector.chosen_from(scores.nan_to_num())
     zero = (chosen_from - chosen_from.detach()).to(weight.dtype)
     return weight * (torch.where(mask, 1.0, -1.0).to(weight.dtype) + zero)
 
@@ -74,9 +72,9 @@ class _Flips(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, by_magnitude: bool
+        ctx: Any, weight: Tensor, scores: Tensor, mask: Tensor, selector: Selector
     ) -> Tensor:
-        ctx.weight, ctx.scores, ctx.mask, ctx.by_magnitude = weight, scores, mask, by_magnitude
+        ctx.weight, ctx.scores, ctx.mask, ctx.selector = weight, scores, mask, selector
         return flipped(weight, mask)
 
     @staticmethod
@@ -88,8 +86,8 @@ class _Flips(torch.autograd.Function):
         of_weight = flipped(grad.to(ctx.weight.dtype), ctx.mask) if needed[0] else None
         of_scores = None
         if needed[1]:
-            of_scores = (grad * ctx.weight).to(ctx.scores.dtype)
-            of_scores = of_scores * ctx.scores.sign() if ctx.by_magnitude else of_scores
+            of_mask = (grad * ctx.weight).to(ctx.scores.dtype)
+            of_scores = ctx.selector.score_grad(of_mask, ctx.scores)
         return of_weight, of_scores, None, None
 
 
@@ -98,6 +96,6 @@ def _grads_in_the_open(
 ) -> tuple[Tensor | None, ...]:
     """Return dL/dW and dL/dS as a graph that leads on to W, S and dL/d(W (2M - 1))."""
     inputs = [x for x, need in zip((ctx.weight, ctx.scores), needed, strict=True) if need]
-    again = _flipped_in_the_open(ctx.weight, ctx.scores, ctx.mask, ctx.by_magnitude)
+    again = _flipped_in_the_open(ctx.weight, ctx.scores, ctx.mask, ctx.selector)
     found = iter(torch.autograd.grad(again.to(grad.dtype), inputs, grad, create_graph=True))
     return tuple(next(found) if need else None for need in needed)

@@ -88,7 +88,7 @@ def masked_straight_through(
         weight: Float tensor W; or one period of it where it repeats (see `spread`) and torch
             transforms nothing.
         scores: Float tensor S of the shape of W.
-        selector: Chooses the mask M. By magnitude, dL/dS = dL/dM * sign(S), else dL/dM.
+        selector: Chooses the mask M; dL/dS is its `Selector.score_grad` of dL/dM.
         scaled: As in `masked`.
         dtype: Type that the result is rounded to; None for the weight's.
 
@@ -99,8 +99,7 @@ def masked_straight_through(
     if takes_functions():
         made = _StraightThrough.apply(weight, scores, selector, scaled, wanted)
         return cast("Tensor", made)
-    mask, by_magnitude = selector.mask(scores), selector.uses_magnitude
-    return _masked_in_the_open(weight, scores, mask, by_magnitude, scaled).to(wanted)
+    return _masked_in_the_open(weight, scores, selector.mask(scores), selector, scaled).to(wanted)
 
 
 def spread(period: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -120,15 +119,14 @@ def goes_by_pieces(weight: Tensor, stored: Tensor) -> bool:
 
 
 def _masked_in_the_open(
-    weight: Tensor, scores: Tensor, mask: Tensor, by_magnitude: bool, scaled: bool
+    weight: Tensor, scores: Tensor, mask: Tensor, selector: Selector, scaled: bool
 ) -> Tensor:
     """Return what `_StraightThrough` returns, of operations that torch itself can transform.
 
     The mask gets a zero whose gradient is that of what it was chosen from. Scores that are not
     finite choose as ever, but get no gradient.
     """
-    finite = scores.nan_to_num()
-    chosen_from = finite.abs() if by_magnitude else finite
+    chosen_from = selector.chosen_from(scores.nan_to_num())
     zero = chosen_from - chosen_from.detach()
     kept = weight * (mask.to(weight.dtype) + zero.to(weight.dtype))
     if not scaled:
@@ -138,7 +136,7 @@ def _masked_in_the_open(
 
 
 class _StraightThrough(torch.autograd.Function):
-    """W * M * c with dL/dS = dL/dM (times sign(S) where the mask is chosen from |S|).
+    """W * M * c with dL/dS of dL/dM as the selector has it.
 
     The tensors hang on the context as attributes rather than as saved tensors: they are leaves that
     outlive the graph, so one effective weight may serve several backward passes. Where gradients
@@ -155,7 +153,6 @@ class _StraightThrough(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.weight, ctx.scores, ctx.selector, ctx.scaled = weight, scores, selector, scaled
-        ctx.by_magnitude = selector.uses_magnitude
         ctx.needs_mask = scaled or ctx.needs_input_grad[0]
         rule = selector.rule(scores.numel())
         chosen = None if rule is None else product.choose(weight, scores, rule, dtype)
@@ -187,7 +184,7 @@ def _grads_in_the_open(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs = [x for x, need in zip((ctx.weight, ctx.scores), needed, strict=True) if need]
     weight = spread(ctx.weight, tuple(ctx.scores.shape))
     mask = ctx.selector.mask(ctx.scores) if ctx.mask is None else ctx.mask  # then no matter which
-    again = _masked_in_the_open(weight, ctx.scores, mask, ctx.by_magnitude, ctx.scaled)
+    again = _masked_in_the_open(weight, ctx.scores, mask, ctx.selector, ctx.scaled)
     found = iter(torch.autograd.grad(again.to(grad.dtype), inputs, grad, create_graph=True))
     return tuple(next(found) if need else None for need in needed)
 
@@ -198,17 +195,18 @@ def _score_grad(ctx: Any, grad: Tensor, *, in_place: bool) -> Tensor:
     With c = mean(M)^-1/2 not detached, dc/dM = -c^3 / (2n).
     """
     pulled = product.pull(grad, ctx.weight, ctx.scores, scaled=ctx.scaled, in_place=in_place)
-    if pulled is not None:
+    if pulled is not None and not ctx.selector.is_sampled:
+        by_magnitude = ctx.selector.uses_magnitude
         if not ctx.scaled:
-            return pulled.score_grad(ctx.by_magnitude)
+            return pulled.score_grad(by_magnitude)
         scale, shift = _scale_and_shift(ctx.mask, torch.tensor(pulled.kept_sum(ctx.mask)))
-        return pulled.score_grad(ctx.by_magnitude, float(scale), float(shift))
+        return pulled.score_grad(by_magnitude, float(scale), float(shift))
     through = (grad * spread(ctx.weight, tuple(ctx.scores.shape))).to(ctx.scores.dtype)
     if ctx.scaled:
         kept_sum = (through * ctx.mask.to(through.dtype)).sum()
         scale, shift = _scale_and_shift(ctx.mask, kept_sum)
         through = through * scale - shift
-    return through * ctx.scores.sign() if ctx.by_magnitude else through
+    return ctx.selector.score_grad(through, ctx.scores)
 
 
 def _scale_and_shift(mask: Tensor, kept_sum: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """Scores to mask: the one selection that forward, merge and save share.
 
-A selector is a pure function of the scores: equal scores give equal masks on every device.
+A selector is a pure function of the scores: equal scores give equal masks on every device. One that
+draws is made of another (`Selector.drawing`) for the forwards of training alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from pemn_surgery.errors import NonFiniteScoresError
 from pemn_surgery.kernels.selection import Rule, keep_largest
 
-SelectorName = Literal["topk", "topk_signed", "threshold"]
+SelectorName = Literal["topk", "topk_signed", "threshold", "sample"]
 
 # Selectors that are told how many weights to keep.
 TAKES_DENSITY: frozenset[str] = frozenset({"topk", "topk_signed"})
+# Selectors that compare every score with one number.
+HAS_THRESHOLD: frozenset[str] = frozenset({"threshold", "sample"})
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,21 @@ class Selector:
 
     Attributes:
         name: "topk" keeps the largest magnitudes, "topk_signed" the largest numbers, "threshold"
-            every score above one.
+            every score S above one, mu; "sample" keeps each with the chance sigmoid(S - mu) while
+            it trains, and those whose chance is above one half, S > mu, else.
         density: Share of ones for "topk" and "topk_signed".
-        threshold: The number mu for "threshold".
+        threshold: The number mu for "threshold" and "sample".
+        draws: Whether masks of "sample" are drawn, by torch's global generator of the device.
     """
 
     name: SelectorName
     density: float
     threshold: float
+    draws: bool = False
+
+    def drawing(self) -> "Selector":
+        """Return what chooses masks in the forwards of training."""
+        return replace(self, draws=True) if self.name == "sample" else self
 
     def mask(self, scores: Tensor) -> Tensor:
         """Return the bool mask of the scores' shape and device."""
@@ -39,13 +49,31 @@ class Selector:
             return topk_mask(scores, self.density)
         if self.name == "topk_signed":
             return signed_topk_mask(scores, self.density)
+        if self.draws:
+            return self.chosen_from(scores.detach()).bernoulli().bool()
         return threshold_mask(scores, self.threshold)
 
     def rule(self, weights: int) -> Rule | None:
         """Return how the kernels choose among so many scores; None where they know no such way."""
         if self.name == "topk":
             return Rule(dropped_count(weights, self.density))
-        return Rule(None, self.threshold) if self.has_threshold else None
+        is_compared = self.has_threshold and not self.draws
+        return Rule(None, self.threshold) if is_compared else None
+
+    def chosen_from(self, scores: Tensor) -> Tensor:
+        """Return what a mask is chosen by, whose gradient is the mask's: |S|, a chance, or S."""
+        if self.uses_magnitude:
+            return scores.abs()
+        return (scores - self.threshold).sigmoid() if self.is_sampled else scores
+
+    def score_grad(self, grad: Tensor, scores: Tensor) -> Tensor:
+        """Return dL/dS of dL/dM: times sign(S), p (1 - p) of the chance p, or nothing."""
+        if self.uses_magnitude:
+            return grad * scores.sign()
+        if self.is_sampled:
+            chance = self.chosen_from(scores)
+            return grad * (chance * (1 - chance))
+        return grad
 
     @property
     def uses_magnitude(self) -> bool:
@@ -53,9 +81,14 @@ class Selector:
         return self.name == "topk"
 
     @property
+    def is_sampled(self) -> bool:
+        """Whether scores are chances, so that the gradient of one carries p (1 - p)."""
+        return self.name == "sample"
+
+    @property
     def has_threshold(self) -> bool:
         """Whether every score is compared with one number."""
-        return self.name == "threshold"
+        return self.name in HAS_THRESHOLD
 
 
 def dropped_count(weights: int, density: float) -> int:

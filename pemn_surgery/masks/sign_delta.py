@@ -16,6 +16,7 @@ from pemn_surgery.coding import bits
 from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.product import goes_by_pieces
 from pemn_surgery.masks.rows import Rows
+from pemn_surgery.masks.selector import Selector
 from pemn_surgery.transforms import gathered, takes_functions
 
 # Weights changed at a time where no gradient is needed, small beside large layers.
@@ -63,16 +64,16 @@ class SignDelta(AdapterMask):
             view = self._rows().view
             spread = self._rows().spread(self._scale())
             viewed = weight.reshape(view), self.scores.reshape(view)
-            mask = self.mask().reshape(view)
-            changed = _straight_through(*viewed, mask, spread, self.selector.uses_magnitude)
+            mask = self.training_selector.mask(self.scores).reshape(view)
+            changed = _straight_through(*viewed, mask, spread, self.selector)
         return changed.view(self.shape).to(dtype or weight.dtype)
 
     def _changed_in_places(self, weight: Tensor, places: Tensor) -> Tensor:
         part = weight.reshape(-1).index_select(0, places)
         spread = self._scale().index_select(0, self._rows().outputs_at(places))
         scores = None if self.scores is None else gathered(self.scores)
-        mask = self.mask() if scores is None else self.selector.mask(scores)
-        changed = _straight_through(part, scores, mask, spread, self.selector.uses_magnitude)
+        mask = self.mask() if scores is None else self.training_selector.mask(scores)
+        changed = _straight_through(part, scores, mask, spread, self.selector)
         return weight.reshape(-1).index_put((places,), changed)
 
     @property
@@ -118,7 +119,7 @@ def sign_delta(weight: Tensor, mask: Tensor, scale: Tensor, rows: Rows) -> Tenso
         rows: Where each output's weights lie in W.
     """
     viewed = weight.reshape(rows.view), None, mask.reshape(rows.view)
-    return _straight_through(*viewed, rows.spread(scale), False).view(weight.shape)
+    return _straight_through(*viewed, rows.spread(scale), None).view(weight.shape)
 
 
 def sign_delta_from_bits(
@@ -138,7 +139,11 @@ def sign_delta_from_bits(
 
 
 def _straight_through(
-    weight: Tensor, scores: Tensor | None, mask: Tensor, spread: Tensor, by_magnitude: bool
+    weight: Tensor,
+    scores: Tensor | None,
+    mask: Tensor,
+    spread: Tensor,
+    selector: Selector | None,
 ) -> Tensor:
     """Return W + s M' with M' = 2M - 1; gradients reach W, s and, straight through, the scores.
 
@@ -147,16 +152,15 @@ def _straight_through(
         scores: Float tensor S of the same shape that M was chosen from, or None.
         mask: Bool tensor M of the same shape.
         spread: Float tensor s that broadcasts to it.
-        by_magnitude: Whether |S| chose, so that dL/dS = dL/dM' * sign(S).
+        selector: What chose M, whose `Selector.score_grad` gives dL/dS of dL/dM'; None without S.
     """
     if takes_functions():
-        made = _SignDelta.apply(weight, scores, mask, spread, by_magnitude)
+        made = _SignDelta.apply(weight, scores, mask, spread, selector)
         return cast("Tensor", made)
-    if scores is None:
+    if scores is None or selector is None:
         return _changed(weight, mask, spread)
     # Scores that are not finite choose as ever, but get no gradient.
-    finite = scores.nan_to_num()
-    chosen_from = finite.abs() if by_magnitude else finite
+    chosen_from = selector.chosen_from(scores.nan_to_num())
     zero = (chosen_from - chosen_from.detach()).to(spread.dtype)
     signs = torch.where(mask, 1.0, -1.0).to(spread.dtype) + zero
     return (weight + signs * spread).to(weight.dtype)
@@ -205,10 +209,10 @@ class _SignDelta(torch.autograd.Function):
         scores: Tensor | None,
         mask: Tensor,
         spread: Tensor,
-        by_magnitude: bool,
+        selector: Selector | None,
     ) -> Tensor:
         ctx.mask, ctx.spread = mask, spread
-        ctx.scores, ctx.by_magnitude = scores, by_magnitude
+        ctx.scores, ctx.selector = scores, selector
         return _changed(weight, mask, spread)
 
     @staticmethod
@@ -217,8 +221,8 @@ class _SignDelta(torch.autograd.Function):
         wide = grad.to(torch.promote_types(grad.dtype, ctx.spread.dtype))
         of_scores = of_spread = None
         if ctx.needs_input_grad[1]:
-            of_scores = (wide * ctx.spread).to(ctx.scores.dtype)
-            of_scores = of_scores * ctx.scores.sign() if ctx.by_magnitude else of_scores
+            of_mask = (wide * ctx.spread).to(ctx.scores.dtype)
+            of_scores = ctx.selector.score_grad(of_mask, ctx.scores)
         if ctx.needs_input_grad[3]:
             signed = torch.where(ctx.mask, wide, -wide)
             of_spread = signed.sum_to_size(ctx.spread.shape).to(ctx.spread.dtype)

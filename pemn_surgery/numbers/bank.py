@@ -24,7 +24,22 @@ from torch import Tensor, nn
 from pemn_surgery.numbers import rng
 
 BankName = Literal["mp", "rp", "one_layer", "own"]
-InitName = Literal["kaiming_normal", "kaiming_uniform", "signed_constant", "model", "stored"]
+InitName = Literal[
+    "kaiming_normal",
+    "kaiming_uniform",
+    "xavier_normal",
+    "signed_constant",
+    "unsigned_constant",
+    "xavier_constant",
+    "model",
+    "stored",
+]
+FanMode = Literal["fan_in", "fan_out"]
+
+# Drawn numbers that are all of one size.
+CONSTANT: frozenset[str] = frozenset({"signed_constant", "unsigned_constant", "xavier_constant"})
+# Drawn numbers whose variance is by inputs and outputs (Glorot and Bengio, 2010).
+XAVIER: frozenset[str] = frozenset({"xavier_normal", "xavier_constant"})
 
 Shape = tuple[int, ...]
 
@@ -42,6 +57,8 @@ class BankSpec:
         length: For "rp", the prototype's length itself; wins over ``ratio``.
         permute: For "rp", whether the tiled vector is permuted once.
         scale_fan: Whether the variance is divided by ``density`` (edge-popup).
+        fan_mode: What the variance of drawn numbers is divided by: inputs that an output sums over,
+            or outputs that an input goes to.
         density: Share of ones, read only with ``scale_fan``.
     """
 
@@ -53,6 +70,20 @@ class BankSpec:
     permute: bool = False
     scale_fan: bool = False
     density: float = 0.5
+    fan_mode: FanMode = "fan_in"
+
+    def fan(self, fan_in: int, fan_out: int) -> int:
+        """Return what a prototype's variance is divided by, of the weight that it comes from."""
+        if self.init in XAVIER:
+            return fan_in + fan_out
+        return fan_in if self.fan_mode == "fan_in" else fan_out
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the fields in plain values; one that came later only where it says something."""
+        made = asdict(self)
+        if self.fan_mode == "fan_in":
+            del made["fan_mode"]
+        return made
 
     @property
     def generated(self) -> bool:
@@ -71,14 +102,14 @@ class Prototype:
 
     Attributes:
         source: Name of the weight whose fan (and, with ``init="model"``, whose values) it has.
-        fan_in: Inputs that one output of that weight sums over.
+        fan: What the variance of drawn numbers is divided by, see `BankSpec.fan`.
         period: Number of different values drawn.
         length: Number of values stored.
         offset: Place of the first value in the bank's buffer.
     """
 
     source: str
-    fan_in: int
+    fan: int
     period: int
     length: int
     offset: int
@@ -125,7 +156,7 @@ class Layout:
 
     def as_dict(self) -> dict[str, object]:
         """Return the layout in plain values, for fingerprints and messages."""
-        return asdict(self)
+        return {"spec": self.spec.as_dict(), "by_shape": [[s, _told(p)] for s, p in self.by_shape]}
 
     @property
     def _tiles(self) -> bool:
@@ -137,18 +168,18 @@ def lay_out(spec: BankSpec, weights: Sequence[tuple[str, Shape, int]]) -> Layout
 
     Args:
         spec: What decides the numbers; its ``bank`` is not "own".
-        weights: (name, shape, fan_in) of every weight to fill, in the model's order; not empty.
+        weights: (name, shape, fan) of every weight to fill, in the model's order; not empty.
 
     Returns:
         The layout: one vector for "mp" and "rp", one prototype a shape for "one_layer".
     """
     if spec.bank == "one_layer":
         return Layout(spec, _one_layer_prototypes(weights))
-    name, shape, fan_in = max(weights, key=lambda weight: math.prod(weight[1]))
+    name, shape, fan = max(weights, key=lambda weight: math.prod(weight[1]))
     largest = math.prod(shape)
     period = largest if spec.bank == "mp" else rp_length(spec, largest)
     length = largest if spec.permute else period
-    return Layout(spec, (((), Prototype(name, fan_in, period, length, 0)),))
+    return Layout(spec, (((), Prototype(name, fan, period, length, 0)),))
 
 
 def rp_length(spec: BankSpec, largest: int) -> int:
@@ -157,28 +188,30 @@ def rp_length(spec: BankSpec, largest: int) -> int:
     return min(wanted, largest)
 
 
-def draw(spec: BankSpec, stream: str, fan_in: int, count: int) -> np.ndarray:
+def draw(spec: BankSpec, stream: str, fan: int, count: int) -> np.ndarray:
     """Draw the first values of a prototype from the seed.
 
-    Standard deviation sqrt(2 / fan_in) (He et al. 2015, for ReLU) for every ``init``:
-    "kaiming_normal", "kaiming_uniform", or "signed_constant" = +-std (Ramanujan et al. 2020,
-    section 4.4).
+    Standard deviation std = sqrt(2 / fan) (He et al. 2015, for ReLU; Glorot and Bengio 2010 where
+    the fan is the sum of inputs and outputs) for every ``init``: "kaiming_normal",
+    "xavier_normal", "kaiming_uniform", "signed_constant" and "xavier_constant" = +-std (Ramanujan
+    et al. 2020, section 4.4). "unsigned_constant" is std itself, which nothing draws.
 
     Args:
         spec: What decides the numbers; they are drawn.
         stream: Name of the sequence.
-        fan_in: Inputs that one output sums over.
+        fan: What `BankSpec.fan` returned.
         count: How many values.
 
     Returns:
         Float32 array of shape (count,).
     """
-    fan = fan_in * spec.density if spec.scale_fan else fan_in
-    std = math.sqrt(2.0 / fan)
-    if spec.init == "kaiming_normal":
+    std = math.sqrt(2.0 / (fan * spec.density if spec.scale_fan else fan))
+    if spec.init in ("kaiming_normal", "xavier_normal"):
         return rng.normal(spec.seed, stream, count, std)
     if spec.init == "kaiming_uniform":
         return rng.uniform(spec.seed, stream, count, math.sqrt(3.0) * std)
+    if spec.init == "unsigned_constant":
+        return np.full(count, std, dtype=np.float32)
     return rng.signs(spec.seed, stream, count, std)
 
 
@@ -309,12 +342,18 @@ def _one_layer_prototypes(
     """One prototype a shape: the first weight of that shape."""
     prototypes: dict[Shape, Prototype] = {}
     offset = 0
-    for name, shape, fan_in in weights:
+    for name, shape, fan in weights:
         if shape not in prototypes:
             count = math.prod(shape)
-            prototypes[shape] = Prototype(name, fan_in, count, count, offset)
+            prototypes[shape] = Prototype(name, fan, count, count, offset)
             offset += count
     return tuple(prototypes.items())
+
+
+def _told(prototype: Prototype) -> dict[str, object]:
+    """Return a prototype in plain values; its fan has the name that fingerprints know it by."""
+    made = asdict(prototype)
+    return {"fan_in": made.pop("fan"), **made}
 
 
 def _stream(shape: Shape) -> str:
@@ -326,7 +365,7 @@ def _values(
     spec: BankSpec, shape: Shape, prototype: Prototype, weight_of: Callable[[str], Tensor]
 ) -> Tensor:
     if spec.drawn:
-        drawn = draw(spec, _stream(shape), prototype.fan_in, prototype.period)
+        drawn = draw(spec, _stream(shape), prototype.fan, prototype.period)
         values = torch.from_numpy(drawn)
     else:
         values = weight_of(prototype.source).detach().reshape(-1)[: prototype.period].clone()

@@ -51,7 +51,7 @@ def make_fingerprint(
         16 hexadecimal digits by dtype; empty if values are on the meta device.
     """
     recipe = {
-        "layout": layout.as_dict() if layout else {"spec": spec.__dict__},
+        "layout": layout.as_dict() if layout else {"spec": spec.as_dict()},
         "targets": [[name, list(shape)] for name, shape in sorted(targets)],
     }
     start = json.dumps(recipe, sort_keys=True).encode()

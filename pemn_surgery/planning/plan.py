@@ -42,6 +42,7 @@ class Target:
         kind: Class of the module, or the operator that a graph hands the weight to.
         shape: Shape of the weight.
         fan_in: Inputs that one output sums over.
+        fan_out: Outputs that one input goes to.
         tied: Other modules (as "path.parameter") that hold the same tensor and share the mask.
         untied_from: Name of the tensor that it was tied to and gets a copy of, or "".
         use: What a forward does with it ("linear", "linear at beit.py:225"), "" if not traced.
@@ -57,6 +58,7 @@ class Target:
     kind: str
     shape: Shape
     fan_in: int
+    fan_out: int
     tied: tuple[str, ...] = ()
     untied_from: str = ""
     use: str = field(default="", compare=False)

@@ -19,6 +19,7 @@ from pemn_surgery.planning.roles import (
     TABLES,
     base_modules,
     fan_in_of,
+    fan_out_of,
     is_norm,
     is_weight,
     rows_of,
@@ -40,7 +41,10 @@ def make_plan(model: nn.Module, request: Request) -> Plan:
     masked = {name for target in targets for name in (target.name, *target.tied)}
     layout = None
     if request.spec.bank != "own" and targets:
-        weights = [(target.name, target.shape, target.fan_in) for target in targets]
+        weights = [
+            (target.name, target.shape, request.spec.fan(target.fan_in, target.fan_out))
+            for target in targets
+        ]
         layout = banks.lay_out(request.spec, weights)
     return Plan(
         spec=request.spec,
@@ -159,12 +163,14 @@ def _target(
     use, reached = _seen(group, request)
     scaled = scale_rows_of(first.module, first.shape, one_a_matrix=request.one_a_matrix)
     layout = rows_of(first.module, first.shape).view
+    fan_in = first.fan_in or fan_in_of(first.module, first.shape)
     return Target(
         path=first.path,
         parameter=first.parameter,
         kind=first.operator or type(first.module).__name__,
         shape=first.shape,
-        fan_in=first.fan_in or fan_in_of(first.module, first.shape),
+        fan_in=fan_in,
+        fan_out=fan_out_of(first.module, first.shape, fan_in),
         tied=tuple(one.name for one in masked[1:]),
         untied_from=staying[0][0].name if staying else "",
         use=use,

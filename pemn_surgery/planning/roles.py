@@ -133,6 +133,17 @@ def fan_in_of(module: nn.Module, shape: Shape) -> int:
     return max(rows.summed * rows.inner, 1)
 
 
+def fan_out_of(module: nn.Module, shape: Shape, fan_in: int) -> int:
+    """Return how many outputs one input goes to, as `torch.nn.init` counts them.
+
+    Of a convolution times the places of its kernel, and whatever its groups are; of experts in one.
+    """
+    is_convolution = isinstance(module, nn.modules.conv._ConvNd) or len(shape) > 3
+    places = math.prod(shape[2:]) if is_convolution else 1
+    matrices = scale_rows_of(module, shape, one_a_matrix=True).count if len(shape) > 1 else 1
+    return max(math.prod(shape) // (fan_in * matrices) * places, 1)
+
+
 def _kind_of(module: nn.Module) -> LayerKind:
     return next(kind for kind in _KINDS if kind.fits(module))
 

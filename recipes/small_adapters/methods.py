@@ -133,7 +133,9 @@ class Voting(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[n, ...] -> [n, classes]``, the sums of votes."""
-        near = nn.functional.normalize(self.body(inputs).float()) @ self.features.T
+        found = nn.functional.normalize(self.body(inputs).float())
+        with torch.autocast(inputs.device.type, enabled=False):  # votes are counted in float32
+            near = found @ self.features.T
         near, which = near.topk(min(self.count, near.shape[1]), dim=1)
         votes = torch.zeros(len(near), self.classes, device=near.device)
         return votes.scatter_add_(1, self.labels[which], (near / self.temperature).exp())

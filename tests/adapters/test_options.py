@@ -23,7 +23,7 @@ VALUES = [
     1e308, math.nan, math.inf, -math.inf, "", "0", "x", "mp", "rp", "own", "topk", "threshold",
     "sqrt_density", "product", "sign_delta", "seed", "drawn", "both", "context", "train",
     "normal", "magnitude",
-    "kaiming_uniform",
+    "kaiming_uniform", "fan_out",
     "SEQ_CLS", "PEMN", "LORA", "*", "x" * 5000, [], [None], [0], [1, 2], ["a"], ["a", 1],
     [["a"]], [[[]]], {}, {"a": 1}, {"a": {"b": [1]}}, {"float32": "0" * 16}, {"float32": 3},
 ]  # fmt: skip
@@ -96,10 +96,20 @@ TAKES = {
     "ratio": any_of(NONE, share),
     "length": any_of(NONE, lambda value: whole(value) and value >= 1),
     "permute": is_a(bool),
-    "bank_init": one_of(None, "kaiming_normal", "kaiming_uniform", "signed_constant", "model"),
+    "bank_init": one_of(
+        None,
+        "model",
+        "kaiming_normal",
+        "kaiming_uniform",
+        "signed_constant",
+        "unsigned_constant",
+        "xavier_normal",
+        "xavier_constant",
+    ),
     "scale_fan": is_a(bool),
+    "fan_mode": one_of("fan_in", "fan_out"),
     "seed": whole,
-    "selector": one_of(None, "topk", "topk_signed", "threshold"),
+    "selector": one_of(None, "topk", "topk_signed", "threshold", "sample"),
     "density": any_of(NONE, share, one_of("erk")),
     "overall_density": any_of(NONE, share),
     "density_pattern": any_of(NONE, shares),
@@ -147,7 +157,8 @@ BESIDE = {
     "form": {"bank": "own", "selector": "topk"}, "layers_pattern": {"layers_to_transform": [0]},
     "score_mean": {"score_init": "normal"}, "score_std": {"score_init": "normal"},
     "support_by": {"support": 0.5}, "support_others": {"support": 0.5},
-    "scale_fan": {"bank_init": "kaiming_normal"}, "overall_density": {"density": "erk"},
+    "scale_fan": {"bank_init": "kaiming_normal"}, "fan_mode": {"bank_init": "kaiming_normal"},
+    "overall_density": {"density": "erk"},
 }  # fmt: skip
 
 
@@ -286,7 +297,7 @@ def combinations():
         {"selector": "threshold", "scale": "sqrt_density"},
         {"selector": "threshold", "score_init": "kaiming_uniform"},
         {"selector": "topk", "score_init": "normal"}, {"score_init": "magnitude"},
-        {"selector": "topk_signed"},
+        {"selector": "topk_signed"}, {"selector": "sample"},
     ]  # fmt: skip
     fans = [{}, {"scale_fan": True}]
     for parts in itertools.product(banks, inits, selectors, fans):
@@ -303,7 +314,7 @@ CHANGES = {
     "seed": 1, "density": 0.3, "overall_density": 0.3, "density_pattern": {"head": 0.3},
     "threshold": 0.3, "ratio": 0.25, "length": 9, "permute": True,
     "scale_fan": True, "scale": "sqrt_density", "score_init": 0.3, "bank_init": "signed_constant",
-    "score_mean": 0.3, "score_std": 0.3,
+    "score_mean": 0.3, "score_std": 0.3, "fan_mode": "fan_out",
 }  # fmt: skip
 
 
@@ -340,6 +351,11 @@ IDLES = [
     ({"bank": "rp", "ratio": 1, "permute": True}, "only a tiled one is permuted"),
     ({"bank_init": "model", "scale_fan": True}, "belongs to drawn numbers"),
     ({"bank": "own", "scale_fan": True}, "belongs to drawn numbers"),
+    ({"bank": "own", "fan_mode": "fan_out"}, "belongs to drawn numbers"),
+    ({"bank_init": "xavier_normal", "fan_mode": "fan_out"}, "by inputs and outputs together"),
+    ({"bank_init": "xavier_constant", "scale_fan": True}, "by inputs and outputs together"),
+    ({"bank": "rp", "bank_init": "unsigned_constant", "permute": True}, "have no order"),
+    ({"bank_init": "unsigned_constant", "selector": "threshold", "seed": 1}, "no initial score"),
     ({"bank": "own", "selector": "threshold", "seed": 1}, "no initial score is drawn"),
     ({**SIGNS, "seed": 1}, "no initial score is drawn"),
     ({"selector": "threshold", "density": 0.3}, 'selector="topk" (or to scale_fan=True)'),
@@ -348,7 +364,8 @@ IDLES = [
     ({"selector": "threshold", "density_pattern": {"a": 0.3}}, 'selectors of the largest'),
     ({**SIGNS, "density_pattern": {"a": 0.3}}, "come from a fine-tuned model"),
     ({**SIGNS, "new_rows": 2}, "come from a fine-tuned model"),
-    ({"threshold": 0.3}, 'selector="threshold", not selector="topk"'),
+    ({"threshold": 0.3}, '"threshold" or "sample", not selector="topk"'),
+    ({"bank": "own", "selector": "sample", "seed": 1}, "no initial score is drawn"),
     ({**SIGNS, "threshold": 1}, "come from a fine-tuned model"),
     ({"selector": "topk_signed", "score_init": 1.0}, "equal ones have no order"),
     ({"score_init": 1.0}, "equal ones have no order"),
@@ -424,7 +441,7 @@ def test_presets_leave_out_what_a_change_makes_meaningless():
     assert config.density == 0.3
     assert PemnConfig.preset("edge_popup", selector="threshold").score_init == 0.01
     for name in ("pemn", "edge_popup"):
-        with pytest.raises(ConfigError, match='selector="threshold", not selector="topk"'):
+        with pytest.raises(ConfigError, match='"threshold" or "sample", not selector="topk"'):
             PemnConfig.preset(name, threshold=0.1)
     for name in ("piggyback", "self_masking"):
         with pytest.raises(ConfigError, match=r"density=0\.3"):

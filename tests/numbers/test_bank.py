@@ -145,9 +145,45 @@ def test_of_equally_large_layers_the_first_counts():
     assert (
         lay_out(spec(), weights_of([(1, 3), (2, 8), (8, 2)])).by_shape[0][1].source == "l1.weight"
     )
-    assert lay_out(spec(), weights_of([(1, 3), (8, 2), (2, 8)])).by_shape[0][1].fan_in == 2
+    assert lay_out(spec(), weights_of([(1, 3), (8, 2), (2, 8)])).by_shape[0][1].fan == 2
     first = make(spec(), [(8, 2), (2, 8)]).values
     assert first.tolist() == drawn(0, "bank", (8, 2))
+
+
+# Edge-popup's configurations: standard deviation, and whether all numbers are of one size.
+FANS = [
+    ("kaiming_normal", "fan_in", 2 / 48, False),
+    ("kaiming_uniform", "fan_out", 2 / 80, False),
+    ("signed_constant", "fan_out", 2 / 80, True),
+    ("unsigned_constant", "fan_in", 2 / 48, True),
+    ("unsigned_constant", "fan_out", 2 / 80, True),
+    ("xavier_normal", "fan_in", 2 / (48 + 80), False),
+    ("xavier_constant", "fan_in", 2 / (48 + 80), True),
+]
+
+
+@pytest.mark.parametrize(("init", "fan_mode", "variance", "is_constant"), FANS)
+def test_the_variance_of_each_init(init, fan_mode, variance, is_constant):
+    one = spec("own", init, fan_mode=fan_mode)
+    values = draw(one, "weight/a", one.fan(48, 80), 20_000)
+    assert values.dtype == np.float32
+    assert math.isclose(float((values.astype(float) ** 2).mean()), variance, rel_tol=0.03)
+    sizes = np.unique(np.abs(values))
+    assert (len(sizes) == 1) == is_constant
+    if is_constant:
+        assert sizes[0] == np.float32(math.sqrt(variance))
+    assert (values.min() > 0) == (init == "unsigned_constant")
+    assert abs(float((values > 0).mean()) - (1 if values.min() > 0 else 0.5)) < 0.02
+
+
+def test_what_came_later_is_in_no_fingerprint_of_what_was_before():
+    fields = {"bank", "init", "seed", "ratio", "length", "permute", "scale_fan", "density"}
+    assert spec().as_dict().keys() == fields
+    layout = lay_out(spec(), weights_of([(2, 8)])).as_dict()
+    assert layout["spec"].keys() == fields
+    ((shape, prototype),) = layout["by_shape"]
+    assert (shape, prototype["fan_in"], "fan" in prototype) == ((), 8, False)
+    assert spec(fan_mode="fan_out").as_dict().keys() == fields | {"fan_mode"}
 
 
 @given(MODELS, RATIOS, st.integers(0, 99))

@@ -16,6 +16,7 @@ from pemn_surgery.masks.kept import one_forward
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.masks.rows import Rows
 from pemn_surgery.planning.roles import rows_of
+from tests.golden.cases import Experts
 
 BANKS = {
     "own": {"bank": "own", "selector": "threshold", "score_init": "kaiming_uniform"},
@@ -204,3 +205,31 @@ def test_a_vector_that_is_asked_for_is_one_row(layer):
     bias = next(target for target in found.targets if target.name == "0.bias")
     assert (bias.shape, bias.fan_in) == ((6,), 1)
     assert rows_of(layer, (6,)) == Rows(1, 1, 1, 6)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(6, 10),
+        nn.Conv1d(6, 10, 3),
+        nn.Conv2d(6, 10, (3, 2)),
+        nn.Conv2d(6, 12, 3, groups=3),
+        nn.ConvTranspose2d(6, 10, 3),
+    ],
+)
+def test_fans_are_those_of_torch(layer):
+    (target,) = plan(nn.Sequential(layer), bank="own").targets
+    fans = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+    assert (target.fan_in, target.fan_out) == fans
+
+
+def test_fan_out_of_other_layers():
+    """transformers' Conv1D is (in, out); each of two experts counts by itself, as (out, in)."""
+    (target,) = plan(nn.Sequential(Conv1D(10, 6)), bank="own").targets
+    assert (target.fan_in, target.fan_out) == (6, 10)
+    found = plan(Experts(), bank="own", target_parameters=["gate_up", "down"]).targets
+    assert [(t.fan_in, t.fan_out) for t in found] == [(8, 4), (4, 8)]
+    (bias,) = plan(
+        nn.Sequential(nn.Linear(4, 6)), bank="own", target_modules=[], target_parameters=["bias"]
+    ).targets
+    assert (bias.fan_in, bias.fan_out) == (1, 6)

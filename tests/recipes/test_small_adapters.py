@@ -375,7 +375,7 @@ def test_results_of_several_sittings_add_up(small, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"precision": "bf16"}, r"'precision': \('fp32', 'bf16'\)"), ({}, "'probe': ")],
+    [({"precision": "fp32"}, r"'precision': \('bf16', 'fp32'\)"), ({}, "'probe': ")],
 )
 def test_cells_of_other_settings_are_never_mixed(change, message, tmp_path):
     results(options(tmp_path, arms=("probe",), seeds=(0,)))
