@@ -44,7 +44,7 @@ from pemn_surgery.planning.request import NewRows, RestName, TiedName
 
 ScoreInitName = Literal["kaiming_uniform", "normal", "magnitude", "magnitude_shuffled"]
 ScaleName = Literal["sqrt_density", "row", "matrix"]
-FormName = Literal["product", "flip", "sign_delta"]
+FormName = Literal["product", "flip", "binary", "sign_delta"]
 
 # How far above the threshold all scores begin: of "threshold", and of "sample" (chances of .98).
 _MARGIN, _SURE = 0.01, 4.0
@@ -122,6 +122,7 @@ class PemnConfig(PeftConfig):
             ``form="sign_delta"`` None is a scale for each output, "matrix" one for each matrix.
         form: What a mask M does to the frozen weight W. "product": W x M (and ``scale``). "flip":
             W (2M - 1), so that signs change where M is zero (Self-Masking Networks' released code).
+            "binary": g sign(W) M, g the mean of abs(W) over what is kept (Multi-Prize Tickets).
             "sign_delta": W + s (2M - 1), s a float scale for each output; only with ``bank="own"``
             on the model's own values. s is trained from zero, and M with it; those that
             `from_finetuned` makes have the signs of a fine-tuned model's change (BitDelta), and a
@@ -453,6 +454,7 @@ class PemnConfig(PeftConfig):
         asks_density = by_density or any((self.density, self.overall_density, self.density_pattern))
         if self.selector is None:
             keeps_model = self.bank == "own" and self.bank_init in (None, "model")
+            keeps_model = keeps_model and self.form != "binary"
             self.selector = "threshold" if keeps_model and not asks_density else "topk"
         if self.density is None:
             self.density = 0.5

@@ -22,6 +22,7 @@ from pemn_surgery.coding import bits
 from pemn_surgery.errors import ConfigError, NonFiniteScoresError, PemnWarning
 from pemn_surgery.masks import in_force
 from pemn_surgery.masks.adapter_mask import AdapterMask
+from pemn_surgery.masks.binary import BinaryMask
 from pemn_surgery.masks.flip import FlipMask
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.masks.selector import Selector, check_finite
@@ -38,6 +39,7 @@ _INT32 = 2**31  # places below it are held in half the memory
 _KINDS: dict[str, type[AdapterMask]] = {
     "product": AdapterMask,
     "flip": FlipMask,
+    "binary": BinaryMask,
     "sign_delta": SignDelta,
 }
 

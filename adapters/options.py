@@ -158,7 +158,7 @@ OPTIONS: dict[str, Option] = {
         Option("a finite number of at least 0", lambda value: is_number(value) and value >= 0)
     ),
     "scale": _choice(None, "sqrt_density", "row", "matrix"),
-    "form": _choice("product", "flip", "sign_delta"),
+    "form": _choice("product", "flip", "binary", "sign_delta"),
     "support": _or_none(
         Option(
             "a number with 0 < value < 1 (a share, not a percentage)",
@@ -405,6 +405,12 @@ IDLE: tuple[Idle, ...] = (
         for name in ("overall_density", "density_pattern", "new_rows", "support")
     ),
     Idle(
+        "support",
+        lambda config: config.form == "binary",
+        'numbers that it leaves out would keep their sizes, beside form="binary", which has one',
+        in_files=True,
+    ),
+    Idle(
         "support_by",
         lambda config: config.support is None,
         "it says which weights support= is a share of; give a share",
@@ -469,6 +475,12 @@ IDLE: tuple[Idle, ...] = (
         "scale",
         lambda config: config.scale == "sqrt_density" and config.form == "flip",
         'flips have no density to make up for; it belongs to form="product"',
+        in_files=True,
+    ),
+    Idle(
+        "scale",
+        lambda config: config.scale == "sqrt_density" and config.form == "binary",
+        'form="binary" has a size of its own; scale="row" is trained',
         in_files=True,
     ),
     Idle(

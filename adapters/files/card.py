@@ -331,7 +331,11 @@ def _selection(config: PemnConfig) -> str:
         return signs
     takes = config.selector in TAKES_DENSITY
     chosen = _density(config) if takes else f"threshold {config.threshold}"
-    forms = {"flip": ", form flip: signs of weights", "sign_delta": f", {signs}"}
+    forms = {
+        "flip": ", form flip: signs of weights",
+        "binary": ", form binary: signs of weights, one size for all",
+        "sign_delta": f", {signs}",
+    }
     form = forms.get(config.form, "")
     scale = f", scale {config.scale}" if config.scale and config.form != "sign_delta" else ""
     return f"{config.selector}, {chosen}{form}{scale}{_support(config)}"

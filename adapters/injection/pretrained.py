@@ -29,6 +29,8 @@ def lost_by(config: PemnConfig, model: nn.Module, plan: Plan) -> str:
             f'bank="{config.bank}" replaces {weights} of a trained model with {numbers}: it '
             f"begins anew; {keep}"
         )
+    if config.form == "binary":
+        return f'form="binary" takes the sizes of {weights} of a trained model; {keep}'
     shares = [1.0 if item.density is None else item.density for item in plan.targets]
     if config.bank == "own" and config.form == "product" and min(shares) < 1:
         return (

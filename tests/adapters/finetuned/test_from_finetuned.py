@@ -966,7 +966,7 @@ def test_sign_deltas_that_cannot_be_are_refused(options, said):
 
 def test_unknown_forms_are_refused():
     with pytest.raises(
-        ConfigError, match=r"form='sum'; it needs one of 'product', 'flip', 'sign_delta'"
+        ConfigError, match=r"form='sum'; it needs one of 'product', 'flip', 'binary', 'sign_delta'"
     ):
         PemnConfig(form="sum")
 
