@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 from peft.config import PeftConfig
+from torch import Tensor
 
 from pemn_surgery.adapters.files.adapter_file import (
     CONFIG,
@@ -36,6 +37,7 @@ from pemn_surgery.adapters.presets import PRESETS, Preset, PresetName, Training
 from pemn_surgery.adapters.registry import PEMN
 from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
+from pemn_surgery.masks.overall import settled_selectors
 from pemn_surgery.masks.selector import TAKES_DENSITY, Selector, SelectorName
 from pemn_surgery.numbers.bank import BankName, BankSpec, FanMode, InitName, Shape
 from pemn_surgery.numbers.support import OthersName, Support, SupportName
@@ -93,8 +95,9 @@ class PemnConfig(PeftConfig):
             "xavier_constant" it is their sum.
         seed: Seed of the bank and of the initial scores.
         selector: "topk" keeps the ``density`` largest magnitudes of every weight's scores,
-            "topk_signed" its largest scores, signs counting, "threshold" the scores above
-            ``threshold``; "sample" draws masks while it trains, each weight kept with the chance
+            "topk_overall" those of all masked weights together, "topk_signed" every weight's
+            largest scores, signs counting, "threshold" the scores above ``threshold``; "sample"
+            draws masks while it trains, each weight kept with the chance
             sigmoid(score - ``threshold``), and keeps those whose chance is above one half in
             evaluation and in files. Default "threshold" on the weights that a model has
             (``bank="own"``, not drawn), so that training starts from the model as it is, and "topk"
@@ -447,6 +450,12 @@ class PemnConfig(PeftConfig):
         """Return how a mask is chosen from scores, given the weight's density, if any."""
         name = cast("SelectorName", self.selector)
         return Selector(name, 0.5 if density is None else density, self.threshold)
+
+    def selectors(self, scores: Mapping[str, Tensor]) -> dict[str, Selector]:
+        """Return how the masks of all scores of an adapter are chosen, by weight."""
+        densities = self.densities({name: tuple(one.shape) for name, one in scores.items()})
+        chosen = {name: self.selector_of(densities.get(name)) for name in scores}
+        return settled_selectors(chosen, scores)
 
     def _settle_selector(self) -> None:
         """Choose by what is given beside it; what is idle is told by the selector."""

@@ -7,7 +7,7 @@ of the base.
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from pemn_surgery.masks.adapter_mask import AdapterMask
 from pemn_surgery.masks.binary import BinaryMask
 from pemn_surgery.masks.flip import FlipMask
 from pemn_surgery.masks.masked_weight import MaskedWeight
+from pemn_surgery.masks.overall import Overall
 from pemn_surgery.masks.selector import Selector, check_finite
 from pemn_surgery.masks.sign_delta import SignDelta, unit_of
 from pemn_surgery.numbers import rng
@@ -362,6 +363,20 @@ class PemnLayer(PemnTunerLayer, MaskedWeight):
         mask = self.mask_of(adapter_name)
         if mask.store.device.type != "meta":
             mask.to(where)
+
+
+def choose_together(layers: Iterable[PemnLayer], adapter_name: str) -> None:
+    """Let an adapter's masks settle among them how many scores each drops, if they are so chosen.
+
+    Args:
+        layers: All layers that the adapter masks.
+        adapter_name: The adapter.
+    """
+    masks = [layer.mask_of(adapter_name) for layer in layers]
+    if any(mask.last_selector.is_overall for mask in masks):
+        together = Overall(masks)
+        for mask in masks:
+            mask.together = together
 
 
 def initial_scores(

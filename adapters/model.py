@@ -16,6 +16,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
 from torch import Tensor, nn
 
+from pemn_surgery.adapters.base import masked_layers
 from pemn_surgery.adapters.checks import (
     check_in_place,
     check_mode,
@@ -45,7 +46,7 @@ from pemn_surgery.adapters.injection.new_rows import (
 )
 from pemn_surgery.adapters.injection.operation import Operation
 from pemn_surgery.adapters.injection.pretrained import lost_by, warn_of_lost_weights
-from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer
+from pemn_surgery.adapters.layer import PemnLayer, PemnTunerLayer, choose_together
 from pemn_surgery.adapters.names import check_adapter_name, saved_whole, without_name
 from pemn_surgery.adapters.quantised import check_can_store
 from pemn_surgery.adapters.registry import PREFIX
@@ -265,6 +266,7 @@ class PemnModel(BaseTuner):
         with undone_on_error(self, config):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config.target_parameters = asked
+            choose_together(masked_layers(model, adapter_name).values(), adapter_name)
             if config.origin.file is not None and not ignores_sizes():
                 shapes = {key: shape for key, (shape, _) in config.origin.file.others.items()}
                 take_sizes(model, adapter_name, shapes)

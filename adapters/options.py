@@ -435,6 +435,18 @@ IDLE: tuple[Idle, ...] = (
     ),
     Idle("density", _has_fixed_signs, _SIGNS),
     Idle(
+        "density_pattern",
+        lambda config: config.selector == "topk_overall",
+        "each weight's share follows from all scores together",
+        in_files=True,
+    ),
+    Idle(
+        "density",
+        lambda config: config.selector == "topk_overall" and config.density == "erk",
+        "each weight's share follows from all scores together: give one number",
+        in_files=True,
+    ),
+    Idle(
         "threshold",
         lambda config: config.selector not in HAS_THRESHOLD,
         'it belongs to selector="threshold" or "sample", not selector="{selector}"',

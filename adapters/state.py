@@ -37,7 +37,8 @@ from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.header import UNKNOWN_BASE, StoredMask, inspect, refuse
 from pemn_surgery.errors import ArchitectureError, PemnWarning, TrainingWarning
 from pemn_surgery.masks.adapter_mask import AdapterMask
-from pemn_surgery.masks.selector import check_finite
+from pemn_surgery.masks.overall import settled_selectors
+from pemn_surgery.masks.selector import Selector, check_finite
 from pemn_surgery.masks.sign_delta import SignDelta
 from pemn_surgery.numbers import fingerprint as fingerprints
 from pemn_surgery.surgery.layer_groups import base_name
@@ -168,6 +169,7 @@ def prepare_for_model(
     actual = fingerprint_now(model, adapter_name)
     headers = _check_masks(masks, given, actual)
     _check_scores(masks, given, named, actual)
+    selectors = _selectors(masks, given)
     loaded: StateDict = {}
     lossy = 0
     for key, value in given.items():
@@ -184,10 +186,25 @@ def prepare_for_model(
             continue
         held = "scores" if mask.scores is not None else "bits"
         lossy += held == "scores" and kind == "bits"
-        loaded[mask_key(mask.target, held)] = _converted(value, kind, held, mask, config, actual)
+        loaded[mask_key(mask.target, held)] = _converted(
+            value, kind, held, mask, config, actual, selectors
+        )
     if lossy:
         warn_of_bits(lossy)
     return loaded
+
+
+def _selectors(
+    masks: Mapping[str, tuple[AdapterMask, str]], given: Mapping[str, Tensor]
+) -> dict[str, Selector]:
+    """Return how masks are chosen from the scores of a state dict, by weight."""
+    found = {
+        masks[key][0].target: (masks[key][0].selector, value)
+        for key, value in given.items()
+        if key in masks and masks[key][1] == "scores"
+    }
+    scores = {target: value for target, (_, value) in found.items()}
+    return settled_selectors({target: one for target, (one, _) in found.items()}, scores)
 
 
 def warn_of_bits(count: int) -> None:
@@ -210,6 +227,9 @@ def scores_from_mask(chosen: Tensor, mask: AdapterMask, config: PemnConfig) -> T
     shape = mask.shape
     fan_in = max(math.prod(shape) // max(shape[0], 1), 1) if shape else 1
     start = initial_scores(config, mask.target, mask.mask_shape, fan_in).to(chosen.device)
+    if mask.selector.is_overall:  # ones lie above the zeros of all other masks, too
+        near = start / max(1.0, float(start.abs().max()) if start.numel() else 0.0)
+        return torch.where(chosen, near + torch.where(near < 0, -1.01, 1.01), near)
     if not mask.selector.has_threshold:
         # drawn scores reach 1 / sqrt(fan_in), others as far as they do
         reach = max(1.01 * fan_in**-0.5, 1.01 * float(start.abs().max()) if start.numel() else 0.0)
@@ -399,10 +419,12 @@ def _converted(
     mask: AdapterMask,
     config: PemnConfig,
     actual: fingerprints.Fingerprint,
+    selectors: Mapping[str, Selector],
 ) -> Tensor:
     if kind == held:
         return value
     if held == "bits":
         check_finite(value, mask.target)
-        return bits.pack(mask.selector.mask(value), fingerprints.short_form(actual))
+        chosen = selectors[mask.target].mask(value)
+        return bits.pack(chosen, fingerprints.short_form(actual))
     return scores_from_mask(bits.unpack(value, mask.mask_shape), mask, config)

@@ -22,7 +22,7 @@ from pemn_surgery.adapters.files.opening import open_adapter
 from pemn_surgery.coding import bits, codec
 from pemn_surgery.coding.header import CodingName
 from pemn_surgery.errors import ConfigError
-from pemn_surgery.masks.selector import check_finite
+from pemn_surgery.masks.selector import Selector, check_finite
 from pemn_surgery.numbers import fingerprint as fingerprints
 
 RecodingName = Literal["bits", "entropy"]
@@ -55,11 +55,12 @@ def recode(folder: str | Path, coding: RecodingName, out: str | Path | None = No
         check_without_base(file)
         _check_keeps_scores(file, Path(folder), into)
         given = read_decoded(file.path).tensors
-        densities = config.densities(
-            {parameter_name(k): tuple(v.shape) for k, v in given.items() if _is_scores(k)}
-        )
+        scores = {parameter_name(key): value for key, value in given.items() if _is_scores(key)}
+        for name, value in scores.items():
+            check_finite(value, name)
+        selectors = config.selectors(scores)
         tensors = {
-            _new_key(key): _recoded(key, value, coding, config, densities)
+            _new_key(key): _recoded(key, value, coding, config, selectors)
             for key, value in given.items()
             if not is_fingerprint_key(key)  # bits have it in their header
         }
@@ -80,16 +81,14 @@ def _recoded(
     value: Tensor,
     coding: RecodingName,
     config: PemnConfig,
-    densities: Mapping[str, float],
+    selectors: Mapping[str, Selector],
 ) -> Tensor:
     if not is_mask_key(key) or key.endswith(".row_scale"):
         return value
     stored = value
     if _is_scores(key):
-        check_finite(value, parameter_name(key))
         base = fingerprints.short_form(config.fingerprint or {})
-        selector = config.selector_of(densities.get(parameter_name(key)))
-        stored = bits.pack(selector.mask(value), base)
+        stored = bits.pack(selectors[parameter_name(key)].mask(value), base)
     return codec.encode(stored) if coding == "entropy" else stored
 
 

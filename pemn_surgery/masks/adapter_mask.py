@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pemn_surgery.coding import bits
 from pemn_surgery.errors import MaskNotLoadedError
+from pemn_surgery.masks.overall import Overall
 from pemn_surgery.masks.product import (
     goes_by_pieces,
     masked,
@@ -45,7 +46,8 @@ class AdapterMask(nn.Module):
         shape: Shape of the weight.
         places: Where the weights that it masks lie in the flattened weight, an integer buffer of
             shape (masked weights,), ascending, that no file holds; None: all are masked.
-        selector: Chooses the mask from the scores.
+        together: Settles how many scores it drops, of masks that are chosen with all others of
+            their adapter; else None.
         last_selector: The one that training ends with, while a schedule has another in its place.
         fingerprint: Identifies the base that the mask belongs to, by dtype.
         scaled: Whether the masked weight is multiplied by 1 / sqrt(density of the mask).
@@ -87,6 +89,7 @@ class AdapterMask(nn.Module):
         super().__init__()
         self.target = target
         self.shape = shape
+        self.together: Overall | None = None
         self.selector = self.last_selector = selector
         self.fingerprint = dict(fingerprint or {})
         self.scaled = scaled
@@ -100,6 +103,22 @@ class AdapterMask(nn.Module):
             self.register_buffer(name, told, persistent=told is None)
         self.register_parameter("row_scale", None)
         self.rows, self.is_final = None, False
+
+    @property
+    def selector(self) -> Selector:
+        """Chooses the mask from the scores, as they are now."""
+        if self.together is None or self.scores is None:
+            return self._selector
+        return self.together.settled(self.target, self._selector)
+
+    @selector.setter
+    def selector(self, selector: Selector) -> None:
+        self._selector = selector
+
+    @property
+    def settled_by_others(self) -> int | None:
+        """How many scores it drops where all masks of its adapter settle that, else None."""
+        return None if self.together is None else self.selector.dropped
 
     def take_row_scale(self, row_scale: Tensor, rows: Rows, *, is_final: bool) -> None:
         """Have a scale for each output."""
@@ -261,7 +280,7 @@ class AdapterMask(nn.Module):
         """Show the selector and what is held."""
         held = "scores" if self.scores is not None else "bits"
         part = "" if self.places is None else f", {self.weights} of them"
-        return f"{self.selector.name}, {held}, shape={tuple(self.shape)}{part}"
+        return f"{self._selector.name}, {held}, shape={tuple(self.shape)}{part}"
 
 
 def _without_rounding(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

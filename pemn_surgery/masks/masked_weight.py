@@ -458,7 +458,9 @@ class MaskedWeight(nn.Module):
         dtype = self.drawn_dtype or tensors[0].dtype
         rounded = self._autocast_dtype(dtype, tensors[0].device.type)
         steps = steps_taken() if any(mask.scores is not None for mask in masks) else None
-        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), rounded, steps)
+        settled = tuple(mask.settled_by_others for mask in masks)
+        grads = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        mode = (*grads, rounded, steps, *settled)
         return Sources(state.names, mode, tensors)
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from pemn_surgery.errors import NonFiniteScoresError
 from pemn_surgery.kernels.selection import Rule, keep_largest
 
-SelectorName = Literal["topk", "topk_signed", "threshold", "sample"]
+SelectorName = Literal["topk", "topk_overall", "topk_signed", "threshold", "sample"]
 
 # Selectors that are told how many weights to keep.
-TAKES_DENSITY: frozenset[str] = frozenset({"topk", "topk_signed"})
+TAKES_DENSITY: frozenset[str] = frozenset({"topk", "topk_overall", "topk_signed"})
 # Selectors that compare every score with one number.
 HAS_THRESHOLD: frozenset[str] = frozenset({"threshold", "sample"})
 
@@ -26,18 +26,21 @@ class Selector:
     """How a mask is chosen from scores.
 
     Attributes:
-        name: "topk" keeps the largest magnitudes, "topk_signed" the largest numbers, "threshold"
-            every score S above one, mu; "sample" keeps each with the chance sigmoid(S - mu) while
+        name: "topk" keeps the largest magnitudes, "topk_overall" those among all of an adapter's
+            (`overall`), "topk_signed" the largest numbers, "threshold" every score S above one,
+            mu; "sample" keeps each with the chance sigmoid(S - mu) while
             it trains, and those whose chance is above one half, S > mu, else.
-        density: Share of ones for "topk" and "topk_signed".
+        density: Share of ones for "topk" and "topk_signed"; of all masks for "topk_overall".
         threshold: The number mu for "threshold" and "sample".
         draws: Whether masks of "sample" are drawn, by torch's global generator of the device.
+        dropped: How many of the scores "topk_overall" drops; None: as "topk", before all are known.
     """
 
     name: SelectorName
     density: float
     threshold: float
     draws: bool = False
+    dropped: int | None = None
 
     def drawing(self) -> "Selector":
         """Return what chooses masks in the forwards of training."""
@@ -45,8 +48,8 @@ class Selector:
 
     def mask(self, scores: Tensor) -> Tensor:
         """Return the bool mask of the scores' shape and device."""
-        if self.name == "topk":
-            return topk_mask(scores, self.density)
+        if self.uses_magnitude:
+            return keep_largest(scores, self._count_dropped(scores.numel()))
         if self.name == "topk_signed":
             return signed_topk_mask(scores, self.density)
         if self.draws:
@@ -55,10 +58,13 @@ class Selector:
 
     def rule(self, weights: int) -> Rule | None:
         """Return how the kernels choose among so many scores; None where they know no such way."""
-        if self.name == "topk":
-            return Rule(dropped_count(weights, self.density))
+        if self.uses_magnitude:
+            return Rule(self._count_dropped(weights))
         is_compared = self.has_threshold and not self.draws
         return Rule(None, self.threshold) if is_compared else None
+
+    def _count_dropped(self, weights: int) -> int:
+        return dropped_count(weights, self.density) if self.dropped is None else self.dropped
 
     def chosen_from(self, scores: Tensor) -> Tensor:
         """Return what a mask is chosen by, whose gradient is the mask's: |S|, a chance, or S."""
@@ -78,7 +84,12 @@ class Selector:
     @property
     def uses_magnitude(self) -> bool:
         """Whether the mask depends on |S|, so that the gradient of a score carries sign(S)."""
-        return self.name == "topk"
+        return self.name in ("topk", "topk_overall")
+
+    @property
+    def is_overall(self) -> bool:
+        """Whether the masks of an adapter are chosen together."""
+        return self.name == "topk_overall"
 
     @property
     def is_sampled(self) -> bool:

@@ -109,7 +109,7 @@ TAKES = {
     "scale_fan": is_a(bool),
     "fan_mode": one_of("fan_in", "fan_out"),
     "seed": whole,
-    "selector": one_of(None, "topk", "topk_signed", "threshold", "sample"),
+    "selector": one_of(None, "topk", "topk_overall", "topk_signed", "threshold", "sample"),
     "density": any_of(NONE, share, one_of("erk")),
     "overall_density": any_of(NONE, share),
     "density_pattern": any_of(NONE, shares),
@@ -298,6 +298,7 @@ def combinations():
         {"selector": "threshold", "score_init": "kaiming_uniform"},
         {"selector": "topk", "score_init": "normal"}, {"score_init": "magnitude"},
         {"selector": "topk_signed"}, {"selector": "sample"},
+        {"selector": "topk_overall"},
     ]  # fmt: skip
     fans = [{}, {"scale_fan": True}]
     for parts in itertools.product(banks, inits, selectors, fans):
@@ -368,6 +369,8 @@ IDLES = [
     ({"bank": "own", "selector": "sample", "seed": 1}, "no initial score is drawn"),
     ({**SIGNS, "threshold": 1}, "come from a fine-tuned model"),
     ({"selector": "topk_signed", "score_init": 1.0}, "equal ones have no order"),
+    ({"selector": "topk_overall", "density": "erk"}, "give one number"),
+    ({"selector": "topk_overall", "density_pattern": {"a": 0.3}}, "follows from all scores"),
     ({"score_init": 1.0}, "equal ones have no order"),
     ({"score_mean": 0.1}, 'belongs to score_init="normal", not score_init=None'),
     ({"score_init": "magnitude", "score_mean": 0.1}, "not score_init='magnitude'"),
