@@ -1,38 +1,47 @@
 """Which task is this batch of? Asked of a model that carries many and was not told.
 
 SupSup (Wortsman et al., NeurIPS 2020): run the mixture of all k adapters, each with weight 1 / k,
-and follow the gradient of the output's entropy H with respect to those weights. The adapter whose
-share, if it grew, would lower H most is the one that knows the batch.
+and follow the gradient of an objective with respect to those weights. The adapter whose share, if
+it grew, would lower the objective most is the one that knows the batch. The objective is the
+entropy H of the output, or what its spare outputs say, G.
+
+Networks with BatchNorm know more: each task's running statistics, which its batches have
+(`statistics`).
 """
 
-import copy
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_map
 
-from pemn_surgery.adapters.whole_modules import choosing_layers
+from pemn_surgery.adapters.tasks.mixing import (
+    call,
+    heads_of,
+    mixed,
+    only_looking,
+    tensors_of,
+    usable,
+)
+from pemn_surgery.adapters.tasks.statistics import divergences
 from pemn_surgery.errors import ConfigError, TaskInferenceError
-from pemn_surgery.masks import in_force
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.masks.mixture import Mixture
 from pemn_surgery.masks.task_tensors import TaskTensors
 
-MethodName = Literal["one_shot", "binary"]
+MethodName = Literal["one_shot", "binary", "statistics"]
+ObjectiveName = Literal["entropy", "spare_outputs"]
 
 # How many of so many adapters stay after a round.
 _STAYING: dict[str, Callable[[int], int]] = {
     "one_shot": lambda adapters: 1,
     "binary": lambda adapters: math.ceil(adapters / 2),
 }
+_METHODS = (*_STAYING, "statistics")
+_OBJECTIVES = ("entropy", "spare_outputs")
 
 
 @dataclass(frozen=True)
@@ -41,22 +50,45 @@ class TaskGuess:
 
     Attributes:
         name: The adapter to use.
-        rounds: For each round dH/dalpha of the adapters that were mixed in it, each with weight
-            1 / their number, in the order of the adapters.
+        rounds: For each round the gradient of the objective (dH/dalpha or dG/dalpha) of the
+            adapters that were mixed in it, each with weight 1 / their number, in the order of the
+            adapters. Empty with "statistics".
+        divergences: With "statistics", of every adapter how far the batch's statistics are from its
+            running ones, in nats a channel; else empty.
     """
 
     name: str
-    rounds: tuple[Mapping[str, float], ...]
+    rounds: tuple[Mapping[str, float], ...] = ()
+    divergences: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
-        """How many gradients were taken: 1, or ceil(log2(k)) for "binary"."""
+        """How many gradients were taken: 1, ceil(log2(k)) for "binary", 0 for "statistics"."""
         return len(self.rounds)
 
     @property
     def gradients(self) -> dict[str, float]:
-        """dH/dalpha of every adapter, in the last round that it was mixed in."""
+        """The objective's gradient of every adapter, in the last round that it was mixed in."""
         return {name: value for taken in self.rounds for name, value in taken.items()}
+
+    @property
+    def margin(self) -> float:
+        """How far the winner was ahead of the adapter that came closest to taking its place.
+
+        Of a round that is its gradient's distance to the smallest gradient that was dropped; of
+        several rounds the least counts, since the winner had to stay in each. With "statistics" it
+        is the distance to the second smallest divergence. Never negative, 0 at a tie, and inf where
+        there was no other candidate. It has the unit of what is compared, so compare it
+        between batches that were asked about in the same way.
+        """
+        decided = self.rounds or (self.divergences,)
+        stayed = (*decided[1:], (self.name,))
+        return min(self._lead(*pair) for pair in zip(decided, stayed, strict=True))
+
+    def _lead(self, values: Mapping[str, float], stayed: Collection[str]) -> float:
+        """Return how far the winner was ahead of the first adapter that did not stay."""
+        dropped = [value for name, value in values.items() if name not in stayed]
+        return min(dropped) - values[self.name] if dropped else math.inf
 
 
 def infer_task(
@@ -65,45 +97,58 @@ def infer_task(
     *,
     adapters: Sequence[str] | None = None,
     method: MethodName = "one_shot",
+    objective: ObjectiveName | None = None,
+    classes: int | None = None,
 ) -> TaskGuess:
     """Infer which adapter a batch of one task belongs to; activate it with ``set_adapter``.
 
-    The model runs in eval mode, once (and backward) a round, with fill x sum of alpha_i (mask x
-    scale)_i as every weight. What else tasks own is mixed with the same weights: norms, running
-    statistics, biases and the tensors of ``modules_to_save``. The model is left as it was: mode,
-    active and merged adapters, gradients, statistics, kept weights. Calls of a `PeftModel` that
-    other threads have begun go on as they began; those that they are about to begin wait.
+    The model runs in eval mode. For "one_shot" and "binary" it runs once (and backward) a round,
+    with fill x sum of alpha_i (mask x scale)_i as every weight; what else tasks own is mixed with
+    the same weights: norms, running statistics, biases and the tensors of ``modules_to_save``. For
+    "statistics" it runs once a candidate, with that adapter alone. The model is left as it was:
+    mode, active and merged adapters, gradients, statistics, kept weights. Calls of a `PeftModel`
+    that other threads have begun go on as they began; those that they are about to begin wait.
 
     Args:
         model: Any model that carries adapters of this method, also inside a wrapper. Its forward
-            returns logits, a float tensor of shape (..., classes), or something that has them as
-            ``logits``.
+            returns logits, a float tensor of shape (..., outputs), or something that has them as
+            ``logits``; with "statistics" it may return anything.
         inputs: The batch: a tensor, a mapping of keyword arguments, or a tuple of positional ones.
         adapters: The candidates. None takes all that have masks.
         method: "one_shot" takes one gradient and the adapter with the smallest; "binary" drops the
-            half with the larger gradients and takes another, until one is left.
+            half with the larger gradients and takes another, until one is left; "statistics" takes
+            the adapter whose running statistics (of BatchNorm) are nearest to the batch's.
+        objective: What the gradient is of, for "one_shot" and "binary". "entropy" (None means it)
+            is that of the softmax; "spare_outputs" is the logsumexp of the logits with a gradient
+            through those outputs alone that no label uses, SupSup's G.
+        classes: With "spare_outputs", how many outputs labels use: the first ones. The others are
+            spare.
 
     Returns:
-        The guess. Of equal gradients the earlier adapter's is taken for smaller.
+        The guess. Of equal gradients or divergences the earlier adapter's is taken for smaller.
 
     Raises:
-        ConfigError: If there is no such method.
+        ConfigError: If there is no such method or objective, or ``objective`` and ``classes`` do
+            not go with the others.
         TaskInferenceError: If the model has no such adapters, one adds signs, heads differ in
-            shape, the forward returns no logits of at least two classes or runs without gradients,
-            or a gradient is not finite.
+            shape, the forward returns no logits of at least two outputs or runs without gradients,
+            no output is spare, or a gradient is not finite. With "statistics", if a candidate has
+            no running statistics that moved while it trained, or a divergence is not finite.
     """
     names = _candidates(model, adapters)
-    if method not in _STAYING:
-        message = f"infer_task got method={method!r}; it needs one of {', '.join(_STAYING)}."
-        raise ConfigError(message)
+    _check_options(method, objective, classes)
+    if method == "statistics":
+        with only_looking(model, gradients=False):
+            found = divergences(model, usable(inputs), names)
+        return TaskGuess(min(names, key=found.__getitem__), divergences=found)
     _check_forms(model, names)
     _check_heads(model, names)
     _check_rows(model, names)
     rounds: list[Mapping[str, float]] = []
-    with _only_looking(model):
-        batch = tree_map(_usable, inputs)
+    with only_looking(model, gradients=True):
+        batch = usable(inputs)
         while not rounds or len(names) > 1:
-            rounds.append(_entropy_gradients(model, batch, names))
+            rounds.append(_gradients(model, batch, names, classes))
             best = sorted(names, key=rounds[-1].__getitem__)[: _STAYING[method](len(names))]
             names = tuple(name for name in names if name in best)
     return TaskGuess(next(iter(names)), tuple(rounds))
@@ -124,6 +169,33 @@ def _candidates(model: nn.Module, adapters: Sequence[str] | None) -> tuple[str, 
     return names
 
 
+def _check_options(method: str, objective: str | None, classes: int | None) -> None:
+    """Refuse what there is not, and what nothing would read."""
+    if method not in _METHODS:
+        message = f"infer_task got method={method!r}; it needs one of {', '.join(_METHODS)}."
+        raise ConfigError(message)
+    if objective not in (*_OBJECTIVES, None):
+        known = ", ".join(_OBJECTIVES)
+        message = f"infer_task got objective={objective!r}; it needs one of {known}."
+        raise ConfigError(message)
+    given = f"infer_task got method={method!r}, objective={objective!r} and classes={classes!r}; "
+    if method == "statistics" and not (objective is None and classes is None):
+        message = "'statistics' reads no outputs. Leave objective and classes out."
+        raise ConfigError(given + message)
+    if objective == "spare_outputs" and (classes is None or classes < 1):
+        message = (
+            "'spare_outputs' needs to know how many outputs labels use, the first ones, 1 or more: "
+            "classes=10. All others are spare."
+        )
+        raise ConfigError(given + message)
+    if objective != "spare_outputs" and classes is not None:
+        message = (
+            "the entropy weighs all outputs alike. Leave classes out, or give "
+            "objective='spare_outputs'."
+        )
+        raise ConfigError(given + message)
+
+
 def _check_forms(model: nn.Module, names: Sequence[str]) -> None:
     layers = [module for module in model.modules() if isinstance(module, MaskedWeight)]
     masks = [(name, layer.pemn_masks._modules.get(name)) for layer in layers for name in names]
@@ -140,7 +212,7 @@ def _check_heads(model: nn.Module, names: Sequence[str]) -> None:
     for path, wrapper in model.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
-        heads = [_tensors(head) for head in _heads(wrapper, names)]
+        heads = [tensors_of(head) for head in heads_of(wrapper, names)]
         shapes = [{name: tuple(one.shape) for name, one in head.items()} for head in heads]
         for name, found in _others(names, shapes):
             message = (
@@ -171,98 +243,23 @@ def _others(names: Sequence[str], found: Sequence[Any]) -> Iterator[tuple[str, A
     return ((name, one) for name, one in zip(names, found, strict=True) if one != found[0])
 
 
-def _heads(wrapper: ModulesToSaveWrapper, names: Sequence[str]) -> list[nn.Module]:
-    """Return each adapter's copy of a module; one without a copy uses the original."""
-    held = wrapper.modules_to_save._modules
-    return [cast("nn.Module", held.get(name, wrapper.original_module)) for name in names]
-
-
-def _tensors(head: nn.Module) -> dict[str, Tensor]:
-    return {**dict(head.named_parameters()), **dict(head.named_buffers())}
-
-
-@contextmanager
-def _only_looking(model: nn.Module) -> Iterator[None]:
-    """Run in eval mode with gradients; put every module's mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _usable(value: Any) -> Any:
-    """Return an input as it is, or a copy that autograd can use where inference mode made it."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
-def _entropy_gradients(model: nn.Module, inputs: Any, names: tuple[str, ...]) -> dict[str, float]:
-    """Return dH/dalpha by adapter, where all have the weight 1 / their number."""
+def _gradients(
+    model: nn.Module, inputs: Any, names: tuple[str, ...], classes: int | None
+) -> dict[str, float]:
+    """Return dH/dalpha (dG/dalpha with ``classes``), where all have the weight 1 / their number."""
     alphas = torch.full((len(names),), 1 / len(names), requires_grad=True)
-    with _mixed(model, Mixture(names, alphas)):
-        entropy = _entropy(_logits(_call(model, inputs)))
-        found = _gradient(entropy, alphas)
+    with mixed(model, Mixture(names, alphas)):
+        logits = _logits(call(model, inputs))
+        objective = _entropy(logits) if classes is None else _spare_outputs(logits, classes)
+        found = _gradient(objective, alphas)
     if not bool(torch.isfinite(found).all()):
         message = (
-            f"The entropy of the mixture of {len(names)} adapters has a gradient that is not finite"
-            f" (entropy {entropy.item()}). Give inputs and adapters whose logits are finite."
+            f"The objective of the mixture of {len(names)} adapters has a gradient that is not "
+            f"finite (objective {objective.item()}). Give inputs and adapters whose logits are "
+            "finite."
         )
         raise TaskInferenceError(message)
     return dict(zip(names, found.tolist(), strict=True))
-
-
-@contextmanager
-def _mixed(model: nn.Module, mixture: Mixture) -> Iterator[None]:
-    """Let everything that tasks own be read as a mixture, in this thread."""
-    with in_force.switching(choosing_layers(model)), ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, (MaskedWeight, TaskTensors)):
-                stack.callback(setattr, module, "mixture", module.mixture)
-                module.mixture = mixture
-            elif isinstance(module, ModulesToSaveWrapper):
-                hook = module.register_forward_hook(_mixing_hook(mixture), with_kwargs=True)
-                stack.callback(hook.remove)
-        yield
-
-
-def _mixing_hook(mixture: Mixture) -> Callable[..., Any]:
-    """Return a hook that replaces a whole module's output by that of its mixed copy."""
-    thread = threading.get_ident()
-
-    def run_mixed(
-        wrapper: ModulesToSaveWrapper, given: tuple[Any, ...], keywords: dict[str, Any], _: Any
-    ) -> Any:
-        if threading.get_ident() != thread:
-            return None
-        heads = _heads(wrapper, mixture.names)
-        return functional_call(_shell(heads[0]), _mixed_tensors(heads, mixture), given, keywords)
-
-    return run_mixed
-
-
-def _shell(head: nn.Module) -> nn.Module:
-    """Return a copy of a module with the very same tensors.
-
-    ``functional_call`` puts others in their place while it runs, where another thread would see it.
-    """
-    return copy.deepcopy(head, {id(tensor): tensor for tensor in _tensors(head).values()})
-
-
-def _mixed_tensors(heads: Sequence[nn.Module], mixture: Mixture) -> dict[str, Tensor]:
-    """Return the mixed tensors of a module; as in `TaskTensors`, buffers pass no gradients on."""
-    tables = [_tensors(head) for head in heads]
-    mixed = {name: mixture.of_tensors([table[name] for table in tables]) for name in tables[0]}
-    parameters = dict(heads[0].named_parameters())
-    return {name: m if name in parameters else m.detach() for name, m in mixed.items()}
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _logits(output: Any) -> Tensor:
@@ -270,23 +267,46 @@ def _logits(output: Any) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() == 0 or logits.shape[-1] < 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         message = (
-            f"The model returned {found}; infer_task needs logits of shape (..., classes) with two "
-            "classes or more, as a tensor or as .logits of what is returned."
+            f"The model returned {found}; infer_task needs logits of shape (..., outputs) with two "
+            "outputs or more, as a tensor or as .logits of what is returned."
         )
         raise TaskInferenceError(message)
     return logits
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """Return the entropy of the softmax in nats, averaged over everything but the classes."""
-    chances = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    """Return H, the softmax's entropy in nats, averaged over everything but the outputs."""
+    chances = _wide(logits).log_softmax(-1)
     return -(chances.exp() * chances).sum(-1).mean()
 
 
-def _gradient(entropy: Tensor, alphas: Tensor) -> Tensor:
+def _spare_outputs(logits: Tensor, classes: int) -> Tensor:
+    """Return G, the mean logsumexp of the logits; only spare outputs pass gradients on.
+
+    dG is the sum over spare outputs of softmax x d(logit). Training on a task pushes these outputs
+    down, under its own mask and inputs, so the share that would lower them most is its own. The
+    outputs that labels use pass nothing on: a wrong mask can be as sure of some class as the right.
+    """
+    outputs = logits.shape[-1]
+    if classes >= outputs:
+        message = (
+            f"objective='spare_outputs' got classes={classes}, and the logits have {outputs} "
+            "outputs: none is spare. Train tasks on a head with more outputs than classes, or use "
+            "objective='entropy'."
+        )
+        raise TaskInferenceError(message)
+    used, spare = _wide(logits).split([classes, outputs - classes], -1)
+    return torch.cat([used.detach(), spare], -1).logsumexp(-1).mean()
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _gradient(objective: Tensor, alphas: Tensor) -> Tensor:
     found = None
-    if entropy.requires_grad:
-        (found,) = torch.autograd.grad(entropy, alphas, allow_unused=True)
+    if objective.requires_grad:
+        (found,) = torch.autograd.grad(objective, alphas, allow_unused=True)
     if found is None:
         message = (
             "The logits have no gradient with respect to the masks: the forward turns gradients "

@@ -203,13 +203,14 @@ def test_generation_in_two_threads():
     assert together(lambda: work(1), lambda: work(2)) == [0, 0]
 
 
-def test_inferring_the_task_beside_calls():
+@pytest.mark.parametrize("method", ["one_shot", "statistics"])
+def test_inferring_the_task_beside_calls(method):
     model = net()
     expected = alone(model, forward)
-    guess = infer_task(model, models.images(7, 4))
+    guess = infer_task(model, models.images(7, 4), method=method)
 
     def infers():
-        return {infer_task(model, models.images(7, 4)).name for _ in range(15)}
+        return {infer_task(model, models.images(7, 4), method=method).name for _ in range(15)}
 
     @torch.no_grad()
     def asks():

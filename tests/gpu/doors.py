@@ -330,10 +330,17 @@ def mixed_batch(device: torch.device) -> Figures:
 
 def unknown_task(device: torch.device) -> Figures:
     model, said = many_tasks(device)
-    guess = infer_task(model.eval(), images(1).to(device))
-    assert guess.name in said
-    assert all(value == value for value in guess.gradients.values()), guess.gradients
-    return {"guess": guess.name}
+    model, x = model.eval(), images(1).to(device)
+    guesses = {
+        "entropy": infer_task(model, x),
+        "spare outputs": infer_task(model, x, objective="spare_outputs", classes=2),
+        "statistics": infer_task(model, x, method="statistics"),
+    }
+    for guess in guesses.values():
+        compared = {**guess.gradients, **guess.divergences}
+        assert set(compared) == set(said)
+        assert all(value == value for value in compared.values()), compared
+    return {way: guess.name for way, guess in guesses.items()}
 
 
 def kept_weights(device: torch.device) -> Figures:

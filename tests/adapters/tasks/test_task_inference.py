@@ -9,13 +9,24 @@ from peft import PeftModel
 from torch import nn
 from torch.func import functional_call
 
-from pemn_surgery import PemnConfig, from_finetuned, infer_task, keep_weights, pemnify
+from pemn_surgery import PemnConfig, TaskGuess, from_finetuned, infer_task, keep_weights, pemnify
 from pemn_surgery.errors import ConfigError, TaskInferenceError
 from pemn_surgery.masks.mixture import Mixture
 from tests.adapters import models
+from tests.adapters.mixtures import (
+    MP,
+    NAMES,
+    PREPARE,
+    Breaks,
+    Counts,
+    assert_close,
+    in_training,
+    mixed_state,
+    same,
+    state_of,
+    tasks,
+)
 
-NAMES = ("a", "b", "c", "d", "f")  # PEFT warns of letters of its prefix "pemn_"
-MP = {"bank": "mp"}
 CASES = {
     **models.BANKS,
     "own_scaled": {
@@ -24,49 +35,6 @@ CASES = {
     },
     "frozen": {"bank": "own", "bank_init": "signed_constant", "rest": "freeze"},
 }  # fmt: skip
-
-
-def tasks(options, names=NAMES, steps=3):
-    """A network with several adapters, each trained a little on a batch of its own."""
-    model = models.net().eval()
-    model = pemnify(model, PemnConfig(**options), adapter_name=names[0])
-    for name in names[1:]:
-        model.add_adapter(name, PemnConfig(**options))
-    for task, name in enumerate(names):
-        model.set_adapter(name)
-        models.train(model, task, steps)
-    return model.eval()
-
-
-def scaled_mask(layer, name):
-    """M x c of one adapter; ones where it leaves the weight unmasked."""
-    if name not in layer.pemn_masks:
-        return torch.ones(layer.shape)
-    mask = models.mask_of_layer(layer, name).float()
-    return mask / mask.double().mean().sqrt() if layer.mask_of(name).scaled else mask
-
-
-def mixed_state(model, names, alphas):
-    """Every tensor of the plain network: weights and owned tensors summed, nothing shared."""
-    state = {}
-    for target, layer in models.mask_layers(model).items():
-        pairs = zip(alphas, names, strict=True)
-        state[target] = layer.fill().detach() * sum(a * scaled_mask(layer, n) for a, n in pairs)
-    for path, layer in models.task_layers(model).items():
-        owner = layer.owner
-        for name, base in [*owner._parameters.items(), *owner._buffers.items()]:
-            if base is None:
-                continue
-            held = [layer.pemn_tensors[n](name) for n in names]
-            full = f"{path}.{name}"
-            if full in state or all(tensor is None for tensor in held):
-                continue
-            total = sum(
-                alpha * (base if tensor is None else tensor).detach()
-                for alpha, tensor in zip(alphas, held, strict=True)
-            )
-            state[full] = total.detach() if name in owner._buffers else total
-    return state
 
 
 def oracle(model, names, x, network=None):
@@ -79,13 +47,6 @@ def oracle(model, names, x, network=None):
     return dict(zip(names, gradients.tolist(), strict=True))
 
 
-def assert_close(found, expected):
-    assert list(found) == list(expected)
-    assert len(expected) > 0
-    for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-7), name
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_one_shot_is_the_gradient_of_the_dense_mixture(case):
     model, x = tasks(CASES[case]), models.images(1)
@@ -95,6 +56,9 @@ def test_one_shot_is_the_gradient_of_the_dense_mixture(case):
     assert_close(guess.gradients, expected)
     assert guess.name == min(expected, key=expected.get)
     assert guess.steps == len(guess.rounds) == 1
+    first, second, *_ = sorted(guess.gradients.values())
+    assert guess.margin == second - first > 0
+    assert guess.divergences == {}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
@@ -102,16 +66,116 @@ def test_binary_drops_the_half_with_the_larger_gradients(count):
     model, x, names = tasks(MP), models.images(2), NAMES[:count]
     guess = infer_task(model, x, adapters=names, method="binary")
     assert guess.steps == max(math.ceil(math.log2(count)), 1)
-    seen = {}
+    seen, leads = {}, [math.inf]
     for taken in guess.rounds:
         assert_close(taken, oracle(model, names, x))
         seen.update(taken)
         order = sorted(taken.values())
         limit = order[(len(order) + 1) // 2 - 1]
+        leads += [value - taken[guess.name] for value in order if value > limit]
         names = tuple(name for name in names if taken[name] <= limit)
     assert names == (guess.name,)
     assert guess.gradients == seen
+    assert guess.margin == min(leads)
     assert set(seen) == set(NAMES[:count])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("classes", [1, 3])
+def test_spare_outputs_have_the_gradient_of_their_share_alone(case, classes):
+    """G: each spare logit's derivative, times its softmax, summed; the others count in it only."""
+    model, x = tasks(CASES[case]), models.images(1)
+    alphas = torch.full((len(NAMES),), 1 / len(NAMES), requires_grad=True)
+    state = mixed_state(model, NAMES, alphas)
+    logits = functional_call(models.net().eval(), state, (x,))
+    shares = logits.detach().softmax(-1)
+    expected = torch.zeros(len(NAMES))
+    for row, share in zip(logits, shares, strict=True):
+        for output in range(classes, 4):
+            (slope,) = torch.autograd.grad(row[output], alphas, retain_graph=True)
+            expected += share[output] * slope / len(x)
+    expected = dict(zip(NAMES, expected.tolist(), strict=True))
+    guess = infer_task(model, x, objective="spare_outputs", classes=classes)
+    assert_close(guess.gradients, expected)
+    assert guess.name == min(expected, key=expected.get)
+    assert guess.gradients != infer_task(model, x).gradients
+
+
+def test_spare_outputs_agree_with_finite_differences():
+    """In float64, of explicitly mixed weights: how G moves when the used logits stand still."""
+    model, x, names = tasks(CASES["frozen"]), models.images(3).double(), NAMES[:3]
+    network, start, step = models.net().eval().double(), [1 / 3] * 3, 1e-3
+    still = {n: t for n, t in mixed_state(model, names, start).items() if "running" in n}
+
+    def logits(alphas):
+        state = mixed_state(model, names, alphas) | still  # statistics pass no gradients on
+        state = {name: value.double() for name, value in state.items()}
+        with torch.no_grad():
+            return functional_call(network, state, (x,))
+
+    def value(used, spare):
+        total = used[:, :2].exp().sum(1) + spare[:, 2:].exp().sum(1)
+        return float(total.log().mean())
+
+    expected = {}
+    for place, name in enumerate(names):
+        up, down = list(start), list(start)
+        up[place], down[place] = up[place] + step, down[place] - step
+        here = logits(start)
+        rise = value(here, logits(up)) - value(here, logits(down))
+        expected[name] = rise / (2 * step)
+    guess = infer_task(model, x.float(), adapters=names, objective="spare_outputs", classes=2)
+    assert guess.gradients == pytest.approx(expected, rel=2e-3)
+
+
+def test_entropy_is_what_none_means_and_position_logits_are_averaged():
+    model, x = tasks(MP, ("a", "b")), models.images(1)
+    assert infer_task(model, x, objective="entropy") == infer_task(model, x)
+    plain = infer_task(model, x, objective="spare_outputs", classes=2)
+    by_position = pemnify(Returns(lambda y: y[:, None].expand(-1, 5, -1)), adapter_name="a", **MP)
+    by_position.add_adapter("b", PemnConfig(**MP))
+    by_position.load_state_dict(model.state_dict())
+    found = infer_task(by_position, x, objective="spare_outputs", classes=2)
+    assert_close(found.gradients, plain.gradients)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"objective": "loss"}, ["objective='loss'", "entropy, spare_outputs"]),
+        ({"objective": "spare_outputs"}, ["classes=None", "how many outputs labels use"]),
+        ({"objective": "spare_outputs", "classes": 0}, ["classes=0", "1 or more"]),
+        ({"objective": "entropy", "classes": 3}, ["classes=3", "objective='spare_outputs'"]),
+        ({"classes": 3}, ["classes=3", "objective=None", "objective='spare_outputs'"]),
+        ({"method": "statistics", "objective": "entropy"}, ["'entropy'", "reads no outputs"]),
+        ({"method": "statistics", "classes": 3}, ["classes=3", "reads no outputs"]),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, parts):
+    model = tasks(MP, ("a", "b"), steps=1)
+    with pytest.raises(ConfigError) as error:
+        infer_task(model, models.images(), **options)
+    models.says(error, *parts)
+
+
+@pytest.mark.parametrize("classes", [4, 10])
+def test_a_head_without_spare_outputs_is_refused(classes):
+    model = tasks(MP, ("a", "b"), steps=1)
+    before = models.Snapshot(model)
+    with pytest.raises(TaskInferenceError) as error:
+        infer_task(model, models.images(), objective="spare_outputs", classes=classes)
+    models.says(error, f"classes={classes}", "4 outputs", "none is spare", "objective='entropy'")
+    before.assert_unchanged()
+
+
+def test_margin_of_several_rounds_is_the_least_lead_of_the_winner():
+    rounds = ({"a": -3.0, "b": -2.5, "c": -2.0, "d": 1.0}, {"a": -1.0, "b": 4.0})
+    assert TaskGuess("a", rounds).margin == 1  # -2 was dropped first; b is 5 behind later
+    assert TaskGuess("a", (rounds[0], {"a": -1.0, "b": -0.5})).margin == 0.5
+    assert TaskGuess("a", rounds[:1]).margin == 0.5
+    assert TaskGuess("a", ({"a": 2.0},)).margin == math.inf
+    assert TaskGuess("b", divergences={"a": 0.75, "b": 0.25, "c": 3.0}).margin == 0.5
+    assert TaskGuess("b", divergences={"b": 0.25}).margin == math.inf
 
 
 def test_of_equal_adapters_the_earlier_is_taken():
@@ -119,7 +183,8 @@ def test_of_equal_adapters_the_earlier_is_taken():
     for name in ("second", "third"):
         model.add_adapter(name, PemnConfig(**MP))  # equal seeds: equal scores
     for method in ("one_shot", "binary"):
-        assert infer_task(model, models.images(), method=method).name == "first"
+        guess = infer_task(model, models.images(), method=method)
+        assert (guess.name, guess.margin) == ("first", 0)
         found = infer_task(model, models.images(), adapters=["third", "second"], method=method)
         assert found.name == "third"
 
@@ -185,12 +250,13 @@ def loaded(folder):
     return model.eval()
 
 
+@pytest.mark.parametrize("asked", [{}, {"objective": "spare_outputs", "classes": 4}])
 @pytest.mark.parametrize("method", ["one_shot", "binary"])
-def test_the_right_one_of_trained_tasks_is_found(trained, method):
+def test_the_right_one_of_trained_tasks_is_found(trained, method, asked):
     model = loaded(trained)
     for task in range(6):
         x, y = permuted(task, 32, 77 + task)
-        guess = infer_task(model, x, method=method)
+        guess = infer_task(model, x, method=method, **asked)
         assert guess.name == f"task{task}"
         assert guess.steps == (1 if method == "one_shot" else 3)
         model.set_adapter(guess.name)
@@ -243,43 +309,7 @@ def test_heads_of_other_shapes_are_refused():
     assert infer_task(model, models.images(), adapters=["a", "c"]).name in ("a", "c")
 
 
-def state_of(model):
-    """What `Snapshot` does not see."""
-    layers = models.mask_layers(model).values()
-    return {
-        "active": model.active_adapters,
-        "kept": [(layer._kept.weight, layer._kept.sources) for layer in layers],
-        "merged": [layer.merged_weight for layer in layers],
-        "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        "mixtures": [m.mixture for m in model.modules() if hasattr(m, "mixture")],
-        "hooks": [len(m._forward_hooks) for m in model.modules()],
-        "attributes": [set(vars(m)) for m in model.modules()],
-    }
-
-
-def same(found, expected):
-    if isinstance(expected, torch.Tensor):
-        return found is expected or torch.equal(found, expected)
-    if isinstance(expected, (list, tuple)):
-        return len(found) == len(expected) and all(map(same, found, expected))
-    return found == expected
-
-
-def in_training(model):
-    model.train()
-    model.base_model.model.bn2.eval()  # modes differ from module to module
-    models.step(model, models.trainer_of(model), 0)
-
-
-def merged(model):
-    model.merge_adapter(["c"])
-
-
-def disabled(model):
-    model.base_model.disable_adapter_layers()
-
-
-@pytest.mark.parametrize("prepare", [lambda model: None, in_training, merged, disabled])
+@pytest.mark.parametrize("prepare", PREPARE)
 @pytest.mark.parametrize("method", ["one_shot", "binary"])
 def test_the_model_stays_as_it_was(prepare, method):
     model, x = tasks(MP), models.images(6)
@@ -296,12 +326,6 @@ def test_the_model_stays_as_it_was(prepare, method):
         assert guess.rounds == expected, "the active adapter must not matter"
 
 
-class Breaks(nn.Module):
-    def forward(self, x):
-        message = "broken on purpose"
-        raise RuntimeError(message)
-
-
 def test_an_error_on_the_way_changes_nothing():
     model = whole_heads().train()
     net = model.base_model.model
@@ -313,16 +337,6 @@ def test_an_error_on_the_way_changes_nothing():
     assert all(same(value, before[key]) for key, value in state_of(model).items())
     net.bn3 = whole
     assert infer_task(model, models.images()).name in ("a", "b", "c")
-
-
-class Counts(models.Net):
-    """Writes to its statistics at every call, in place and by assignment."""
-
-    def forward(self, x):
-        self.bn1.running_mean = self.bn1.running_mean + 1
-        self.bn2.running_var.mul_(2)
-        self.bn2.num_batches_tracked.add_(1)
-        return super().forward(x)
 
 
 def test_what_a_forward_writes_is_dropped():
@@ -461,7 +475,9 @@ def test_a_model_without_masks_is_refused():
 
 def test_an_unknown_method_is_refused():
     model = tasks(MP, ("a", "b"), steps=1)
-    with pytest.raises(ConfigError, match="method='twice'; it needs one of one_shot, binary"):
+    with pytest.raises(
+        ConfigError, match="method='twice'; it needs one of one_shot, binary, statistics"
+    ):
         infer_task(model, models.images(), method="twice")
 
 
