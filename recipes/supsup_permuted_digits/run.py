@@ -27,8 +27,15 @@ from pemn_surgery.recipe.options import SEEDS, check_counts, option
 from pemn_surgery.recipe.options import Options as Shared
 from pemn_surgery.recipe.runner import Runner
 
-METHODS = ("one_shot", "binary")
-PIXELS, TEST = 64, 450
+PIXELS, TEST, CLASSES = 64, 450, 10
+
+# Rows of results, by what `infer_task` is asked.
+ENTROPY: dict[str, dict[str, Any]] = {
+    "one_shot": {"method": "one_shot"},
+    "binary": {"method": "binary"},
+}
+G = {"objective": "spare_outputs", "classes": CLASSES}
+SPARE_OUTPUTS = {f"{row}, G": asked | G for row, asked in ENTROPY.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,31 +186,35 @@ class Seed:
             "found": 1.0,
             "accuracy": statistics.mean(known),
         }
+        has_spare = self.case.arguments["sizes"][-1] > CLASSES
+        rows = ENTROPY | SPARE_OUTPUTS if has_spare else ENTROPY
         for size in self.options.sizes:
-            for method in METHODS:
-                yield self._inferred(model, size, method)
+            for row, asked in rows.items():
+                yield self._inferred(model, size, row, asked)
 
     def _accuracy_known(self, model: PeftModel, task: int) -> float:
         model.set_adapter(self.names[task])
         return right(model, *self._split(task, test=True)) / self.tested
 
-    def _inferred(self, model: PeftModel, size: int, method: Any) -> dict[str, Any]:
+    def _inferred(
+        self, model: PeftModel, size: int, task_by: str, asked: dict[str, Any]
+    ) -> dict[str, Any]:
         """An image counts as right if its task is found and its class is (labels unshared)."""
-        generator = torch.Generator().manual_seed(self.seed)  # both methods see the same batches
+        generator = torch.Generator().manual_seed(self.seed)  # all rows see the same batches
         found, correct, seconds = 0, 0, 0.0
         tasks = list(range(len(self.names))) * self.options.repeats
-        title = f"seed {self.seed}: {method}, batches of {size}"
+        title = f"seed {self.seed}: {task_by}, batches of {size}"
         for task in track(tasks, title, console=self.console):
             rows = torch.randperm(self.tested, generator=generator)[:size]
             images, labels = (part[rows] for part in self._split(task, test=True))
             started = time.perf_counter()
-            guess = infer_task(model, images, method=method).name
+            guess = infer_task(model, images, **asked).name
             seconds += time.perf_counter() - started
             if guess == self.names[task]:
                 model.set_adapter(guess)
                 found, correct = found + 1, correct + right(model, images, labels)
         shares = {"found": found / len(tasks), "accuracy": correct / (len(tasks) * size)}
-        row = {"task": method, "batch": size, **shares}
+        row = {"task": task_by, "batch": size, **shares}
         return row | {"batches": len(tasks), "seconds_a_batch": seconds / len(tasks)}
 
 

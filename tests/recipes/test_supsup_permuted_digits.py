@@ -24,6 +24,13 @@ RESULTS = {
     for path in sorted((FOLDER / "results").glob("*.json"))
 }
 
+ASKED = {
+    "one_shot": {"method": "one_shot"},
+    "binary": {"method": "binary"},
+    "one_shot, G": {"method": "one_shot", "objective": "spare_outputs", "classes": 10},
+    "binary, G": {"method": "binary", "objective": "spare_outputs", "classes": 10},
+}
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
@@ -56,22 +63,22 @@ def test_rows_are_what_counting_one_by_one_gives(small, place):
     model, names = loaded(work / f"outputs_100-e3-s{seed}")
     data = RUN.digits(seed, 4)
     rows = {(row["task"], row["batch"]): row for row in result["seeds"][place]["rows"]}
-    assert set(rows) == {("given", 450), *((m, b) for m in RUN.METHODS for b in (2, 5))}
+    assert set(rows) == {("given", 450), *((asked, b) for asked in ASKED for b in (2, 5))}
     right = 0
     for task, name in enumerate(names):
         model.set_adapter(name)
         for image, label in zip(*data.test, strict=True):
             right += int(model(image[data.permutations[task]][None]).argmax()) == int(label)
     assert rows["given", 450]["accuracy"] == pytest.approx(right / 1800)
-    for (method, size), row in rows.items():
-        if method == "given":
+    for (asked, size), row in rows.items():
+        if asked == "given":
             continue
         generator = torch.Generator().manual_seed(seed)
         found = correct = 0
         for task in [0, 1, 2, 3] * 2:
             chosen = torch.randperm(450, generator=generator)[:size].tolist()
             images = torch.stack([data.test[0][i][data.permutations[task]] for i in chosen])
-            guess = infer_task(model, images, method=method).name
+            guess = infer_task(model, images, **ASKED[asked]).name
             model.set_adapter(guess)
             hits = [model(images).argmax(1)[j] == data.test[1][i] for j, i in enumerate(chosen)]
             found += guess == names[task]
@@ -81,7 +88,7 @@ def test_rows_are_what_counting_one_by_one_gives(small, place):
 
 def test_summary_is_mean_and_sample_deviation(small):
     result, *_ = small
-    assert len(result["summary"]) == 6
+    assert len(result["summary"]) == 2 + 2 * len(ASKED)
     for place, row in enumerate(result["summary"][1:]):
         values = [seed["rows"][place]["accuracy"] for seed in result["seeds"]]
         assert row["accuracy"]["mean"] == pytest.approx(sum(values) / 2)
@@ -139,6 +146,13 @@ def test_a_finished_run_resumes_to_its_result_and_is_not_overwritten(small):
     assert timeless(run(dataclasses.replace(options, resume=True))) == timeless(result)
 
 
+def test_without_spare_outputs_the_entropy_alone_is_asked(tmp_path):
+    given = {"epochs": 1, "tasks": 2, "seeds": (0,), "sizes": (1,), "dense_tasks": 1, "limit": 64}
+    options = RUN.Options(work=tmp_path, case="outputs_10", **given)
+    ((_, found),) = RUN.run(RECIPE, options, Console(file=io.StringIO()))
+    assert [row["task"] for row in found["seeds"][0]["rows"]] == ["given", "one_shot", "binary"]
+
+
 def test_a_trial_cuts_both_splits():
     data = RUN.digits(0, 2, limit=30)
     assert [len(labels) for _, labels in (data.train, data.test)] == [30, 30]
@@ -155,9 +169,9 @@ def test_readme_figures_are_those_of_the_results():
         for line in (FOLDER / "README.md").read_text(encoding="utf-8").splitlines()
         if line.startswith("|")
     ]
-    assert set(RESULTS) == {"outputs_100-t100.json", "outputs_10-t50.json"}
-    for result in RESULTS.values():
-        assert result["tasks"] >= 50
+    assert set(RESULTS) == {f"outputs_{n}.json" for n in ("100-t100", "100-t30", "10-t50")}
+    for file, result in RESULTS.items():
+        assert result["tasks"] >= 30
         assert len(result["seeds"]) >= 3
         for line in result["summary"]:
             found = percent(line["found"]) if "given" not in line["task"] else "given"
@@ -167,4 +181,5 @@ def test_readme_figures_are_those_of_the_results():
             assert wanted in rows, wanted
         sizes = result["seeds"][0]["bytes"]
         ratio = f"{sizes['dense'] / sizes['masks']:.1f} x"
-        assert [result["case"], f"{sizes['dense']:,}", f"{sizes['masks']:,}", ratio] in rows
+        label = file.removesuffix(".json")
+        assert [label, f"{sizes['dense']:,}", f"{sizes['masks']:,}", ratio] in rows
