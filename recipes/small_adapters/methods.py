@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pemn_surgery.errors import RecipeError
 from pemn_surgery.recipe import load
 from pemn_surgery.recipe.arms import sizes
+from pemn_surgery.training.penalty import pull_back_at_rates
 
 NETWORKS: Any = load(Path(__file__).resolve().parent).module("networks")
 FILE = "model.safetensors"
@@ -33,10 +34,12 @@ class Adapter:
     Attributes:
         peft: Its configuration.
         seeded: Field of this that takes the run's seed, if it has one.
+        flip_penalty: Draws scores back to where they began after each step (`pull_back`).
     """
 
     peft: dict[str, Any]
     seeded: str = ""
+    flip_penalty: float = 0.0
 
     def on(self, network: nn.Module, seed: int) -> nn.Module:
         """Return the network with a fresh adapter; what has no seed is drawn by torch's."""
@@ -44,6 +47,11 @@ class Adapter:
         own = {self.seeded: seed} if self.seeded else {}
         config = PeftConfig.from_peft_type(**self.peft, **places, **own)
         return get_peft_model(network, config)  # pyright: ignore[reportArgumentType]
+
+    def after_step(self, model: nn.Module, optimizer: Any) -> None:
+        """Draw scores back, where flips have a penalty."""
+        if self.flip_penalty:
+            pull_back_at_rates(model, optimizer, self.flip_penalty)
 
     def write(self, model: Any, folder: Path) -> None:
         """Save by PEFT, with what was trained in float16.
@@ -90,6 +98,9 @@ class Parameters:
             is_head = name.startswith("head.")
             parameter.requires_grad_(is_head or re.search(self.parameters, name) is not None)
         return network
+
+    def after_step(self, model: nn.Module, optimizer: Any) -> None:
+        """Do nothing."""
 
     def write(self, model: nn.Module, folder: Path) -> None:
         """Save what was trained, and the statistics that moved, in float16."""

@@ -209,7 +209,9 @@ class Bench:
             return self.methods[job.arm].on(self.task.network(), job.seed)
 
         arm = runner.add(job.title, build, rule, row)
-        arm.optimizers["optimizer"].register_step_post_hook(memory.note)
+        after_step, optimizer = self.methods[job.arm].after_step, arm.optimizers["optimizer"]
+        optimizer.register_step_post_hook(lambda *_: after_step(arm.model, optimizer))
+        optimizer.register_step_post_hook(memory.note)
         runner.go()
         return arm
 

@@ -60,6 +60,26 @@ def fitted(case, arm, steps=4):
 # -- methods ---------------------------------------------------------------------------------------
 
 
+def test_a_penalty_draws_scores_back_after_each_step():
+    kept = {}
+    for arm in ("flip_2", "flip_2_rare"):
+        method = METHODS.method(arm, RECIPE.arms[arm])
+        model = method.on(network("trec"), 3)
+        scores = [p for n, p in model.named_parameters() if n.endswith(".scores")]
+        assert len(scores) == 12
+        with torch.no_grad():
+            for one in scores:
+                one.sub_(0.005)  # on the way to the threshold, .01 away
+        before = [one.detach().clone() for one in scores]
+        optimizer = torch.optim.SGD(scores, lr=0.01)
+        method.after_step(model, optimizer)
+        kept[arm] = [one - old for one, old in zip(scores, before, strict=True)]
+    assert all((moved == 0).all() for moved in kept["flip_2"])
+    penalty = RECIPE.arms["flip_2_rare"]["flip_penalty"]
+    for moved in kept["flip_2_rare"]:
+        torch.testing.assert_close(moved, torch.full_like(moved, 0.01 * penalty))
+
+
 @pytest.mark.parametrize(("case", "arm"), [pair for pair in PLACES if pair[1] != "knn"])
 @torch.no_grad()
 def test_what_a_method_keeps_gives_the_trained_outputs_again(case, arm, tmp_path):
