@@ -84,6 +84,9 @@ class PemnConfig(PeftConfig):
             Default .01.
         length: For "rp": length of the vector itself; replaces ``ratio``.
         permute: For "rp": permute the tiled vector once.
+        aligned: For "rp": repeat the vector after whole rows of each weight, or a whole number of
+            times in a row, rather than wherever it ends; a layer may then read fewer of its numbers
+            (docs/methods.md). Rows have products with an input in common then.
         bank_init: How the numbers are made. From ``seed``: "kaiming_normal", "kaiming_uniform",
             "xavier_normal", "signed_constant" or "xavier_constant"; without one
             "unsigned_constant"; "model": the model's own (pretrained) values; or "stored": given
@@ -191,6 +194,7 @@ class PemnConfig(PeftConfig):
     ratio: float | None = None
     length: int | None = None
     permute: bool = False
+    aligned: bool = False
     bank_init: InitName | None = None
     scale_fan: bool = False
     fan_mode: FanMode = "fan_in"
@@ -393,6 +397,7 @@ class PemnConfig(PeftConfig):
             ratio=self.ratio,
             length=self.length,
             permute=self.permute,
+            aligned=self.aligned,
             scale_fan=self.scale_fan,
             fan_mode=self.fan_mode,
             density=self._overall if self.scale_fan else 0.5,

@@ -125,6 +125,7 @@ OPTIONS: dict[str, Option] = {
         Option("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
     ),
     "permute": _FLAG,
+    "aligned": _FLAG,
     "bank_init": _choice(None, *get_args(InitName)),
     "scale_fan": _FLAG,
     "fan_mode": _choice(*get_args(FanMode)),
@@ -334,7 +335,7 @@ def _is_normal(config: Any) -> bool:
 IDLE: tuple[Idle, ...] = (
     *(
         Idle(name, lambda config: config.bank != "rp", _OTHER_BANK, in_files=True)
-        for name in ("ratio", "length", "permute")
+        for name in ("ratio", "length", "permute", "aligned")
     ),
     Idle(
         "ratio",
@@ -346,6 +347,17 @@ IDLE: tuple[Idle, ...] = (
         "permute",
         lambda config: config.ratio == 1,
         "a vector of ratio=1 is as long as the largest layer, and only a tiled one is permuted",
+    ),
+    Idle(
+        "aligned",
+        lambda config: config.ratio == 1,
+        "a vector of ratio=1 is as long as the largest layer, and only a repeated one is aligned",
+    ),
+    Idle(
+        "aligned",
+        lambda config: config.permute,
+        "permuted numbers do not repeat: give one of them",
+        in_files=True,
     ),
     Idle(
         "permute",

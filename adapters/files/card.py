@@ -316,7 +316,7 @@ def _numbers(config: PemnConfig) -> str:
     spec = config.bank_spec
     shown = {"bank": spec.bank, "ratio": spec.ratio, "length": spec.length, "bank_init": spec.init}
     made = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
-    permuted = ", permuted" if spec.permute else ""
+    permuted = ", permuted" if spec.permute else ", aligned to rows" if spec.aligned else ""
     if spec.init == "stored":
         return f"{made}: in this adapter's file, in place of the base's"
     if spec.generated:

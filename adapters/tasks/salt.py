@@ -152,7 +152,8 @@ class _InForce:
             self._base.append((full, lambda: _frozen(layer)))
             return
         prototype = bank.layout.find(tuple(layer.shape))
-        place = None if prototype is None else (prototype.offset, prototype.length)
+        shape = tuple(layer.shape)
+        place = None if prototype is None else (prototype.offset, bank.layout.period(shape))
         self.lines.append(f"fill {full!r} {tuple(layer.shape)} {layer.drawn_dtype} {place}")
         if bank not in self._banks:
             self._banks.add(bank)

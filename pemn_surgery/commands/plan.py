@@ -59,6 +59,7 @@ _NUMBERS: dict[str, dict[str, Any]] = {
     "ratio": {"type": float, "help": "rp: share of the largest layer"},
     "length": {"type": int, "help": "rp: length of the vector"},
     "permute": {"action": "store_true", "default": None, "help": "rp: permute the tiled vector"},
+    "aligned": {"action": "store_true", "default": None, "help": "rp: repeat it by whole rows"},
     "bank_init": {"help": ", ".join(get_args(InitName))},
     "scale_fan": {"action": "store_true", "default": None, "help": "numbers for the density"},
     "seed": {"type": int, "help": "of bank and initial scores"},

@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ XAVIER: frozenset[str] = frozenset({"xavier_normal", "xavier_constant"})
 
 Shape = tuple[int, ...]
 
+# Fields of `BankSpec` that came later: fingerprints of what was before have none of them.
+_LATER = {"fan_mode": "fan_in", "aligned": False}
+
 
 @dataclass(frozen=True)
 class BankSpec:
@@ -56,6 +59,8 @@ class BankSpec:
         ratio: For "rp", the prototype's length as a share of the largest layer's.
         length: For "rp", the prototype's length itself; wins over ``ratio``.
         permute: For "rp", whether the tiled vector is permuted once.
+        aligned: For "rp", whether numbers repeat after whole rows of a weight, or a whole number of
+            times in each (`aligned_period`).
         scale_fan: Whether the variance is divided by ``density`` (edge-popup).
         fan_mode: What the variance of drawn numbers is divided by: inputs that an output sums over,
             or outputs that an input goes to.
@@ -71,6 +76,7 @@ class BankSpec:
     scale_fan: bool = False
     density: float = 0.5
     fan_mode: FanMode = "fan_in"
+    aligned: bool = False
 
     def fan(self, fan_in: int, fan_out: int) -> int:
         """Return what a prototype's variance is divided by, of the weight that it comes from."""
@@ -81,8 +87,9 @@ class BankSpec:
     def as_dict(self) -> dict[str, object]:
         """Return the fields in plain values; one that came later only where it says something."""
         made = asdict(self)
-        if self.fan_mode == "fan_in":
-            del made["fan_mode"]
+        for name, default in _LATER.items():
+            if made[name] == default:
+                del made[name]
         return made
 
     @property
@@ -139,6 +146,20 @@ class Layout:
             return None
         return prototype
 
+    def period(self, shape: Shape) -> int:
+        """Return after how many numbers this shape's fill begins anew, or its size if it does not.
+
+        Raises:
+            LookupError: If no prototype fills it.
+        """
+        prototype = self.find(shape)
+        if prototype is None:  # the plan refuses such a weight before anything is built
+            message = f"The bank has no prototype for shape {tuple(shape)}."
+            raise LookupError(message)
+        if self.spec.aligned:
+            return aligned_period(shape, prototype.length)
+        return min(prototype.length, math.prod(shape))
+
     def stream(self, shape: Shape) -> tuple[str, int] | None:
         """Return the stream that fills this shape, and after how many numbers it begins anew.
 
@@ -147,7 +168,8 @@ class Layout:
         prototype = self.find(shape)
         if prototype is None or not self.spec.drawn or prototype.length > prototype.period:
             return None
-        return _stream(() if () in dict(self.by_shape) else shape), prototype.period
+        period = self.period(shape) if self.spec.aligned else prototype.period
+        return _stream(() if () in dict(self.by_shape) else shape), period
 
     def renamed(self, names: Mapping[str, str]) -> "Layout":
         """Return the layout of the same weights under other names."""
@@ -180,6 +202,25 @@ def lay_out(spec: BankSpec, weights: Sequence[tuple[str, Shape, int]]) -> Layout
     period = largest if spec.bank == "mp" else rp_length(spec, largest)
     length = largest if spec.permute else period
     return Layout(spec, (((), Prototype(name, fan, period, length, 0)),))
+
+
+def aligned_period(shape: Shape, length: int) -> int:
+    """Return after how many of a vector's numbers an aligned weight begins anew.
+
+    All of the weight where the vector is as long; else as many whole rows as it has; else the
+    largest divisor of a row that it has. Rows that begin at the same number have products with an
+    input in common.
+
+    Args:
+        shape: Shape of the weight; a row is what lies behind its first dimension.
+        length: Length of the vector, at least 1.
+    """
+    weights, row = math.prod(shape), math.prod(shape[1:])
+    if length >= weights:
+        return weights
+    if length >= row:
+        return length // row * row
+    return next(divisor for divisor in range(length, 0, -1) if row % divisor == 0)
 
 
 def rp_length(spec: BankSpec, largest: int) -> int:
@@ -290,9 +331,8 @@ class Bank(nn.Module):
             Tensor of that shape; a view of the bank unless it had to be tiled or rounded.
         """
         values, weights = self.period(shape, dtype), math.prod(shape)
-        length = self._prototype_of(shape).length
-        if weights > length:
-            values = values.repeat(-(-weights // length))
+        if weights > len(values):
+            values = values.repeat(-(-weights // len(values)))
         return values[:weights].view(shape)
 
     def period(self, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
@@ -301,17 +341,10 @@ class Bank(nn.Module):
         Returns:
             Tensor of shape (n,), or shorter; a view of the bank unless it had to be rounded.
         """
-        prototype = self._prototype_of(shape)
-        count = min(prototype.length, math.prod(shape))
+        count = self.layout.period(tuple(shape))
+        prototype = cast("Prototype", self.layout.find(tuple(shape)))
         values = self.values.narrow(0, prototype.offset, count)
         return values if dtype in (None, values.dtype) else values.to(dtype)
-
-    def _prototype_of(self, shape: Shape) -> Prototype:
-        prototype = self.layout.find(tuple(shape))
-        if prototype is None:  # the plan refuses such a weight before anything is built
-            message = f"The bank has no prototype for shape {tuple(shape)}."
-            raise LookupError(message)
-        return prototype
 
     def prototypes(self, dtype_of: Callable[[str], torch.dtype]) -> Iterator[Tensor]:
         """Yield the values of each prototype, in the type of the weight that they come from."""
@@ -326,9 +359,8 @@ class Bank(nn.Module):
 
     def makes(self, shape: Shape, dtype: torch.dtype | None) -> bool:
         """Tell whether a weight's fill is a new tensor: the prototype is shorter, or rounded."""
-        prototype = self.layout.find(tuple(shape))
-        tiled = prototype is not None and math.prod(shape) > prototype.length
-        return tiled or dtype != self.values.dtype
+        is_tiled = math.prod(shape) > self.layout.period(tuple(shape))
+        return is_tiled or dtype != self.values.dtype
 
     def extra_repr(self) -> str:
         """Show what the bank holds."""

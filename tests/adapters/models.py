@@ -21,12 +21,14 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 BANKS = {
     "mp": {"bank": "mp"},
     "rp": {"bank": "rp", "ratio": 0.01},
+    "rp_aligned": {"bank": "rp", "ratio": 0.05, "aligned": True, "seed": 4},
     "rp_permuted": {"bank": "rp", "ratio": 0.05, "permute": True, "seed": 3},
     "one_layer": {"bank": "one_layer"},
     "own": {"bank": "own", "selector": "topk"},
     "own_generated": {"bank": "own", "bank_init": "signed_constant", "scale": "sqrt_density"},
 }
-SHARED = ["mp", "rp", "rp_permuted", "one_layer"]  # banks whose fills are drawn from one store
+# Banks whose fills are drawn from one store.
+SHARED = ["mp", "rp", "rp_aligned", "rp_permuted", "one_layer"]
 GENERATED = [*SHARED, "own_generated"]  # numbers that a seed makes
 
 # PEFT 0.21 reads an attribute that transformers 5.23 has renamed; nothing of ours.

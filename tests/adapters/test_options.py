@@ -96,6 +96,7 @@ TAKES = {
     "ratio": any_of(NONE, share),
     "length": any_of(NONE, lambda value: whole(value) and value >= 1),
     "permute": is_a(bool),
+    "aligned": is_a(bool),
     "bank_init": one_of(
         None,
         "model",
@@ -153,6 +154,7 @@ TAKES = {
 # Options beside which a field is read.
 BESIDE = {
     "ratio": {"bank": "rp"}, "length": {"bank": "rp"}, "permute": {"bank": "rp"},
+    "aligned": {"bank": "rp"},
     "threshold": {"selector": "threshold"}, "score_init": {"selector": "threshold"},
     "form": {"bank": "own", "selector": "topk"}, "layers_pattern": {"layers_to_transform": [0]},
     "score_mean": {"score_init": "normal"}, "score_std": {"score_init": "normal"},
@@ -313,7 +315,7 @@ def combinations():
 
 CHANGES = {
     "seed": 1, "density": 0.3, "overall_density": 0.3, "density_pattern": {"head": 0.3},
-    "threshold": 0.3, "ratio": 0.25, "length": 9, "permute": True,
+    "threshold": 0.3, "ratio": 0.25, "length": 9, "permute": True, "aligned": True,
     "scale_fan": True, "scale": "sqrt_density", "score_init": 0.3, "bank_init": "signed_constant",
     "score_mean": 0.3, "score_std": 0.3, "fan_mode": "fan_out",
 }  # fmt: skip
@@ -349,6 +351,8 @@ IDLES = [
     ({"bank": "one_layer", "length": 3}, 'bank="rp", not bank="one_layer"'),
     ({"bank": "own", "permute": True}, 'bank="rp", not bank="own"'),
     ({"bank": "rp", "ratio": 0.1, "length": 3}, "length=3 beside it decides"),
+    ({"bank": "rp", "ratio": 1, "aligned": True}, "only a repeated one is aligned"),
+    ({"bank": "rp", "aligned": True, "permute": True}, "permuted numbers do not repeat"),
     ({"bank": "rp", "ratio": 1, "permute": True}, "only a tiled one is permuted"),
     ({"bank_init": "model", "scale_fan": True}, "belongs to drawn numbers"),
     ({"bank": "own", "scale_fan": True}, "belongs to drawn numbers"),

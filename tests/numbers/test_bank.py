@@ -150,6 +150,28 @@ def test_of_equally_large_layers_the_first_counts():
     assert first.tolist() == drawn(0, "bank", (8, 2))
 
 
+@given(MODELS, RATIOS, st.integers(0, 99))
+def test_rp_aligned(shapes, ratio, seed):
+    """Each weight repeats the beginning of the vector: whole rows, or whole times in a row."""
+    made = make(spec("rp", ratio=ratio, seed=seed, aligned=True), shapes)
+    largest = math.prod(first_largest(shapes))
+    d = min(int(largest * ratio) + 1, largest)
+    vector = drawn(seed, "bank", first_largest(shapes))[:d]
+    assert made.values.tolist() == vector
+    for shape in shapes:
+        weights, row = math.prod(shape), math.prod(shape[1:])
+        if d >= weights:
+            period = weights
+        elif d >= row:
+            period = max(rows * row for rows in range(1, d // row + 1))
+        else:
+            period = max(one for one in range(1, d + 1) if row % one == 0)
+        assert made.layout.period(shape) == period == len(made.period(shape))
+        oracles.assert_same(made(shape), as_fill(oracles.tiled(vector[:period], weights), shape))
+        begins = {(place * row) % period for place in range(weights // row)}
+        assert len(begins) == max(period // row, 1)  # so many rows share what they begin with
+
+
 # Edge-popup's configurations: standard deviation, and whether all numbers are of one size.
 FANS = [
     ("kaiming_normal", "fan_in", 2 / 48, False),
@@ -184,6 +206,7 @@ def test_what_came_later_is_in_no_fingerprint_of_what_was_before():
     ((shape, prototype),) = layout["by_shape"]
     assert (shape, prototype["fan_in"], "fan" in prototype) == ((), 8, False)
     assert spec(fan_mode="fan_out").as_dict().keys() == fields | {"fan_mode"}
+    assert spec("rp", aligned=True).as_dict().keys() == fields | {"aligned"}
 
 
 @given(MODELS, RATIOS, st.integers(0, 99))
