@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from pemn_surgery.commands import onnx_export
+from pemn_surgery.commands import gguf_export, onnx_export
 from pemn_surgery.commands.building import Wanted, add_model, build_model
 from pemn_surgery.commands.common import (
     adapter_folder,
@@ -23,10 +23,12 @@ from pemn_surgery.commands.common import (
     read_adapter,
 )
 from pemn_surgery.errors import ConfigError
+from pemn_surgery.masks.masked_weight import MaskedWeight
 
 _WRITTEN = {
     "safetensors": ("config.json", "model.safetensors", "model.safetensors.index.json"),
     "onnx": (onnx_export.GRAPH,),
+    "gguf": (gguf_export.FILE,),
 }
 
 
@@ -46,13 +48,22 @@ def add(commands: Any) -> None:
         "--format",
         choices=tuple(_WRITTEN),
         default="safetensors",
-        help="weights that the model's library loads, or a graph for ONNX runtimes",
+        help="weights that the model's library loads, a graph for ONNX runtimes, or a file for "
+        "llama.cpp",
     )
     parser.add_argument(
         "--input-size",
         type=_size,
         metavar="HEIGHTxWIDTH",
         help="onnx: size of images in pixels, or one number; default: the model's own",
+    )
+    parser.add_argument(
+        "--like", type=Path, metavar="FILE", help="gguf: the base's, by llama.cpp's converter"
+    )
+    parser.add_argument(
+        "--type",
+        choices=gguf_export.TYPES,
+        help="gguf: of masked weights; default: the smallest that holds each as it is",
     )
     add_overwrite(parser)
     add_json(parser)
@@ -66,11 +77,16 @@ def _run(parsed: argparse.Namespace) -> int:
     made_on = (config.auto_mapping or {}).get("base_model_class")
     base = build_model(parsed.model, parsed.model_arg, Wanted(config.task_type, made_on))
     folder = str(adapter_folder(parsed.adapter))
-    merged = PeftModel.from_pretrained(base, folder).merge_and_unload()
+    model = PeftModel.from_pretrained(base, folder)
+    masked = {layer.target for layer in model.modules() if isinstance(layer, MaskedWeight)}
+    merged = model.merge_and_unload()
     parsed.out.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"out": str(parsed.out), "format": parsed.format}
     if parsed.format == "onnx":
         about |= onnx_export.write_onnx(merged, parsed.out / onnx_export.GRAPH, parsed.input_size)
+    elif parsed.format == "gguf":
+        path = parsed.out / gguf_export.FILE
+        about |= gguf_export.write_gguf(merged, masked, parsed.like, path, parsed.type or "auto")
     else:
         _write_safetensors(merged, parsed.out)
     _say(parsed, about)
@@ -79,6 +95,17 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _check(parsed: argparse.Namespace) -> None:
     """Refuse what can be seen before anything is read."""
+    if parsed.format == "gguf":
+        gguf_export.check_can_export()
+        if parsed.like is None or not parsed.like.is_file():
+            message = (
+                f"--format gguf got --like {parsed.like}; it needs the base's GGUF file, which "
+            )
+            message += "llama.cpp's convert_hf_to_gguf.py writes."
+            raise ConfigError(message)
+    elif parsed.like is not None or parsed.type is not None:
+        message = "--like and --type are for --format gguf. Leave them out."
+        raise ConfigError(message)
     if parsed.format == "onnx":
         onnx_export.check_can_export()
     elif parsed.input_size is not None:
@@ -111,6 +138,10 @@ def _say(parsed: argparse.Namespace, about: Mapping[str, Any]) -> None:
         print_json(about)
         return
     console = Console()
+    if "tensors" in about:
+        counts = ", ".join(f"{count} {kind}" for kind, count in about["tensors"].items())
+        rounding = about["largest_rounding"]
+        console.print(f"tensors: {counts}; scales rounded by up to {rounding:.1e}", soft_wrap=True)
     for what in ("inputs", "outputs"):
         for name, shape in about.get(what, {}).items():
             console.print(f"{what[:-1]} {escape(name)}: {escape(str(shape))}", soft_wrap=True)
