@@ -113,6 +113,7 @@ class AdapterMask(nn.Module):
 
     @selector.setter
     def selector(self, selector: Selector) -> None:
+        """Choose masks otherwise from now on."""
         self._selector = selector
 
     @property

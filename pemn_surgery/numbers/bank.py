@@ -331,8 +331,9 @@ class Bank(nn.Module):
             Tensor of that shape; a view of the bank unless it had to be tiled or rounded.
         """
         values, weights = self.period(shape, dtype), math.prod(shape)
-        if weights > len(values):
-            values = values.repeat(-(-weights // len(values)))
+        period = self.layout.period(tuple(shape))  # whoever traces takes sizes of tensors for data
+        if weights > period:
+            values = values.repeat(-(-weights // period))
         return values[:weights].view(shape)
 
     def period(self, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:

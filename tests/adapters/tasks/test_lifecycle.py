@@ -58,6 +58,17 @@ def expected_fill(bank, base):
         elif bank == "rp":
             period = int(largest * 0.01) + 1
             vector = rng.normal(seed, "bank", period, std)
+        elif bank == "rp_aligned":
+            d = int(largest * 0.05) + 1
+            period = (
+                count
+                if d >= count
+                else max(
+                    [rows * fan_in for rows in range(1, d // fan_in + 1)]
+                    or [one for one in range(1, d + 1) if fan_in % one == 0]
+                )
+            )
+            vector = rng.normal(seed, "bank", d, std)[:period]
         elif bank == "rp_permuted":
             period = int(largest * 0.05) + 1
             short = rng.normal(seed, "bank", period, std)
