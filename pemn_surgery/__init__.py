@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pemn_surgery.adapters.tasks.mixed_batch import GroupValues
     from pemn_surgery.adapters.tasks.salt import cache_salt
     from pemn_surgery.adapters.tasks.starting import start_from
+    from pemn_surgery.masks.freezing import freeze
     from pemn_surgery.masks.masked_weight import keep_weights
     from pemn_surgery.models.forward import Trace, trace
     from pemn_surgery.models.inputs.examples import example_inputs
@@ -82,6 +83,7 @@ _NAMES = {
     "pemn_surgery.adapters.tasks.starting": ["start_from"],
     "pemn_surgery.training.gradients": ["masks_without_gradient"],
     "pemn_surgery.adapters.tasks.salt": ["cache_salt"],
+    "pemn_surgery.masks.freezing": ["freeze"],
     "pemn_surgery.masks.masked_weight": ["keep_weights"],
     "pemn_surgery.models.forward": ["Trace", "trace"],
     "pemn_surgery.models.inputs.examples": ["example_inputs"],
@@ -123,6 +125,7 @@ __all__ = [
     "errors",
     "example_inputs",
     "for_trainer",
+    "freeze",
     "from_finetuned",
     "from_masks",
     "infer_task",

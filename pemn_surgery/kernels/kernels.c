@@ -1,7 +1,7 @@
 /* Masks chosen and applied in as few passes over memory as there can be; see library.py.
 
 A plain shared library: no header but C's own, no symbol of Python or torch. The loops stand in
-loops.h, which is compiled once for each instruction set; Python calls those that level() allows.
+loops.h and packed.h, which are compiled once for each instruction set; Python calls those that level() allows.
 Every sum and product is rounded as torch rounds it, so no compiler may contract them to fused ones
 (-ffp-contract=off). */
 
@@ -88,6 +88,7 @@ static void in_parts(work run, void *job, int64_t n, int64_t parts) {
 #define TARGET
 #define NAME(function) function##_base
 #include "loops.h"
+#include "packed.h"
 #undef TARGET
 #undef NAME
 
@@ -98,13 +99,16 @@ static void in_parts(work run, void *job, int64_t n, int64_t parts) {
 #define TARGET __attribute__((target("avx2,fma,bmi,bmi2,popcnt")))
 #define NAME(function) function##_avx2
 #include "loops.h"
+#include "packed.h"
 #undef TARGET
 #undef NAME
 
+#define SIXTEEN_AT_ONCE
 #define TARGET \
     __attribute__((target("avx2,fma,bmi,bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
 #define NAME(function) function##_avx512
 #include "loops.h"
+#include "packed.h"
 #undef TARGET
 #undef NAME
 

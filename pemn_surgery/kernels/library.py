@@ -61,6 +61,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (_NUMBERS, _NUMBERS, _ANY, *(_INT,) * 4, _FLOAT, _FLOAT, _INT, _ANY),
     ),
     "kept_sum": (ctypes.c_double, (_NUMBERS, _NUMBERS, _ANY, _INT, _INT)),
+    "look_up": (_INT, (_ANY, _ANY, _ANY, *(_INT,) * 6, _ANY)),
 }
 
 
@@ -76,6 +77,7 @@ class Kernels:
     product: Any
     grad: Any
     kept_sum: Any
+    look_up: Any
 
     def __init__(self, library: ctypes.CDLL, instructions: str) -> None:
         self.instructions = instructions
@@ -91,7 +93,10 @@ def all_kernels() -> list[Kernels]:
     if library is None:
         return []
     library.level.restype = _INT
-    return [Kernels(library, name) for name in _SETS[: library.level() + 1]]
+    try:
+        return [Kernels(library, name) for name in _SETS[: library.level() + 1]]
+    except AttributeError:  # it was built from another version of this package
+        return []
 
 
 @functools.cache

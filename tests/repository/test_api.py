@@ -15,7 +15,7 @@ NAMES = {
     "Owned", "PemnCallback", "PemnConfig", "PemnModel", "Plan", "SelectionSchedule", "Target",
     "TaskGuess", "Trace", "Training", "Use", "WeightError", "adapter_identity", "cache_salt",
     "compare_adapters", "complete_card", "errors", "example_inputs", "for_trainer",
-    "from_finetuned", "from_masks", "infer_task", "keep_weights", "masks_between",
+    "freeze", "from_finetuned", "from_masks", "infer_task", "keep_weights", "masks_between",
     "masks_of_hidden_networks", "masks_of_piggyback", "masks_of_piggyback_pack", "masks_of_pruned",
     "masks_of_self_masking", "masks_without_gradient", "measure_errors", "nearest_mask",
     "nearest_signs", "param_groups", "pemnify", "plan", "pull_back", "recode", "rename_adapter",

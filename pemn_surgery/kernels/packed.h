@@ -1,0 +1,180 @@
+/* Products of a packed weight with few inputs, for one instruction set: sums that are looked up.
+
+Rows of a weight that begin at the same number of the bank (a phase) differ by their masks alone, so
+all of them sum some of the same products z = number x input. Of four neighbouring columns there
+are 16 sums, which make a table; four bits of a row's mask say which of them to add. A table serves
+every row of the phase, and 16 rows look into it at once.
+
+The mask lies in tiles of 16 rows and 32 columns: one word a row, its lowest bit the first column. */
+
+#define TILE_ROWS 16
+#define TILE_COLUMNS 32
+#define CHUNK 1024 /* columns whose tables (16 kB) stay in the first cache */
+
+typedef struct {
+    const uint32_t *words;   /* [phases][blocks][tiles][16] */
+    const float *rows;       /* [phases][columns]: the numbers of a phase's rows */
+    const float *inputs;     /* [samples][columns] */
+    float *outputs;          /* [samples][count]; row r is of phase r % phases */
+    int64_t phases, blocks, columns, samples, count;
+    int64_t failed[MOST_THREADS];
+} NAME(looking);
+
+/* Write the 16 sums of each four columns from `start`; columns behind the last are zero. */
+TARGET static void NAME(tables)(
+    const float *restrict row, const float *restrict input, int64_t start, int64_t width,
+    int64_t columns, float *restrict table) {
+    for (int64_t group = 0; group < width / 4; group++) {
+        float z[4], *restrict sums = table + 16 * group;
+        for (int64_t i = 0; i < 4; i++) {
+            int64_t column = start + 4 * group + i;
+            z[i] = column < columns ? row[column] * input[column] : 0.0f;
+        }
+        sums[0] = 0.0f;
+        sums[1] = z[0];
+        for (int64_t i = 0; i < 2; i++)
+            sums[2 + i] = sums[i] + z[1];
+        for (int64_t i = 0; i < 4; i++)
+            sums[4 + i] = sums[i] + z[2];
+        for (int64_t i = 0; i < 8; i++)
+            sums[8 + i] = sums[i] + z[3];
+    }
+}
+
+/* Add to the sums of `blocks` times 16 rows what `tiles` words of each row say; a block's words lie
+`stride` behind those of the one before. Several blocks at once keep the adders busy: each addition
+to a sum waits for the one before. */
+#if defined(SIXTEEN_AT_ONCE)
+#define AT_ONCE 4
+
+TARGET static inline __attribute__((always_inline)) void NAME(look)(
+    const uint32_t *restrict words, int64_t stride, int64_t tiles, int64_t blocks,
+    const float *restrict table, float *restrict sums) {
+    __m512 total[AT_ONCE];
+    for (int64_t block = 0; block < blocks; block++)
+        total[block] = _mm512_loadu_ps(sums + TILE_ROWS * block);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        __m512i word[AT_ONCE];
+        for (int64_t block = 0; block < blocks; block++)
+            word[block] = _mm512_loadu_si512(words + stride * block + TILE_ROWS * tile);
+        for (int64_t group = 0; group < 8; group++) {
+            __m512 of_group = _mm512_loadu_ps(table + 128 * tile + 16 * group);
+            for (int64_t block = 0; block < blocks; block++) {
+                __m512 found = _mm512_permutexvar_ps(word[block], of_group);
+                total[block] = _mm512_add_ps(total[block], found);
+                word[block] = _mm512_srli_epi32(word[block], 4);
+            }
+        }
+    }
+    for (int64_t block = 0; block < blocks; block++)
+        _mm512_storeu_ps(sums + TILE_ROWS * block, total[block]);
+}
+#elif defined(EIGHT_AT_ONCE)
+#define AT_ONCE 2
+
+TARGET static inline __attribute__((always_inline)) void NAME(look)(
+    const uint32_t *restrict words, int64_t stride, int64_t tiles, int64_t blocks,
+    const float *restrict table, float *restrict sums) {
+    __m256 total[2 * AT_ONCE];
+    for (int64_t half = 0; half < 2 * blocks; half++)
+        total[half] = _mm256_loadu_ps(sums + 8 * half);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        __m256i word[2 * AT_ONCE];
+        for (int64_t half = 0; half < 2 * blocks; half++)
+            word[half] = _mm256_loadu_si256((const __m256i *)(
+                words + stride * (half / 2) + TILE_ROWS * tile + 8 * (half % 2)));
+        for (int64_t group = 0; group < 8; group++) {
+            const float *of_group = table + 128 * tile + 16 * group;
+            __m256 first = _mm256_loadu_ps(of_group), last = _mm256_loadu_ps(of_group + 8);
+            for (int64_t half = 0; half < 2 * blocks; half++) {
+                __m256 low = _mm256_permutevar8x32_ps(first, word[half]);
+                __m256 high = _mm256_permutevar8x32_ps(last, word[half]);
+                __m256 which = _mm256_castsi256_ps(_mm256_slli_epi32(word[half], 28));
+                total[half] = _mm256_add_ps(total[half], _mm256_blendv_ps(low, high, which));
+                word[half] = _mm256_srli_epi32(word[half], 4);
+            }
+        }
+    }
+    for (int64_t half = 0; half < 2 * blocks; half++)
+        _mm256_storeu_ps(sums + 8 * half, total[half]);
+}
+#else
+#define AT_ONCE 1
+
+TARGET static void NAME(look)(
+    const uint32_t *restrict words, int64_t stride, int64_t tiles, int64_t blocks,
+    const float *restrict table, float *restrict sums) {
+    (void)stride, (void)blocks;
+    for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t lane = 0; lane < TILE_ROWS; lane++) {
+            uint32_t word = words[TILE_ROWS * tile + lane];
+            for (int64_t group = 0; group < 8; group++, word >>= 4)
+                sums[lane] += table[128 * tile + 16 * group + (word & 15)];
+        }
+}
+#endif
+
+/* Make the outputs of the row blocks from `start` of one phase, for all samples. */
+TARGET static void NAME(look_phase)(
+    const NAME(looking) *job, int64_t phase, int64_t start, int64_t stop, float *restrict sums,
+    float *restrict table) {
+    int64_t tiles = (job->columns + TILE_COLUMNS - 1) / TILE_COLUMNS, each = CHUNK / TILE_COLUMNS;
+    const uint32_t *words = job->words + phase * job->blocks * tiles * TILE_ROWS;
+    const float *row = job->rows + phase * job->columns;
+    for (int64_t sample = 0; sample < job->samples; sample++) {
+        memset(sums, 0, sizeof(float) * (stop - start) * TILE_ROWS);
+        for (int64_t tile = 0; tile < tiles; tile += each) {
+            int64_t taken = tiles - tile < each ? tiles - tile : each;
+            NAME(tables)(row, job->inputs + sample * job->columns, tile * TILE_COLUMNS,
+                         taken * TILE_COLUMNS, job->columns, table);
+            int64_t block = start, stride = tiles * TILE_ROWS;
+            for (; block + AT_ONCE <= stop; block += AT_ONCE)
+                NAME(look)(words + block * stride + tile * TILE_ROWS, stride, taken, AT_ONCE, table,
+                           sums + (block - start) * TILE_ROWS);
+            for (; block < stop; block++)
+                NAME(look)(words + block * stride + tile * TILE_ROWS, stride, taken, 1, table,
+                           sums + (block - start) * TILE_ROWS);
+        }
+        float *restrict output = job->outputs + sample * job->count;
+        for (int64_t lane = 0; lane < (stop - start) * TILE_ROWS; lane++) {
+            int64_t at = (start * TILE_ROWS + lane) * job->phases + phase;
+            if (at < job->count)
+                output[at] = sums[lane];
+        }
+    }
+}
+
+/* A part of all phases' row blocks. A part that has no room for its sums says so. */
+TARGET static void NAME(look_part)(void *given, int64_t start, int64_t stop, int64_t part) {
+    NAME(looking) *job = given;
+    float *room = malloc(sizeof(float) * (TILE_ROWS * job->blocks + CHUNK / 4 * 16));
+    job->failed[part] = room == NULL;
+    for (int64_t at = start; room != NULL && at < stop;) {
+        int64_t phase = at / job->blocks, first = at % job->blocks;
+        int64_t last = first + stop - at < job->blocks ? first + stop - at : job->blocks;
+        NAME(look_phase)(job, phase, first, last, room + CHUNK / 4 * 16, room);
+        at += last - first;
+    }
+    free(room);
+}
+
+/* Write inputs x (rows x mask)^T of a packed weight. Returns 0, or 1 if there was no room. */
+EXPORT TARGET int64_t NAME(look_up)(
+    const uint32_t *words, const float *rows, const float *inputs, int64_t phases, int64_t blocks,
+    int64_t columns, int64_t samples, int64_t count, int64_t threads, float *outputs) {
+    NAME(looking) job = {.words = words, .rows = rows, .inputs = inputs, .outputs = outputs,
+                         .phases = phases, .blocks = blocks, .columns = columns,
+                         .samples = samples, .count = count};
+    int64_t parts = parts_of(count * columns * samples, threads), failed = 0;
+    if (parts > phases * blocks)
+        parts = phases * blocks;
+    in_parts(NAME(look_part), &job, phases * blocks, parts);
+    for (int64_t part = 0; part < parts; part++)
+        failed |= job.failed[part];
+    return failed;
+}
+
+#undef AT_ONCE
+#undef TILE_ROWS
+#undef TILE_COLUMNS
+#undef CHUNK
