@@ -20,25 +20,47 @@ typedef struct {
     int64_t failed[MOST_THREADS];
 } NAME(looking);
 
+/* Write the 16 sums of four products; of equal numbers the same bits in every set. */
+TARGET static inline void NAME(sums_of)(const float *restrict z, float *restrict sums) {
+#if defined(SIXTEEN_AT_ONCE)
+    __m512 all = _mm512_maskz_mov_ps(0xaaaa, _mm512_set1_ps(z[0]));
+    all = _mm512_mask_add_ps(all, 0xcccc, all, _mm512_set1_ps(z[1]));
+    all = _mm512_mask_add_ps(all, 0xf0f0, all, _mm512_set1_ps(z[2]));
+    all = _mm512_mask_add_ps(all, 0xff00, all, _mm512_set1_ps(z[3]));
+    _mm512_storeu_ps(sums, all);
+#elif defined(EIGHT_AT_ONCE)
+    const __m256 odd = _mm256_castsi256_ps(_mm256_setr_epi32(0, -1, 0, -1, 0, -1, 0, -1));
+    const __m256 pairs = _mm256_castsi256_ps(_mm256_setr_epi32(0, 0, -1, -1, 0, 0, -1, -1));
+    const __m256 last = _mm256_castsi256_ps(_mm256_setr_epi32(0, 0, 0, 0, -1, -1, -1, -1));
+    __m256 all = _mm256_and_ps(_mm256_set1_ps(z[0]), odd);
+    all = _mm256_add_ps(all, _mm256_and_ps(_mm256_set1_ps(z[1]), pairs));
+    all = _mm256_add_ps(all, _mm256_and_ps(_mm256_set1_ps(z[2]), last));
+    _mm256_storeu_ps(sums, all);
+    _mm256_storeu_ps(sums + 8, _mm256_add_ps(all, _mm256_set1_ps(z[3])));
+#else
+    sums[0] = 0.0f;
+    sums[1] = z[0];
+    for (int64_t i = 0; i < 2; i++)
+        sums[2 + i] = sums[i] + z[1];
+    for (int64_t i = 0; i < 4; i++)
+        sums[4 + i] = sums[i] + z[2];
+    for (int64_t i = 0; i < 8; i++)
+        sums[8 + i] = sums[i] + z[3];
+#endif
+}
+
 /* Write the 16 sums of each four columns from `start`; columns behind the last are zero. */
 TARGET static void NAME(tables)(
     const float *restrict row, const float *restrict input, int64_t start, int64_t width,
     int64_t columns, float *restrict table) {
-    for (int64_t group = 0; group < width / 4; group++) {
-        float z[4], *restrict sums = table + 16 * group;
-        for (int64_t i = 0; i < 4; i++) {
-            int64_t column = start + 4 * group + i;
-            z[i] = column < columns ? row[column] * input[column] : 0.0f;
-        }
-        sums[0] = 0.0f;
-        sums[1] = z[0];
-        for (int64_t i = 0; i < 2; i++)
-            sums[2 + i] = sums[i] + z[1];
-        for (int64_t i = 0; i < 4; i++)
-            sums[4 + i] = sums[i] + z[2];
-        for (int64_t i = 0; i < 8; i++)
-            sums[8 + i] = sums[i] + z[3];
-    }
+    float z[CHUNK];
+    int64_t there = columns - start < width ? columns - start : width;
+    for (int64_t i = 0; i < there; i++)
+        z[i] = row[start + i] * input[start + i];
+    for (int64_t i = there; i < width; i++)
+        z[i] = 0.0f;
+    for (int64_t group = 0; group < width / 4; group++)
+        NAME(sums_of)(z + 4 * group, table + 16 * group);
 }
 
 /* Add to the sums of `blocks` times 16 rows what `tiles` words of each row say; a block's words lie
