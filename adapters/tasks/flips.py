@@ -115,7 +115,7 @@ def _masks_of(model: nn.Module, adapter_name: str) -> tuple[PemnConfig, list[Pem
     check_adapters_exist(configs, [adapter_name])
     config = configs[adapter_name]
     layers = list(masked_layers(model, adapter_name).values())
-    is_whole = config.form == "product" and config.support is None
+    is_whole = config.form == "product" and config.support is None and config.selector == "topk"
     if not is_whole or not all(is_guessed(layer, config) for layer in layers):
         message = (
             f"The adapter {adapter_name!r} has selector={config.selector!r}, form={config.form!r} "

@@ -142,9 +142,10 @@ def test_masks_of_a_file_that_are_trainable_again(tmp_path):
 
 
 def test_masks_without_flips_are_refused():
-    model = pemnify(models.net(), bank="own", selector="threshold")
-    with pytest.raises(errors.AdapterError, match="selector='threshold'"):
-        take_back_flips(model, losses(model), 0.5)
+    for selector in ("threshold", "topk_overall", "sample"):
+        model = pemnify(models.net(), bank="own", selector=selector)
+        with pytest.raises(errors.AdapterError, match=f"selector='{selector}'"):
+            take_back_flips(model, losses(model), 0.5)
     model = from_finetuned(models.net(), models.net(1), "sign_delta")
     with pytest.raises(errors.AdapterError, match="form='sign_delta'"):
         take_back_flips(model, losses(model), 0.5)
