@@ -16,6 +16,12 @@ Every sum and product is rounded as torch rounds it, so no compiler may contract
 #include <pthread.h>
 #endif
 
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+
 enum kind { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, PACKED = 3 };
 
 #define BLOCK 1024       /* numbers looked at together: their temporaries stay in the first cache */

@@ -61,6 +61,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (_NUMBERS, _NUMBERS, _ANY, *(_INT,) * 4, _FLOAT, _FLOAT, _INT, _ANY),
     ),
     "kept_sum": (ctypes.c_double, (_NUMBERS, _NUMBERS, _ANY, _INT, _INT)),
+    "dot_rows": (None, (_ANY, _ANY, _INT, _ANY, *(_INT,) * 4, _ANY)),
     "look_up": (_INT, (_ANY, _ANY, _ANY, *(_INT,) * 6, _ANY)),
 }
 
@@ -77,6 +78,7 @@ class Kernels:
     product: Any
     grad: Any
     kept_sum: Any
+    dot_rows: Any
     look_up: Any
 
     def __init__(self, library: ctypes.CDLL, instructions: str) -> None:

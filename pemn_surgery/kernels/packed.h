@@ -69,7 +69,7 @@ to a sum waits for the one before. */
 #if defined(SIXTEEN_AT_ONCE)
 #define AT_ONCE 4
 
-TARGET static inline __attribute__((always_inline)) void NAME(look)(
+TARGET static INLINE void NAME(look)(
     const uint32_t *restrict words, int64_t stride, int64_t tiles, int64_t blocks,
     const float *restrict table, float *restrict sums) {
     __m512 total[AT_ONCE];
@@ -94,7 +94,7 @@ TARGET static inline __attribute__((always_inline)) void NAME(look)(
 #elif defined(EIGHT_AT_ONCE)
 #define AT_ONCE 2
 
-TARGET static inline __attribute__((always_inline)) void NAME(look)(
+TARGET static INLINE void NAME(look)(
     const uint32_t *restrict words, int64_t stride, int64_t tiles, int64_t blocks,
     const float *restrict table, float *restrict sums) {
     __m256 total[2 * AT_ONCE];
@@ -196,6 +196,175 @@ EXPORT TARGET int64_t NAME(look_up)(
     return failed;
 }
 
+/* ---- without anything shared: numbers under a mask, times inputs ------------------------------ */
+
+/* Sums are kept in 16 lanes, column j in lane j % 16, whatever a processor adds at once, and are
+summed up in one order at the end: the same bits in every set. */
+#define LANES 16
+
+typedef struct {
+    const uint8_t *bits;   /* a bit a weight, row by row, the lowest of a byte first */
+    const float *numbers;  /* row r begins at r x columns % period, and is there as a whole */
+    const float *inputs;   /* [samples][columns] */
+    float *outputs;        /* [samples][count] */
+    int64_t period, columns, samples, count;
+} NAME(dotting);
+
+/* The bits of 16 weights from `at`; what lies behind the last byte is not read. */
+TARGET static inline uint32_t NAME(sixteen)(const uint8_t *bits, int64_t at, int64_t bytes) {
+    int64_t first = at / 8;
+    uint32_t word = 0;
+    if (first + 4 <= bytes)
+        memcpy(&word, bits + first, 4);
+    else
+        for (int64_t i = 0; first + i < bytes; i++)
+            word |= (uint32_t)bits[first + i] << 8 * i;
+    return word >> at % 8 & 0xffff;
+}
+
+/* 16 floats, in registers. */
+#if defined(SIXTEEN_AT_ONCE)
+typedef struct {
+    __m512 all;
+} NAME(lanes);
+
+TARGET static inline NAME(lanes) NAME(kept)(uint32_t mask, const float *numbers) {
+    return (NAME(lanes)){_mm512_maskz_loadu_ps((__mmask16)mask, numbers)};
+}
+
+TARGET static inline NAME(lanes) NAME(plus)(
+    NAME(lanes) sums, NAME(lanes) kept, const float *inputs) {
+    sums.all = _mm512_add_ps(sums.all, _mm512_mul_ps(kept.all, _mm512_loadu_ps(inputs)));
+    return sums;
+}
+
+TARGET static inline void NAME(put)(NAME(lanes) sums, float *room) {
+    _mm512_storeu_ps(room, sums.all);
+}
+#elif defined(EIGHT_AT_ONCE)
+typedef struct {
+    __m256 low, high;
+} NAME(lanes);
+
+TARGET static inline __m256 NAME(kept_half)(uint32_t mask, const float *numbers) {
+    const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i asked = _mm256_and_si256(_mm256_set1_epi32((int32_t)mask), each);
+    __m256 flag = _mm256_castsi256_ps(_mm256_cmpeq_epi32(asked, each));
+    return _mm256_and_ps(_mm256_loadu_ps(numbers), flag);
+}
+
+TARGET static inline NAME(lanes) NAME(kept)(uint32_t mask, const float *numbers) {
+    return (NAME(lanes)){
+        NAME(kept_half)(mask, numbers), NAME(kept_half)(mask >> 8, numbers + 8)};
+}
+
+TARGET static inline NAME(lanes) NAME(plus)(
+    NAME(lanes) sums, NAME(lanes) kept, const float *inputs) {
+    sums.low = _mm256_add_ps(sums.low, _mm256_mul_ps(kept.low, _mm256_loadu_ps(inputs)));
+    sums.high = _mm256_add_ps(sums.high, _mm256_mul_ps(kept.high, _mm256_loadu_ps(inputs + 8)));
+    return sums;
+}
+
+TARGET static inline void NAME(put)(NAME(lanes) sums, float *room) {
+    _mm256_storeu_ps(room, sums.low);
+    _mm256_storeu_ps(room + 8, sums.high);
+}
+#else
+typedef struct {
+    float all[LANES];
+} NAME(lanes);
+
+TARGET static inline NAME(lanes) NAME(kept)(uint32_t mask, const float *numbers) {
+    NAME(lanes) kept;
+    for (int64_t lane = 0; lane < LANES; lane++)
+        kept.all[lane] = mask >> lane & 1 ? numbers[lane] : 0.0f;
+    return kept;
+}
+
+TARGET static inline NAME(lanes) NAME(plus)(
+    NAME(lanes) sums, NAME(lanes) kept, const float *inputs) {
+    for (int64_t lane = 0; lane < LANES; lane++)
+        sums.all[lane] += kept.all[lane] * inputs[lane];
+    return sums;
+}
+
+TARGET static inline void NAME(put)(NAME(lanes) sums, float *room) {
+    memcpy(room, sums.all, sizeof(sums.all));
+}
+#endif
+
+/* Add the columns behind the last whole 16, and sum up. */
+TARGET static float NAME(dot_end)(
+    NAME(lanes) sums, uint32_t mask, const float *numbers, const float *inputs, int64_t count) {
+    float room[LANES];
+    NAME(put)(sums, room);
+    for (int64_t lane = 0; lane < count; lane++)
+        room[lane] += (mask >> lane & 1 ? numbers[lane] : 0.0f) * inputs[lane];
+    for (int64_t half = LANES / 2; half; half /= 2)
+        for (int64_t lane = 0; lane < half; lane++)
+            room[lane] += room[lane + half];
+    return room[0];
+}
+
+/* Make the outputs of up to four rows and inputs: constants where this is inlined, so that all sums
+are in registers. */
+TARGET static INLINE void NAME(dot_tile)(
+    const NAME(dotting) *job, int64_t row, const int rows, int64_t sample, const int samples) {
+    NAME(lanes) sums[4][4] = {0};
+    int64_t columns = job->columns, whole = columns / LANES * LANES;
+    int64_t bytes = (job->count * columns + 7) / 8;
+    const float *inputs = job->inputs + sample * columns, *numbers[4];
+    for (int i = 0; i < rows; i++)
+        numbers[i] = job->numbers + (row + i) * columns % job->period;
+    for (int64_t j = 0; j < whole; j += LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) {
+            uint32_t mask = NAME(sixteen)(job->bits, (row + i) * columns + j, bytes);
+            NAME(lanes) kept = NAME(kept)(mask, numbers[i] + j);
+#pragma GCC unroll 4
+            for (int k = 0; k < samples; k++)
+                sums[i][k] = NAME(plus)(sums[i][k], kept, inputs + k * columns + j);
+        }
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++) {
+        int64_t left = columns - whole, at = (row + i) * columns + whole;
+        uint32_t mask = left ? NAME(sixteen)(job->bits, at, bytes) : 0;
+#pragma GCC unroll 4
+        for (int k = 0; k < samples; k++)
+            job->outputs[(sample + k) * job->count + row + i] = NAME(dot_end)(
+                sums[i][k], mask, numbers[i] + whole, inputs + k * columns + whole, left);
+    }
+}
+
+TARGET static void NAME(dot_part)(void *given, int64_t start, int64_t stop, int64_t part) {
+    const NAME(dotting) *job = given;
+    (void)part;
+    int64_t row = start;
+    for (; row + 4 <= stop; row += 4) {
+        int64_t sample = 0;
+        for (; sample + 4 <= job->samples; sample += 4)
+            for (int64_t i = 0; i < 4; i++)
+                NAME(dot_tile)(job, row + i, 1, sample, 4);
+        for (; sample < job->samples; sample++)
+            NAME(dot_tile)(job, row, 4, sample, 1);
+    }
+    for (; row < stop; row++)
+        for (int64_t sample = 0; sample < job->samples; sample++)
+            NAME(dot_tile)(job, row, 1, sample, 1);
+}
+
+/* Write inputs x (numbers x mask)^T. */
+EXPORT TARGET void NAME(dot_rows)(
+    const uint8_t *bits, const float *numbers, int64_t period, const float *inputs,
+    int64_t columns, int64_t samples, int64_t count, int64_t threads, float *outputs) {
+    NAME(dotting) job = {.bits = bits, .numbers = numbers, .inputs = inputs, .outputs = outputs,
+                         .period = period, .columns = columns, .samples = samples,
+                         .count = count};
+    int64_t parts = parts_of(count * columns * samples, threads);
+    in_parts(NAME(dot_part), &job, count, parts > count ? count : parts);
+}
+
+#undef LANES
 #undef AT_ONCE
 #undef TILE_ROWS
 #undef TILE_COLUMNS

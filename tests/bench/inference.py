@@ -1,7 +1,7 @@
 """What a model that stays packed takes beside a dense one, at one input and a few.
 
 Two parts, in one process and one thread. *Layers*: products of a 4096 x 4096 weight, from DRAM (a
-row of several weights, one after the other), by looked-up sums in each instruction set, beside
+row of several weights, one after the other), by looked-up sums or number by number in each instruction set, beside
 ``F.linear`` in float32 and bfloat16. *Words*: tokens a second of a model of Llama's shape with
 random masks and a key-value cache, packed, lean and dense; and what its masked layers hold. Ways
 take turns, medians are shown, and ratios are of one run.
@@ -24,15 +24,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pemn_surgery import PemnConfig, freeze, pemnify
 from pemn_surgery.coding import bits
+from pemn_surgery.coding.header import HEADER_BYTES
 from pemn_surgery.kernels import library
+from pemn_surgery.kernels.bit_rows import bit_rows
 from pemn_surgery.kernels.look_up import Packed, pack
-from pemn_surgery.masks.freezing import LookUp
+from pemn_surgery.masks.freezing import PackedForward
 from pemn_surgery.masks.masked_weight import MaskedWeight
 from pemn_surgery.report.machine import environment
 from pemn_surgery.report.tables import table
 
 SIDE, WEIGHTS = 4096, 4  # of a layer; so many of them are larger than any cache
-ROWS = {"one row": 1, "8 rows": 8, "64 rows": 64}  # of the bank that a weight repeats
+PERIODS = {  # of the bank's numbers in a weight; those of whole rows are looked up
+    "one row": SIDE,
+    "8 rows": 8 * SIDE,
+    "64 rows": 64 * SIDE,
+    "1 %": SIDE * SIDE // 100 + 1,
+    "all numbers": SIDE * SIDE,
+}
 SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 10, "vocab_size": 512}
 SHAPE |= {"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 512}
 
@@ -43,9 +51,9 @@ def layers(rounds: int) -> list[dict[str, Any]]:
     halves = [weight.bfloat16() for weight in dense]
     sets = {found.instructions: found for found in library.all_kernels()}
     found = []
-    for name, rows in ROWS.items():
-        period = torch.randn(rows * SIDE)
-        packed = [pack(torch.rand(SIDE, SIDE) < 0.5, period) for _ in range(WEIGHTS)]
+    for name, length in PERIODS.items():
+        period = torch.randn(length)
+        packed = [_packed(torch.rand(SIDE, SIDE) < 0.5, period) for _ in range(WEIGHTS)]
         for samples in (1, 4, 8):
             inputs = torch.randn(samples, SIDE)
             half = inputs.bfloat16()
@@ -60,9 +68,14 @@ def layers(rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def _through(kernels: library.Kernels, packed: Packed | None, inputs: Tensor) -> Tensor:
-    if packed is None:
-        raise ValueError("too few rows share their numbers")
+def _packed(mask: Tensor, period: Tensor) -> Callable[[Tensor], Tensor]:
+    stored = bits.pack(mask)[HEADER_BYTES:]
+    return pack(mask, period) or bit_rows(stored, period, SIDE, SIDE)
+
+
+def _through(
+    kernels: library.Kernels, packed: Callable[[Tensor], Tensor], inputs: Tensor
+) -> Tensor:
     before, library.kernels = library.kernels, lambda: kernels
     try:
         return packed(inputs)
@@ -136,9 +149,10 @@ def _held(child: MaskedWeight) -> int:
     """Bytes of a mask, and of what was packed of it."""
     forward = child.owner.__dict__.get("forward")
     held = child.pemn_masks["default"].bits.numel()
-    if isinstance(forward, LookUp):
-        for _, packed in forward._packed.values():
-            held += 4 * (packed.words.numel() + packed.rows.numel())
+    if isinstance(forward, PackedForward):
+        for _, packed in forward.packed.values():
+            own = [packed.words, packed.rows] if isinstance(packed, Packed) else [packed.numbers]
+            held += 4 * sum(one.numel() for one in own)
     return held
 
 

@@ -11,8 +11,9 @@ from pemn_surgery import freeze, pemnify
 from pemn_surgery.coding import bits
 from pemn_surgery.errors import ConfigError
 from pemn_surgery.kernels import library
-from pemn_surgery.masks import freezing
-from pemn_surgery.masks.freezing import FEW, LookUp
+from pemn_surgery.kernels.bit_rows import BitRows
+from pemn_surgery.kernels.look_up import Packed
+from pemn_surgery.masks.freezing import FEW, PackedForward
 from tests.adapters import models
 from tests.oracles import assert_same
 
@@ -21,7 +22,7 @@ WIDE = {"bank": "rp", "ratio": 0.03, "aligned": True}
 
 
 class Net(nn.Module):
-    """Two linear layers that can be looked up, and a head with too few rows."""
+    """Two linear layers that can be looked up, and a head with too few rows for it."""
 
     def __init__(self):
         super().__init__()
@@ -52,13 +53,13 @@ def saved(model, folder):
 def looked_up(model, monkeypatch):
     """Which layers look up, by the rows of what was packed."""
     seen = []
-    plain = freezing.Packed.__call__
+    for kind in (Packed, BitRows):
 
-    def watched(packed, inputs):
-        seen.append(packed.count)
-        return plain(packed, inputs)
+        def watched(packed, inputs, plain=kind.__call__):
+            seen.append(packed.count)
+            return plain(packed, inputs)
 
-    monkeypatch.setattr(freezing.Packed, "__call__", watched)
+        monkeypatch.setattr(kind, "__call__", watched)
     return seen
 
 
@@ -69,20 +70,24 @@ def test_packed_layers_give_the_outputs_of_dense_ones(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = model(x)
         said = freeze(model, "packed")
-        assert said == {"first.weight": "packed", "second.weight": "packed", "head.weight": "lean"}
+        assert said == {
+            "first.weight": "packed",
+            "second.weight": "packed",
+            "head.weight": "packed",
+        }
         seen = looked_up(model, monkeypatch)
         for inputs in (x, x[:1], x[0], x.view(2, FEW // 2, 40)):
             torch.testing.assert_close(
                 model(inputs), expected[: max(inputs.numel() // 40, 1)].view(*inputs.shape[:-1], 5),
                 rtol=1e-5, atol=1e-5,
             )  # fmt: skip
-        assert seen == [96, 64] * 4
+        assert seen == [96, 64, 5] * 4
         layers = models.mask_layers(model)
         assert freeze(model, "dense") == dict.fromkeys(said, "dense")
         assert_same(model(x), expected)
         assert freeze(model, "lean") == dict.fromkeys(said, "lean")
         assert_same(model(x), expected)
-        assert len(seen) == 8
+        assert len(seen) == 12
     assert not any("forward" in layer.owner.__dict__ for layer in layers.values())
 
 
@@ -134,7 +139,7 @@ def test_adapters_are_switched_edited_and_deleted(tmp_path, monkeypatch):
         for name in ("default", "b", "default"):
             model.set_adapter(name)
             torch.testing.assert_close(model(x), expected[name], rtol=1e-5, atol=1e-5)
-        assert seen == [96, 64] * 3
+        assert seen == [96, 64, 5] * 3
         mask = layers["first.weight"].mask_of("default")
         mask.bits.copy_(bits.pack(torch.ones(96, 40, dtype=torch.bool)))
         changed = model(x)
@@ -149,7 +154,7 @@ def test_adapters_are_switched_edited_and_deleted(tmp_path, monkeypatch):
         model.delete_adapter("b")
         model(x)
     held = layers["first.weight"].owner.__dict__["forward"]
-    assert set(held._packed) == {"default"}
+    assert set(held.packed) == {"default"}
 
 
 @compiled
@@ -162,7 +167,8 @@ def test_types(dtype, tmp_path, monkeypatch):
         freeze(model)
         seen = looked_up(model, monkeypatch)
         found = model(x)
-        assert (found.dtype, seen) == (dtype, [96, 64])
+        rows = [96, 64] if dtype is torch.bfloat16 else [96, 64, 5]
+        assert (found.dtype, seen) == (dtype, rows)
         rough = {"rtol": 0.05, "atol": 0.05} if dtype is torch.bfloat16 else {}
         torch.testing.assert_close(found, expected, **rough)
         with torch.autocast("cpu", torch.bfloat16):
@@ -187,16 +193,43 @@ def test_copies_and_merges(tmp_path):
         assert not torch.allclose(other(x), expected)
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
         held = models.mask_layers(other)["first.weight"].owner.__dict__["forward"]
-        assert isinstance(held, LookUp)
+        assert isinstance(held, PackedForward)
         assert held.child is models.mask_layers(other)["first.weight"]
         merged = model.merge_and_unload()
         assert_same(merged(x), expected)
 
 
-@pytest.mark.parametrize("bank", ["mp", "own", "rp"])
-def test_what_shares_no_rows_is_lean(bank):
-    model = pemnify(Net(), bank=bank)
-    assert set(freeze(model).values()) == {"lean"}
+@compiled
+@pytest.mark.parametrize("bank", ["mp", "rp", "one_layer"])
+def test_banks_of_any_kind_are_packed(bank, tmp_path, monkeypatch):
+    model = saved(
+        model_of(bank=bank, ratio=0.03 if bank == "rp" else None, aligned=False), tmp_path
+    )
+    x = torch.randn(3, 40)
+    with torch.no_grad():
+        expected = model(x)
+        assert set(freeze(model).values()) == {"packed"}
+        seen = looked_up(model, monkeypatch)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert seen == [96, 64, 5]
+
+
+def test_own_weights_are_lean():
+    assert set(freeze(pemnify(Net(), bank="own")).values()) == {"lean"}
+
+
+@compiled
+def test_what_torch_records_is_the_weight(tmp_path):
+    model = saved(model_of(), tmp_path)
+    x, other = torch.randn(2, 40), torch.randn(2, 40)
+    with torch.no_grad():
+        expected = model(other)
+        freeze(model)
+        traced = torch.jit.trace(model.base_model.model, x, check_trace=False)
+        assert "look_up" not in str(traced.inlined_graph)
+        torch.testing.assert_close(traced(other), expected, rtol=1e-5, atol=1e-5)
+        mapped = torch.func.vmap(model.base_model.model)(other)
+        torch.testing.assert_close(mapped, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_without_compiled_code_all_is_lean(monkeypatch):
