@@ -1,8 +1,8 @@
 """What a model that stays packed takes beside a dense one, at one input and a few.
 
 Two parts, in one process and one thread. *Layers*: products of a 4096 x 4096 weight, from DRAM (a
-row of several weights, one after the other), by looked-up sums or number by number in each instruction set, beside
-``F.linear`` in float32 and bfloat16. *Words*: tokens a second of a model of Llama's shape with
+row of several weights, one after the other), by looked-up sums or number by number in each
+instruction set, beside ``F.linear`` in float32 and bfloat16. *Words*: tokens a second of a model of Llama's shape with
 random masks and a key-value cache, packed, lean and dense; and what its masked layers hold. Ways
 take turns, medians are shown, and ratios are of one run.
 """
