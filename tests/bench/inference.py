@@ -2,9 +2,10 @@
 
 Two parts, in one process and one thread. *Layers*: products of a 4096 x 4096 weight, from DRAM (a
 row of several weights, one after the other), by looked-up sums or number by number in each
-instruction set, beside ``F.linear`` in float32 and bfloat16. *Words*: tokens a second of a model of Llama's shape with
-random masks and a key-value cache, packed, lean and dense; and what its masked layers hold. Ways
-take turns, medians are shown, and ratios are of one run.
+instruction set, beside ``F.linear`` in float32 and bfloat16. *Words*: words a second of a model of
+Llama's shape with random masks and a key-value cache, packed, and of dense ones in float32 and
+bfloat16; and what its masked layers hold. Ways take turns, medians are shown, and ratios are of one
+run.
 """
 
 import argparse
