@@ -316,7 +316,26 @@ TARGET static INLINE void NAME(dot_tile)(
     const float *inputs = job->inputs + sample * columns, *numbers[4];
     for (int i = 0; i < rows; i++)
         numbers[i] = job->numbers + (row + i) * columns % job->period;
-    for (int64_t j = 0; j < whole; j += LANES)
+    int64_t j = 0, pairs = columns / (2 * LANES) * (2 * LANES);
+    /* Eight bytes hold 32 bits wherever these begin; behind the last row's there may be fewer. */
+    int64_t safe = ((row + rows) * columns + 7) / 8 + 8 <= bytes ? pairs : 0;
+    for (; j < safe; j += 2 * LANES)
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) {
+            int64_t at = (row + i) * columns + j;
+            uint64_t word;
+            memcpy(&word, job->bits + at / 8, 8);
+            word >>= at % 8;
+            NAME(lanes) first = NAME(kept)(word & 0xffff, numbers[i] + j);
+            NAME(lanes) second = NAME(kept)(word >> LANES & 0xffff, numbers[i] + j + LANES);
+#pragma GCC unroll 4
+            for (int k = 0; k < samples; k++) {
+                const float *input = inputs + k * columns + j;
+                sums[i][k] = NAME(plus)(sums[i][k], first, input);
+                sums[i][k] = NAME(plus)(sums[i][k], second, input + LANES);
+            }
+        }
+    for (; j < whole; j += LANES)
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++) {
             uint32_t mask = NAME(sixteen)(job->bits, (row + i) * columns + j, bytes);

@@ -77,7 +77,14 @@ def _can_be_packed(child: MaskedWeight) -> bool:
         return False
     if library.kernels() is None or not all(child.shape):
         return False
-    return _shares_rows(child, child.bank) or child.bank.values.dtype == torch.float32
+    return _shares_rows(child, child.bank) or _goes_by_numbers(child.bank)
+
+
+def _goes_by_numbers(bank: Bank) -> bool:
+    """Tell whether numbers are multiplied one by one: in vectors, without a copy of the bank."""
+    kernels = library.kernels()
+    in_vectors = kernels is not None and kernels.instructions != "base"
+    return in_vectors and bank.values.dtype == torch.float32
 
 
 def _shares_rows(child: MaskedWeight, bank: Bank) -> bool:
@@ -149,9 +156,10 @@ def _made(
     period = bank.period(child.shape, child.drawn_dtype)
     if _shares_rows(child, bank):
         return pack(mask.mask(), period)
+    if not _goes_by_numbers(bank) or period.dtype != torch.float32:
+        return None
     mask.as_bits()  # which checks them
-    is_single = period.dtype == torch.float32
-    return bit_rows(stored[HEADER_BYTES:], period, count, columns) if is_single else None
+    return bit_rows(stored[HEADER_BYTES:], period, count, columns)
 
 
 def _serves(child: MaskedWeight, inputs: Tensor) -> bool:
