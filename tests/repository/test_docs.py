@@ -401,3 +401,26 @@ def test_what_is_said_of_steps_on_a_support():
     ratios = [row["ratio"][way]["of_medians"] for way in ways]
     said = "takes {:.2f} times a step of LoRA r8 (on .02: {:.2f}; full training: {:.2f})"
     assert said.format(*ratios) in page
+
+
+def test_what_is_said_of_packed_layers():
+    page = (ROOT / "docs/big_models.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "docs/results/inference.json").read_text(encoding="utf-8"))
+    rows = [cells(line) for line in page.splitlines() if line.startswith("|")]
+    shown = [row for row in found["layers"] if row["inputs"] in (1, 8)]
+    assert len(shown) == 10
+    for row in shown:
+        taken = {way: one["median"] for way, one in row["ways"].items()}
+        times = [f"{1e3 * taken[way]:.2f}" for way in ("float32", "bfloat16", "avx2", "avx512")]
+        ratios = [f"{taken[way] / taken['avx512']:.1f}" for way in ("float32", "bfloat16")]
+        assert [row["bank"], str(row["inputs"]), *times, *ratios] in rows
+    words = found["words"]
+    a_second = {way: 1 / one["median"] for way, one in words["seconds_a_word"].items()}
+    said = (
+        f"{words['masked_weights']:,} masked weights, an aligned bank of one row of 2,048 and a "
+        f"key-value cache makes {a_second['packed']:.1f} words a second packed, "
+        f"{a_second['float32']:.1f} dense in float32 and {a_second['bfloat16']:.1f} in bfloat16"
+    )
+    assert said in " ".join(page.split())
+    held = words["float32_bytes"] / words["held_bytes"]
+    assert f"hold 1/{held:.1f} of float32's bytes" in " ".join(page.split())
