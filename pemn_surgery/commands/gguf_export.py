@@ -109,7 +109,9 @@ class _Base:
     """A GGUF of the base: its architecture and what it calls the model's tensors."""
 
     def __init__(self, gguf: Any, reader: Any, like: Path) -> None:
-        self.gguf, self.reader, self.like = gguf, reader, like
+        self.gguf = gguf
+        self.reader = reader
+        self.like = like
         self.architecture: str = reader.get_field("general.architecture").contents()
         if self.architecture not in _INTERLEAVED:
             self.refuse(
