@@ -316,12 +316,13 @@ def _numbers(config: PemnConfig) -> str:
     spec = config.bank_spec
     shown = {"bank": spec.bank, "ratio": spec.ratio, "length": spec.length, "bank_init": spec.init}
     made = ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
-    permuted = ", permuted" if spec.permute else ", aligned to rows" if spec.aligned else ""
+    orders = {", permuted": spec.permute, ", aligned to rows": spec.aligned}
+    order = "".join(said for said, holds in orders.items() if holds)
     if spec.init == "stored":
         return f"{made}: in this adapter's file, in place of the base's"
     if spec.generated:
-        return f"{made}{permuted}, made from seed {spec.seed} in place of the base's"
-    return f"{made}{permuted}: the base's own, which must be those of the fingerprint"
+        return f"{made}{order}, made from seed {spec.seed} in place of the base's"
+    return f"{made}{order}: the base's own, which must be those of the fingerprint"
 
 
 def _selection(config: PemnConfig) -> str:

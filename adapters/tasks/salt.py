@@ -151,10 +151,10 @@ class _InForce:
         if bank is None:
             self._base.append((full, lambda: _frozen(layer)))
             return
-        prototype = bank.layout.find(tuple(layer.shape))
         shape = tuple(layer.shape)
+        prototype = bank.layout.find(shape)
         place = None if prototype is None else (prototype.offset, bank.layout.period(shape))
-        self.lines.append(f"fill {full!r} {tuple(layer.shape)} {layer.drawn_dtype} {place}")
+        self.lines.append(f"fill {full!r} {shape} {layer.drawn_dtype} {place}")
         if bank not in self._banks:
             self._banks.add(bank)
             self._base.append(("the bank", lambda: bank.values))

@@ -77,14 +77,14 @@ def _can_be_packed(child: MaskedWeight) -> bool:
         return False
     if library.kernels() is None or not all(child.shape):
         return False
-    return _shares_rows(child, child.bank) or _goes_by_numbers(child.bank)
+    return _shares_rows(child, child.bank) or _goes_by_numbers(child, child.bank)
 
 
-def _goes_by_numbers(bank: Bank) -> bool:
+def _goes_by_numbers(child: MaskedWeight, bank: Bank) -> bool:
     """Tell whether numbers are multiplied one by one: in vectors, without a copy of the bank."""
     kernels = library.kernels()
     in_vectors = kernels is not None and kernels.instructions != "base"
-    return in_vectors and bank.values.dtype == torch.float32
+    return in_vectors and child.drawn_dtype == bank.values.dtype == torch.float32
 
 
 def _shares_rows(child: MaskedWeight, bank: Bank) -> bool:
@@ -156,7 +156,7 @@ def _made(
     period = bank.period(child.shape, child.drawn_dtype)
     if _shares_rows(child, bank):
         return pack(mask.mask(), period)
-    if not _goes_by_numbers(bank) or period.dtype != torch.float32:
+    if not _goes_by_numbers(child, bank):  # it was cast, or kernels went, since it was frozen
         return None
     mask.as_bits()  # which checks them
     return bit_rows(stored[HEADER_BYTES:], period, count, columns)

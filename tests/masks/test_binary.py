@@ -9,8 +9,9 @@ from torch import nn
 
 from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.errors import PretrainedWarning
-from pemn_surgery.masks.binary import binarised, binarised_straight_through
+from pemn_surgery.masks.binary import binarised
 from pemn_surgery.masks.selector import Selector
+from pemn_surgery.masks.straight_through import straight_through
 from tests.adapters import models
 from tests.oracles import assert_near, assert_same
 
@@ -48,7 +49,7 @@ def test_values_and_gradients(shape, dtype, selector, seed):
     weight = numbers(shape, seed, dtype).requires_grad_()
     scores = numbers(shape, seed + 1).requires_grad_()
     pull = numbers(shape, seed + 2, dtype)
-    made = binarised_straight_through(weight, scores, selector)
+    made = straight_through(weight, scores, selector, binarised)
     mask = selector.mask(scores)
     tolerance = 1e-2 if dtype is torch.bfloat16 else 1e-6
     near(made.detach(), one_by_one(weight.detach(), mask), tolerance)
@@ -65,7 +66,7 @@ def test_gradients_can_be_differentiated_again():
     weight, scores = numbers((4, 5), 0, torch.float64), numbers((4, 5), 1, torch.float64)
     weight.requires_grad_()
     scores.requires_grad_()
-    made = binarised_straight_through(weight, scores, Selector("threshold", 0.5, 0.0))
+    made = straight_through(weight, scores, Selector("threshold", 0.5, 0.0), binarised)
     (of_scores,) = torch.autograd.grad((made**2).sum() / 2, scores, create_graph=True)
     assert_near(of_scores, made * weight, 1e-12)  # dL/dS = W_eff W
     (again,) = torch.autograd.grad(of_scores.sum(), weight)

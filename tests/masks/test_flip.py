@@ -10,8 +10,9 @@ from torch import nn
 
 from pemn_surgery.coding import bits
 from pemn_surgery.masks.adapter_mask import AdapterMask
-from pemn_surgery.masks.flip import FlipMask, flipped, flipped_straight_through
+from pemn_surgery.masks.flip import FlipMask, flipped
 from pemn_surgery.masks.selector import Selector
+from pemn_surgery.masks.straight_through import straight_through
 from tests.oracles import assert_near, assert_same
 
 _SHAPES = st.sampled_from([(), (0,), (1,), (7,), (3, 5), (4, 2, 3, 3), (2, 0, 3)])
@@ -38,7 +39,7 @@ def test_values_and_gradients(shape, dtype, selector, seed):
     weight = numbers(shape, seed, dtype).requires_grad_()
     scores = numbers(shape, seed + 1).requires_grad_()
     pull = numbers(shape, seed + 2, dtype)
-    made = flipped_straight_through(weight, scores, selector)
+    made = straight_through(weight, scores, selector, flipped)
     mask = selector.mask(scores)
     assert_same(made.detach(), flip_one_by_one(weight.detach(), mask))
     of_weight, of_scores = torch.autograd.grad(made, (weight, scores), pull)
@@ -55,7 +56,7 @@ def test_gradients_can_be_differentiated_again():
     weight.requires_grad_()
     scores.requires_grad_()
     selector = Selector("threshold", 0.5, 0.0)
-    made = flipped_straight_through(weight, scores, selector)
+    made = straight_through(weight, scores, selector, flipped)
     (of_scores,) = torch.autograd.grad((made**2).sum() / 2, scores, create_graph=True)
     signs = torch.where(scores > 0, 1.0, -1.0)
     assert_near(of_scores, weight**2 * signs, 1e-12)  # dL/dS = W_eff W = W^2 M'

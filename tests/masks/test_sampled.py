@@ -10,10 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from pemn_surgery import PemnConfig, pemnify
 from pemn_surgery.errors import PemnWarning
-from pemn_surgery.masks.flip import flipped_straight_through
+from pemn_surgery.masks.flip import flipped
 from pemn_surgery.masks.product import masked_straight_through
 from pemn_surgery.masks.selector import Selector
 from pemn_surgery.masks.sign_delta import _straight_through
+from pemn_surgery.masks.straight_through import straight_through
 from tests.adapters import models
 from tests.oracles import assert_near, assert_same
 
@@ -33,7 +34,7 @@ def made(form, weight, scores, seed):
     mask = SAMPLED.mask(scores)
     torch.manual_seed(seed)
     if form == "flip":
-        return flipped_straight_through(weight, scores, SAMPLED), mask
+        return straight_through(weight, scores, SAMPLED, flipped), mask
     if form == "sign_delta":
         steps = torch.tensor(0.5, dtype=weight.dtype)
         return _straight_through(weight, scores, mask, steps, SAMPLED), mask
